@@ -1,0 +1,199 @@
+"""Building models, saving runs so that no fault loses them, and loading weights of our own and of others.
+
+A run folder holds step_00001000.pt (everything a run needs to go on), best.pt (the averaged weights that validated
+best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json.
+Nothing is loaded that could run code: all loading is weights_only.
+"""
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+
+import torch
+
+from model_taehv import TAEHV, adapt_state_dict, load_taehv
+
+STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
+
+
+class CheckpointError(Exception):
+    """Weights that cannot be loaded; the message names the file and the reason."""
+
+
+# ---- models -----------------------------------------------------------------------------------------------------------
+
+
+def build_model(name, config):
+    """A model from its name and the dict that its `config` attribute gave. ValueError for arguments that do not fit."""
+    if name == "taehv":
+        return TAEHV(**config)
+    raise ValueError(f"unknown model {name!r}; there is taehv")
+
+
+def model_config(config):
+    """The arguments of `build_model` that a training Config asks for."""
+    return dict(variant=config.variant, patch_size=config.patch_size or None,
+                latent_channels=config.latent_channels or None)
+
+
+def load_model(path, variant=None, **overrides):
+    """(model in eval mode, what was loaded in words) from a run folder, a checkpoint of ours, or published weights.
+
+    `variant` and `overrides` as in `load_taehv`. CheckpointError if that is not possible.
+    """
+    path = str(path)
+    if os.path.isdir(path):
+        path = newest_weights(path)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"checkpoint: {path!r} does not exist")
+    if not path.endswith(".safetensors"):
+        state = read(path)
+        if "model_config" in state:
+            arguments = {**state["model_config"], **({"variant": variant} if variant else {}), **overrides}
+            try:
+                model = build_model(state["model_name"], arguments)
+                weights = state["ema"]
+                model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
+            except (ValueError, TypeError, RuntimeError, KeyError) as error:
+                raise CheckpointError(f"checkpoint: {path!r} does not fit its own model: {first_line(error)}") from None
+            return model.eval(), f"{state['model_name']} ({arguments['variant']}), step {state['step']}"
+    try:
+        beside = os.path.join(os.path.dirname(path), "config.json")
+        if variant is None and os.path.basename(path) == "model.pth" and os.path.isfile(beside):
+            with open(beside, encoding="utf-8") as file:
+                variant = json.load(file).get("variant")
+        model = load_taehv(path, variant, **overrides)
+    except ImportError:
+        raise CheckpointError(f"checkpoint: {path!r} needs a package: pip install safetensors") from None
+    except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"checkpoint: {path!r}: {first_line(error)}") from None
+    except Exception as error:  # safetensors has its own error type, which is not importable without the package
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CheckpointError(f"checkpoint: {path!r} is damaged or no safetensors file: {first_line(error)}") from None
+    return model, f"weights, taken for variant {model.variant}" + ("" if variant else " (variant=NAME says otherwise)")
+
+
+def newest_weights(folder):
+    """best.pt of a run folder, or else its newest good checkpoint, or else model.pth."""
+    best = os.path.join(folder, "best.pt")
+    if os.path.isfile(best):
+        return best
+    path, _ = newest_checkpoint(folder)
+    path = path or os.path.join(folder, "model.pth")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"checkpoint: the folder {folder!r} holds no best.pt, step_*.pt or model.pth")
+    return path
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(path):
+    """The dict in a .pt or .pth file, on the CPU. CheckpointError if it is damaged, holds code, or is something else."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums that it writes
+                broken = archive.testzip()
+            if broken is not None:
+                raise CheckpointError(f"checkpoint: {path!r} is damaged ({broken} does not match its checksum)")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"checkpoint: {path!r} is no file of weights, or holds code, which is never run") from None
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError,
+            AttributeError, NotImplementedError) as error:
+        raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint: {path!r} holds a {type(state).__name__}, not weights")
+    return state
+
+
+def checkpoints(folder):
+    """Paths of the step files in a run folder, newest first."""
+    names = [n for n in (os.listdir(folder) if os.path.isdir(folder) else []) if STEP_FILE.fullmatch(n)]
+    return [os.path.join(folder, n) for n in sorted(names, key=lambda n: int(STEP_FILE.fullmatch(n)[1]), reverse=True)]
+
+
+def newest_checkpoint(folder):
+    """(path of the newest step file that can be read or None, [messages about newer ones that cannot])."""
+    problems = []
+    for path in checkpoints(folder):
+        try:
+            if "model_config" in read(path):
+                return path, problems
+            problems.append(f"{path}: not a checkpoint of a run")
+        except CheckpointError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, data):
+    """Write bytes under a temporary name, flush them to the disk, rename. OSError leaves nothing behind."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def save(state, path):
+    buffer = io.BytesIO()  # written by plain file calls, which fail with a plain OSError when the disk is full
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def save_run(folder, state, keep_last):
+    """Save a run's state as its newest checkpoint, the averaged weights as model.pth, and drop checkpoints past keep_last.
+
+    Returns an error message, or "" if all went well: a full disk must not end a run.
+    """
+    try:
+        for name in os.listdir(folder):  # what a killed save left behind
+            if re.fullmatch(r".*\.\d+\.tmp", name):
+                os.remove(os.path.join(folder, name))
+        save(state, os.path.join(folder, f"step_{state['step']:08d}.pt"))
+        save(state["ema"], os.path.join(folder, "model.pth"))
+        for path in checkpoints(folder)[keep_last:]:
+            os.remove(path)
+    except OSError as error:
+        return f"the checkpoint of step {state['step']} could not be saved: {error}; the run goes on"
+    return ""
+
+
+def save_best(folder, state):
+    """Save the weights that validated best; returns an error message, or ""."""
+    try:
+        save(state, os.path.join(folder, "best.pt"))
+    except OSError as error:
+        return f"best.pt of step {state['step']} could not be saved: {error}; the run goes on"
+    return ""
+
+
+# ---- random states ----------------------------------------------------------------------------------------------------
+
+
+def random_state(device):
+    """PyTorch's generators; nothing here draws from Python's or NumPy's global ones."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"torch": torch.get_rng_state(), **cuda}
+
+
+def restore_random_state(state, device):
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,199 @@
+"""All settings of a training run: edit here, or override on the command line.
+
+    python train.py                          # the demo
+    python train.py taehv data=videos/       # a preset and overrides
+    python train.py --help                   # every setting
+"""
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+
+
+@dataclasses.dataclass
+class Config:
+    # ---- the run
+    name: str = ""                  # run folder under out_dir; empty: the preset's name
+    out_dir: str = "runs"           # folder of the run folders
+    max_steps: int = 10000          # optimizer steps
+    seed: int = 0                   # of the initial weights and of the data order
+    device: str = "auto"            # auto, cpu, cuda, cuda:N or mps; auto prefers a GPU
+    precision: str = "auto"         # auto, bf16 (autocast) or fp32; auto: bf16 where the hardware has it
+    compile: bool = False           # torch.compile the model: minutes at the start, faster steps on a GPU
+    resume: str = "auto"            # auto: newest good checkpoint of the run folder; a checkpoint's path; none: start anew
+    init_from: str = ""             # weights to start from: published .pth/.safetensors, or a checkpoint of ours
+    timeout_minutes: float = 30.0   # how long a rank waits for the others before the run is given up
+
+    # ---- data
+    data: str = ""                  # folder (recursive), file, or annotation .json; "demo": synthetic clips, made in seconds
+    data_root: str = ""             # folder that an annotation's paths are relative to; empty: the annotation's own
+    val_data: str = ""              # the same for validation; empty: val_fraction of the files of data
+    val_fraction: float = 0.05      # part of the files held out, chosen by their names; 0: no validation
+    val_clips: int = 64             # validation clips at most
+    val_clips_per_video: int = 2    # fixed clips of each validation video
+    size: int = 128                 # height and width of training clips, pixels
+    frames: int = 12                # frames per clip; 1: images
+    batch_size: int = 4             # clips per rank and micro-step
+    buckets: str = ""               # several clip shapes instead: "128x12:0.8:4, 256x12:0.2:1" (size x frames:probability:batch)
+    accumulation: int = 1           # micro-steps per optimizer step
+    min_frame_delta: int = 1        # spacing of a clip's frames in the video: drawn from this ...
+    max_frame_delta: int = 5        # ... to this, frames
+    random_crop: bool = True        # a random square, resized; off: the largest centred square
+    min_crop: float = 0.0           # its smallest side as a part of the shorter edge; never smaller than size where that fits
+    flip: bool = True               # left-right, half of the clips
+    color_jitter: float = 0.0       # brightness, contrast, saturation by up to this factor, hue by a quarter of it
+    blur: float = 0.0               # probability of a slight Gaussian blur
+    image_sequences: bool = False   # make clips of several frames from unrelated images
+    workers: int = -1               # data processes per rank; -1: by the number of cores
+
+    # ---- model
+    model: str = "taehv"            # taehv
+    variant: str = "taehv"          # row of VARIANTS in model_taehv.py
+    patch_size: int = 0             # pixels folded into channels at the border; 0: the variant's
+    latent_channels: int = 0        # 0: the variant's
+    train_encoder: bool = True      # off: the encoder keeps its weights
+    train_decoder: bool = True      # off: the decoder keeps its weights
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+
+    # ---- loss and optimizer
+    pixel_loss: str = "l1"          # l1, l2 or charbonnier
+    lr: float = 3e-4                # AdamW's peak learning rate
+    schedule: str = "cosine"        # constant, cosine (to lr_final x lr at max_steps) or exponential (lr_decay per 1000 steps)
+    warmup_steps: int = 100         # linear from 0
+    lr_final: float = 0.05          # cosine: the last learning rate as a part of lr
+    lr_decay: float = 0.99          # exponential: factor per 1000 steps
+    beta1: float = 0.9              # AdamW
+    beta2: float = 0.95             # AdamW
+    weight_decay: float = 0.01      # AdamW
+    grad_clip: float = 1.0          # gradient norm above which gradients are scaled down; 0: never
+    ema_decay: float = 0.999        # of the weight average that is validated and saved as model.pth; rises from 0.1 at first
+    max_bad_steps: int = 20         # steps in a row with a loss or gradient that is not finite before the run stops
+
+    # ---- logging and checkpoints
+    log_every: int = 10             # steps
+    val_every: int = 500            # steps
+    save_every: int = 500           # steps
+    keep_last: int = 3              # newest checkpoints kept, besides the best
+
+
+PRESETS = {
+    # Synthetic clips, a few minutes on two cores.
+    "demo": dict(data="demo", size=64, max_steps=150, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=1e-3, log_every=5,
+                 val_every=50, save_every=50, ema_decay=0.98, val_clips=16, workers=1),
+    # A TAEHV from scratch on your own videos.
+    "taehv": dict(max_steps=50000, batch_size=8),
+    # Published weights on your own domain: give init_from=taew2_1.pth (and variant=... if the file's name does not say).
+    "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
+}
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the message names it and the way out."""
+
+
+def load_config(arguments):
+    """["taehv", "lr=1e-4", ...] -> Config. The preset comes first and may be left out (demo). ConfigError otherwise."""
+    preset, overrides = "demo", list(arguments)
+    if overrides and "=" not in overrides[0]:
+        preset = overrides.pop(0)
+        if preset not in PRESETS:
+            raise ConfigError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+    values = dict(PRESETS[preset])
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        key = key.removeprefix("--").replace("-", "_")
+        if not separator:
+            raise ConfigError(f"{item!r} is no key=value")
+        if key not in kinds:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
+        values[key] = parse(key, text, kinds[key])
+    config = Config(**values)
+    config.name = config.name or preset
+    check(config)
+    return config
+
+
+def parse(key, text, kind):
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "on": True,
+                    "false": False, "0": False, "no": False, "off": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        meant = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"{key}={text}: {meant} is wanted") from None
+
+
+def nearest(word, words):
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def parse_buckets(config):
+    """[(size, frames, probability, batch), ...] of a Config."""
+    if not config.buckets.strip():
+        return [(config.size, config.frames, 1.0, config.batch_size)]
+    buckets = []
+    for item in config.buckets.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*:\s*(\d*\.?\d+)\s*:\s*(\d+)\s*", item)
+        if not match or not int(match[1]) * int(match[2]) * int(match[4]) * float(match[3]) > 0:
+            raise ConfigError(f"buckets: {item.strip()!r} is not like 128x12:0.8:4 (size x frames:probability:batch)")
+        buckets.append((int(match[1]), int(match[2]), float(match[3]), int(match[4])))
+    return buckets
+
+
+CHOICES = {
+    "precision": ("auto", "bf16", "fp32"),
+    "model": ("taehv",),
+    "pixel_loss": ("l1", "l2", "charbonnier"),
+    "schedule": ("constant", "cosine", "exponential"),
+}
+AT_LEAST = dict(max_steps=1, seed=0, timeout_minutes=0.1, val_fraction=0, val_clips=1, val_clips_per_video=1, size=16, frames=1,
+                batch_size=1, accumulation=1, min_frame_delta=1, max_frame_delta=1, min_crop=0, color_jitter=0, blur=0,
+                workers=-1, patch_size=0, latent_channels=0, lr=0, warmup_steps=0, lr_final=0, lr_decay=0, beta1=0, beta2=0,
+                weight_decay=0, grad_clip=0, ema_decay=0, max_bad_steps=1, log_every=1, val_every=1, save_every=1, keep_last=1)
+AT_MOST = dict(val_fraction=0.9, min_crop=1, color_jitter=1, blur=1, lr_final=1, lr_decay=1, beta1=0.9999, beta2=0.99999,
+               ema_decay=0.99999)
+
+
+def check(config):
+    """ConfigError for values that no run can use. What depends on the model or the machine is checked there."""
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            value = getattr(config, key)
+            raise ConfigError(f"{key}={value}{nearest(str(value), choices)}: one of {', '.join(choices)} is wanted")
+    for key, low in AT_LEAST.items():
+        if not getattr(config, key) >= low:
+            raise ConfigError(f"{key}={getattr(config, key)}: at least {low} is wanted")
+    for key, high in AT_MOST.items():
+        if not getattr(config, key) <= high:
+            raise ConfigError(f"{key}={getattr(config, key)}: at most {high} is wanted")
+    if config.min_frame_delta > config.max_frame_delta:
+        raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
+    if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
+        raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
+    if not (config.train_encoder or config.train_decoder):
+        raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
+    parse_buckets(config)
+
+
+def usage():
+    """What --help prints: presets, then every setting with its default and its comment above."""
+    lines = ["python train.py [PRESET] [key=value ...]", "", "presets:"]
+    lines += [f"  {name:16} {', '.join(f'{k}={v}' for k, v in values.items())}" for name, values in PRESETS.items()]
+    for line in inspect.getsource(Config).splitlines()[2:]:
+        field = re.match(r"    (\w+): (\w+) = (\S+)\s+# (.*)", line)
+        if field:
+            lines.append(f"  {field[1] + '=' + field[3].strip(chr(34)):30} {field[4]}")
+        elif "# ----" in line:
+            lines += ["", line.split("----")[1].strip() + ":"]
+    return "\n".join(lines)
+
+
+def exit_with_usage(arguments):
+    """Print the usage and leave if the command line asks for it."""
+    if any(a in ("-h", "--help", "help") for a in arguments):
+        print(usage())
+        sys.exit(0)

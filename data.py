@@ -1,0 +1,526 @@
+"""Clips from videos and images: finding, splitting, sampling, and a synthetic demo set.
+
+    sources, refused = probe(find_sources("videos/"))
+    train, val = split_sources(sources, val_fraction=0.1)
+    clips = TrainClips(train, seed=0)
+    clips[Key(epoch=0, index=5, size=128, frames=12)]["video"]      # uint8 12 3 128 128, RGB
+
+What a training sample is depends on (seed, epoch, index) and the files alone: neither on the number of workers or ranks
+nor on what was read before, so a run can be resumed exactly. A file that cannot be read at training time is replaced by
+another one, chosen by the same numbers, and reported in the sample's "notes".
+
+This file works alone with torch, numpy and opencv-python (and tqdm where many files are probed).
+"""
+import hashlib
+import json
+import multiprocessing
+import os
+import stat
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a damaged stream prints a line per block otherwise
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_REPLACEMENTS = 50  # unreadable files in a row before a sample gives up
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message says what and what to do."""
+
+
+class Source(NamedTuple):
+    path: str
+    key: str         # path relative to the data folder: what the split is made by
+    frames: int = 0  # as the container says; 1 for an image
+
+    @property
+    def is_image(self):
+        return self.path.lower().endswith(IMAGE_SUFFIXES)
+
+
+class Key(NamedTuple):
+    """Names one training sample."""
+    epoch: int
+    index: int
+    size: int    # height and width, pixels
+    frames: int
+
+
+class Bucket(NamedTuple):
+    """One shape of training batches: `size` x `size` pixels, `frames` frames, `batch` clips per rank and micro-step."""
+    size: int
+    frames: int
+    probability: float
+    batch: int
+
+
+# ---- finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_sources(data, data_root=""):
+    """Sources of a folder (recursive), of a single file, or of an annotation {"list": [{"path": "a.mp4"}, ...]}, whose
+    paths are relative to `data_root` (default: the annotation's folder). Nothing is opened. DataError says what is wrong."""
+    if not data:
+        raise DataError("no data given: set data=FOLDER, data=FILE or data=ANNOTATION.json")
+    if not os.path.exists(data):
+        raise DataError(f"data: {data!r} does not exist")
+    if os.path.isdir(data):
+        sources = []
+        for folder, folders, files in os.walk(data, followlinks=False):
+            folders.sort()
+            for file in sorted(files):
+                if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("."):
+                    path = os.path.join(folder, file)
+                    sources.append(Source(path, os.path.relpath(path, data).replace(os.sep, "/")))
+        if not sources:
+            raise DataError(f"data: no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}) under {data!r}")
+        return sources
+    if data.lower().endswith(".json"):
+        root = data_root or os.path.dirname(data)
+        return [Source(os.path.join(root, path), path) for path in read_annotation(data)]
+    return [Source(data, os.path.basename(data))]
+
+
+def read_annotation(path):
+    """The paths in an annotation file, each once, in order."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)["list"]
+        paths = [entry["path"] for entry in entries]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise DataError(f"data: {path!r} is no annotation like {{\"list\": [{{\"path\": \"a.mp4\"}}]}} "
+                        f"({type(error).__name__}: {error})") from None
+    if not paths or not all(isinstance(p, str) and p and "\0" not in p for p in paths):
+        raise DataError(f"data: {path!r} must list at least one entry, and every \"path\" must be a file name")
+    return list(dict.fromkeys(paths))
+
+
+def probe(sources, workers=8):
+    """Open every source and read its first frame. Returns (readable sources with their frame counts, [(path, why not)])."""
+    def look(source):
+        try:
+            return source._replace(frames=open_source(source.path)[0]), None
+        except DataError as error:
+            return source, str(error)
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(look, sources)
+        if len(sources) > 200:
+            from tqdm import tqdm
+            results = tqdm(results, total=len(sources), desc="looking at the data", unit="file")
+        results = list(results)
+    readable = [source for source, problem in results if problem is None]
+    return readable, [(source.path, problem) for source, problem in results if problem is not None]
+
+
+def open_source(path):
+    """(frames by the container's word, frames per second, first frame H W 3 BGR uint8); DataError if there is none."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise DataError(error.strerror.lower()) from None
+    if not stat.S_ISREG(info.st_mode):
+        raise DataError("not a regular file")
+    if info.st_size == 0:
+        raise DataError("empty file")
+    if path.lower().endswith(IMAGE_SUFFIXES):
+        return 1, 0.0, read_image(path)
+    capture = open_video(path)
+    count, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
+    ok, frame = capture.read()
+    if not ok or frame is None:
+        raise DataError("no frame can be decoded (damaged, or this OpenCV has no decoder for its codec)")
+    return int(count) if 1 <= count < 1e8 else 1, fps, frame
+
+
+def open_video(path):
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # named, or OpenCV goes on to read a%d.mp4 as an image series
+    if not capture.isOpened():
+        raise DataError("not a video")
+    return capture
+
+
+def read_image(path):
+    """H W 3 BGR uint8, turned upright as its EXIF data says."""
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except (OSError, cv2.error) as error:
+        raise DataError(f"not readable ({type(error).__name__})") from None
+    if image is None:
+        raise DataError("not an image")
+    return image
+
+
+def split_sources(sources, val_fraction):
+    """(train, validation). A file's side follows from its key alone, so adding files moves none of the others.
+
+    The one exception: if no file falls into the validation share, the one nearest to it is taken.
+    """
+    if val_fraction <= 0 or len(sources) < 2:
+        return list(sources), []
+    place = {s: int.from_bytes(hashlib.sha256(s.key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2 ** 64
+             for s in sources}
+    limit = max(val_fraction, min(place.values()))
+    val = [s for s in sources if place[s] < val_fraction or place[s] == limit]
+    if len(val) == len(sources):  # a handful of files and a large share: keep something to train on
+        val = [s for s in val if place[s] < max(place.values())]
+    return [s for s in sources if s not in set(val)], val
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_frames(path, place, frames, delta):
+    """`frames` frames of a video, every `delta`-th, from the place 0 <= place < 1 among those where the clip fits.
+
+    Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). Too short a video is read with a
+    smaller spacing, and its last frame repeated; a count that the container got wrong is corrected. DataError if nothing
+    can be read.
+    """
+    capture = open_video(path)
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    first, spacing = fit_clip(count, place, frames, delta)
+    clip = grab_frames(capture, first, frames, spacing)
+    if len(clip) == frames:
+        return clip, first, spacing, []
+    notes, real = [], count_frames(path)
+    if real == 0:
+        raise DataError("no frame can be decoded")
+    if real != count:
+        notes.append(f"the container says {count} frames, {real} can be read")
+    first, spacing = fit_clip(real, place, frames, delta)
+    clip = grab_frames(open_video(path), first, frames, spacing)
+    if not clip:  # seeking fails in some damaged files that can be read from the start
+        first, clip = 0, grab_frames(open_video(path), 0, frames, spacing)
+    if not clip:
+        raise DataError("frames can be counted but not read")
+    if len(clip) < frames:
+        notes.append(f"only {real} frames, {frames} wanted: the last is repeated")
+    return clip + clip[-1:] * (frames - len(clip)), first, spacing, notes
+
+
+def fit_clip(count, place, frames, delta):
+    """First frame and spacing of a clip in a video of `count` frames; the spacing shrinks until the clip fits."""
+    if frames > 1:
+        delta = max(1, min(delta, (count - 1) // (frames - 1)))
+    return int(place * max(1, count - (frames - 1) * delta)), delta
+
+
+def grab_frames(capture, first, frames, spacing):
+    """Up to `frames` frames. Seeks once; frames between are grabbed, which skips their conversion to BGR."""
+    if first > 0 and not capture.set(cv2.CAP_PROP_POS_FRAMES, first):
+        return []
+    clip = []
+    while len(clip) < frames:
+        ok, frame = capture.read()
+        if not ok or frame is None:
+            break
+        clip.append(frame)
+        if len(clip) < frames and not all(capture.grab() for _ in range(spacing - 1)):
+            break
+    return clip
+
+
+def count_frames(path):
+    capture, count = open_video(path), 0
+    while capture.grab():
+        count += 1
+    return count
+
+
+class VideoReader:
+    """All frames of a video or image, in order: `for frame in VideoReader(path)` gives H W 3 RGB uint8.
+
+    Has `fps` (25 if the container names none), `frames` (by the container's word), `height`, `width`. DataError if it
+    is no video.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.frames, fps, first = open_source(path)
+        self.fps = fps if np.isfinite(fps) and 0 < fps <= 1000 else 25.0
+        self.height, self.width = first.shape[:2]
+
+    def __iter__(self):
+        if self.path.lower().endswith(IMAGE_SUFFIXES):
+            yield cv2.cvtColor(read_image(self.path), cv2.COLOR_BGR2RGB)
+            return
+        capture = open_video(self.path)
+        while True:
+            ok, frame = capture.read()
+            if not ok or frame is None:
+                return
+            if frame.shape[:2] != (self.height, self.width):  # a stream may change its size half-way
+                frame = cv2.resize(frame, (self.width, self.height), interpolation=cv2.INTER_AREA)
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+
+# ---- augmentation -----------------------------------------------------------------------------------------------------
+
+
+class Augment(NamedTuple):
+    """How training clips are varied; every choice is drawn once per clip and is the same for all of its frames."""
+    random_crop: bool = True      # a square of random side and place; off: the largest centred square
+    min_crop: float = 0.0         # smallest side of that square, as a part of the frame's shorter side (never < size)
+    flip: bool = True             # left-right, half of the time
+    color_jitter: float = 0.0     # brightness, contrast, saturation by up to this factor; hue by a quarter of it
+    blur: float = 0.0             # probability of a Gaussian blur with a deviation of 0.2 to 1.5 pixels
+
+
+def finish_clip(frames, size, augment, rng):
+    """Crop, resize, flip, colour, blur: list of H W 3 BGR uint8 -> T size size 3 RGB uint8.
+
+    Cropping comes before resizing and resizing before colour conversion: each step then touches fewer pixels.
+    """
+    side, y, x = 1.0, 0.5, 0.5  # side as a part of the shorter edge; place as a part of what is left
+    if augment.random_crop:
+        shorter = min(frames[0].shape[:2])
+        low = min(1.0, max(augment.min_crop, size / shorter))
+        side, y, x = rng.uniform(low, 1.0), rng.random(), rng.random()
+    flip = augment.flip and rng.random() < 0.5
+    clip = np.empty((len(frames), size, size, 3), np.uint8)
+    for out, frame in zip(clip, frames):
+        height, width = frame.shape[:2]
+        edge = max(1, round(side * min(height, width)))
+        top, left = round(y * (height - edge)), round(x * (width - edge))
+        frame = frame[top:top + edge, left:left + edge]
+        if edge != size:
+            frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA if edge > size else cv2.INTER_CUBIC)
+        cv2.cvtColor(frame[:, ::-1] if flip else frame, cv2.COLOR_BGR2RGB, dst=out)
+    if augment.color_jitter > 0:
+        clip = jitter_color(clip, augment.color_jitter, rng)
+    if augment.blur > 0 and rng.random() < augment.blur:
+        sigma = rng.uniform(0.2, 1.5)
+        clip = np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) for frame in clip])
+    return clip
+
+
+def jitter_color(clip, strength, rng):
+    """Brightness, contrast and saturation as one 3x4 colour matrix, hue as a rotation about the grey axis."""
+    brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
+    angle = 2 * np.pi * 0.25 * strength * rng.uniform(-1, 1)
+    grey = np.full((3, 3), 1 / 3)
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    hue = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) * grey + np.sin(angle) * cross
+    matrix = brightness * contrast * (saturation * hue + (1 - saturation) * grey)
+    offset = brightness * (1 - contrast) * clip.mean()
+    matrix = np.column_stack([matrix, np.full(3, offset)]).astype(np.float32)
+    return np.stack([cv2.transform(frame, matrix) for frame in clip])
+
+
+# ---- datasets ---------------------------------------------------------------------------------------------------------
+
+
+class TrainClips(Dataset):
+    """Training samples by Key. Images serve as clips of one frame, or, with `image_sequences`, as clips of `frames`
+    images drawn at random."""
+
+    def __init__(self, sources, seed=0, min_frame_delta=1, max_frame_delta=1, augment=Augment(), image_sequences=False):
+        self.seed, self.deltas, self.augment = seed, (min_frame_delta, max_frame_delta), augment
+        self.image_sequences = image_sequences
+        self.images = [s for s in sources if s.is_image]
+        self.videos = [s for s in sources if not s.is_image]
+        self.sources = list(sources)
+
+    def pool(self, frames):
+        """The sources that can give clips of `frames` frames: an epoch is one pass over them."""
+        return self.sources if frames == 1 or self.image_sequences else self.videos
+
+    def check(self, bucket):
+        if not self.pool(bucket.frames):
+            raise DataError(f"the training data holds only images, which give no clips of {bucket.frames} frames: "
+                            "use frames=1, or image_sequences=true for clips of unrelated images")
+
+    def __getitem__(self, key):
+        """{"video": uint8 T 3 H W tensor (memory order T H W 3), "notes": [(path, what was odd)]}"""
+        pool, notes = self.pool(key.frames), []
+        order = np.random.default_rng((self.seed, key.epoch)).permutation(len(pool))
+        for attempt in range(MAX_REPLACEMENTS):
+            rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt))
+            source = pool[order[key.index] if attempt == 0 else rng.integers(len(pool))]
+            try:
+                frames, odd = self.read(source, key.frames, rng)
+            except DataError as error:
+                notes.append((source.path, f"{error}; another file took its place"))
+                continue
+            clip = torch.from_numpy(finish_clip(frames, key.size, self.augment, rng))
+            return {"video": clip.permute(0, 3, 1, 2), "notes": notes + [(source.path, note) for note in odd]}
+        raise DataError(f"{MAX_REPLACEMENTS} files in a row could not be read, the last {notes[-1][0]!r}: {notes[-1][1]}")
+
+    def read(self, source, frames, rng):
+        delta, place = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
+        if not source.is_image:
+            clip, _, _, notes = read_frames(source.path, place, frames, delta)
+            return clip, notes
+        more = rng.choice(len(self.images), frames - 1, replace=len(self.images) < frames) if frames > 1 else []
+        return [read_image(source.path), *(read_image(self.images[i].path) for i in more)], []
+
+
+class ValClips(Dataset):
+    """Fixed clips: of each video `per_video`, evenly spread, consecutive frames, the largest centred square."""
+
+    def __init__(self, sources, size, frames, per_video=1, limit=0):
+        videos = [s for s in sources if frames == 1 or not s.is_image]
+        self.items = [(s, (k + 0.5) / per_video) for k in range(per_video) for s in videos if k == 0 or not s.is_image]
+        self.items = self.items[:limit or None]
+        self.size, self.frames = size, frames
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        """{"video": uint8 T 3 H W, "notes": [...]}; an unreadable file gives a video of 0 frames and a note."""
+        source, place = self.items[i]
+        try:
+            frames, notes = ([read_image(source.path)], []) if source.is_image else \
+                read_frames(source.path, place, self.frames, 1)[::3]
+        except DataError as error:
+            return {"video": torch.empty(0, 3, self.size, self.size, dtype=torch.uint8),
+                    "notes": [(source.path, f"{error}; left out of the validation")]}
+        clip = finish_clip(frames, self.size, Augment(random_crop=False, flip=False), None)
+        return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2), "notes": [(source.path, note) for note in notes]}
+
+
+class TrainSchedule(Sampler):
+    """Which samples each micro-batch of this rank holds, without end, from optimizer step `step` and sample `sample` on.
+
+    A step draws one bucket for all ranks, by (seed, step), and takes the next `world * accumulation * batch` samples:
+    the same ones however they are spread over ranks and micro-steps.
+    """
+
+    def __init__(self, clips, buckets, seed, world=1, rank=0, accumulation=1, step=0, sample=0):
+        self.pool_size = {b.frames: len(clips.pool(b.frames)) for b in buckets}
+        self.buckets, self.seed, self.world, self.rank = buckets, seed, world, rank
+        self.accumulation, self.step, self.sample = accumulation, step, sample
+
+    def bucket(self, step):
+        weights = np.array([b.probability for b in self.buckets])
+        return self.buckets[np.random.default_rng((self.seed, step, 1)).choice(len(weights), p=weights / weights.sum())]
+
+    def __iter__(self):
+        step, sample = self.step, self.sample
+        while True:
+            bucket = self.bucket(step)
+            for _ in range(self.accumulation):
+                mine = range(sample + self.rank * bucket.batch, sample + (self.rank + 1) * bucket.batch)
+                yield [Key(*divmod(i, self.pool_size[bucket.frames]), bucket.size, bucket.frames) for i in mine]
+                sample += self.world * bucket.batch
+            step += 1
+
+
+def collate(samples):
+    """-> {"video": uint8 N T 3 H W (memory order N T H W 3), "notes": [...]}"""
+    video = torch.stack([s["video"].permute(0, 2, 3, 1) for s in samples]).permute(0, 1, 4, 2, 3)
+    return {"video": video, "notes": [note for s in samples for note in s["notes"]]}
+
+
+def start_worker(_):
+    cv2.setNumThreads(0)  # the workers are the parallelism
+    torch.set_num_threads(1)
+
+
+def worker_context():
+    """Workers fork from a clean helper process: forking this one, with its threads, can hang them."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data"])  # imports torch and cv2 once, not once per worker
+    return context
+
+
+def make_loader(clips, workers, pin_memory=False, **kwargs):
+    with warnings.catch_warnings():  # "may create too many workers": the user's number stands
+        warnings.simplefilter("ignore", UserWarning)
+        return DataLoader(clips, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
+                          worker_init_fn=start_worker, persistent_workers=False,
+                          multiprocessing_context=worker_context() if workers else None,
+                          prefetch_factor=4 if workers else None, **kwargs)
+
+
+def default_workers(device_type):
+    """Per rank: on a CPU, where the model needs the cores, one; else the cores are shared out, 16 at most."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 1 if device_type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // ranks))
+
+
+def load_val(clips, rank, world, log):
+    """This rank's share of the validation clips, decoded once and kept: [uint8 T 3 H W, ...]. `log(line)` gets oddities."""
+    share = []
+    for i in range(rank, len(clips), world):
+        sample = clips[i]
+        for path, note in sample["notes"]:
+            log(f"validation: {path}: {note}")
+        if len(sample["video"]):
+            share.append(sample["video"])
+    return share
+
+
+# ---- demo set ---------------------------------------------------------------------------------------------------------
+
+
+def make_demo(folder, videos=32, frames=48, size=128, seed=0):
+    """Write `videos` synthetic clips (train/) and a quarter as many more (val/) unless they are there already.
+
+    Moving textured shapes, camera pans over noise of several scales, and fades between two of these; seconds to make.
+    """
+    if os.path.isdir(folder):
+        return
+    building = f"{folder}.{os.getpid()}.tmp"
+    for part, count in (("train", videos), ("val", videos // 4)):
+        os.makedirs(os.path.join(building, part), exist_ok=True)
+        for i in range(count):
+            rng = np.random.default_rng((seed, part == "val", i))
+            clip = demo_clip(i % 3, frames, size, rng)
+            path = os.path.join(building, part, f"{('shapes', 'pan', 'fade')[i % 3]}_{i:02d}.mp4")
+            writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), 25, (size, size))
+            if not writer.isOpened():
+                raise DataError(f"{path!r} cannot be written")
+            for frame in clip:
+                writer.write(frame)
+            writer.release()
+    os.rename(building, folder)
+
+
+def demo_clip(kind, frames, size, rng):
+    """kind 0: shapes over noise, 1: a pan, 2: a fade between the two. Returns T H W 3 uint8."""
+    if kind == 2:
+        a, b = demo_clip(0, frames, size, rng), demo_clip(1, frames, size, rng)
+        weight = np.linspace(0, 1, frames)
+        return [cv2.addWeighted(p, 1 - w, q, w, 0) for p, q, w in zip(a, b, weight)]
+    world = demo_texture(3 * size, rng)
+    start, speed = rng.uniform(0, size, 2) + size / 2, rng.uniform(-1, 1, 2) * (2.0 if kind else 0.5)
+    shapes = [] if kind else [(rng.uniform(0, size, 2), rng.uniform(-2.5, 2.5, 2), rng.uniform(0.08, 0.3) * size,
+                               rng.uniform(-0.1, 0.1), int(rng.integers(2)), demo_texture(size, rng))
+                              for _ in range(rng.integers(2, 6))]
+    clip = []
+    for t in range(frames):
+        move = np.float32([[1, 0, -(start + speed * t)[0]], [0, 1, -(start + speed * t)[1]]])
+        frame = cv2.warpAffine(world, move, (size, size), borderMode=cv2.BORDER_REFLECT)
+        for place, velocity, radius, spin, sides, texture in shapes:
+            x, y = (place + velocity * t) % size
+            mask = np.zeros((size, size), np.uint8)
+            if sides:
+                box = cv2.boxPoints(((float(x), float(y)), (2 * radius, 1.4 * radius), np.degrees(spin * t)))
+                cv2.fillConvexPoly(mask, box.astype(np.int32), 255, cv2.LINE_AA)
+            else:
+                cv2.circle(mask, (int(x), int(y)), int(radius), 255, -1, cv2.LINE_AA)
+            alpha = mask[..., None].astype(np.float32) / 255
+            frame = (frame * (1 - alpha) + texture * alpha).astype(np.uint8)
+        clip.append(frame)
+    return clip
+
+
+def demo_texture(size, rng):
+    """Coloured noise: a sum of octaves with random strength, about a random colour."""
+    texture = np.full((size, size, 3), rng.uniform(60, 200, 3), np.float32)
+    for cells in (3, 8, 24, 72):
+        noise = rng.normal(0, rng.uniform(2, 40), (cells, cells, 1)) + rng.normal(0, 8, (cells, cells, 3))
+        texture += cv2.resize(noise.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip(texture, 0, 255).astype(np.uint8)

@@ -1,0 +1,96 @@
+"""What a run writes for people: lines on the screen and in train.log, TensorBoard's curves, pictures and clips."""
+import io
+import json
+import os
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Logbook:
+    """Writes to `folder`. Only rank 0 speaks, except that each rank notes oddities of the data that it met."""
+
+    def __init__(self, folder, rank):
+        self.folder, self.rank, self.noted, self.board = folder, rank, set(), None
+        if rank == 0:
+            os.makedirs(folder, exist_ok=True)
+
+    def __call__(self, line, screen=True):
+        if self.rank > 0:
+            return
+        if screen:
+            tqdm.write(line)
+        self.write(line)
+
+    def write(self, line):
+        with open(os.path.join(self.folder, "train.log"), "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def start(self, config, step):
+        """Save the resolved configuration and open TensorBoard's file; curves past `step` are a stopped run's, and go."""
+        if self.rank > 0:
+            return
+        with open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2)
+        self("config: " + json.dumps(config), screen=False)
+        self.board = SummaryWriter(self.folder, purge_step=step)
+
+    def notes(self, notes):
+        """[(path, what was odd)] of a batch: each once, counted, from whichever rank met it."""
+        for note in notes:
+            if note not in self.noted:
+                self.noted.add(note)
+                self.write(f"data, rank {self.rank}, oddity {len(self.noted)}: {note[0]}: {note[1]}")
+
+    def scalars(self, step, **values):
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name.replace("__", "/"), value, step)
+
+    def pictures(self, step, shown):
+        """[(original, reconstruction)], T 3 H W in [0, 1] each: middle frames side by side, the first clip as a moving picture."""
+        if self.board is None:
+            return
+        for i, (original, output) in enumerate(shown):
+            pair = torch.cat([original, output], -1)  # T 3 H 2W
+            self.board.add_image(f"val/clip_{i}", pair[len(pair) // 2], step)
+            if i == 0 and len(pair) > 1:
+                self.moving_picture("val/video", pair, step)
+
+    def moving_picture(self, name, frames, step):
+        """T 3 H W in [0, 1] as an animated GIF; SummaryWriter.add_video would need moviepy."""
+        from PIL import Image  # comes with tensorboard
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        images = [Image.fromarray(f) for f in (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+        buffer = io.BytesIO()
+        images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=120, loop=0)
+        picture = Summary.Image(height=frames.shape[-2], width=frames.shape[-1], colorspace=3,
+                                encoded_image_string=buffer.getvalue())
+        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+
+    def close(self):
+        if self.board is not None:
+            self.board.close()
+
+
+def summary(model, size, frames, device):
+    """Parameters and output shape of every layer, and of the whole, for one clip of `frames` x `size` x `size`."""
+    lines, hooks = ["layer                          parameters  output (frames, channels, height, width)"], []
+    for part in ("encoder", "decoder"):
+        for i, layer in enumerate(getattr(model, part)):
+            def note(layer, _, output, name=f"{part}.{i} {type(layer).__name__}"):
+                lines.append(f"{name:30} {count(layer):10,}  {tuple(output.shape)}")
+            hooks.append(layer.register_forward_hook(note))
+    video = torch.zeros(1, frames, 3, size, size, device=device)
+    with torch.no_grad():
+        output, info = model(video)
+    for hook in hooks:
+        hook.remove()
+    return "\n".join([*lines, f"{'all':30} {count(model):10,}  video {tuple(video.shape)} -> "
+                              f"latents {tuple(info['latents'].shape)} -> video {tuple(output.shape)}"])
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,98 @@
+"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, and exact sums of them over clips and ranks.
+
+All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
+This file works alone: torch, and lpips where LPIPS is asked for.
+"""
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+
+def mse(output, target):
+    """Mean squared error per image."""
+    return (output.float() - target.float()).square().mean((-3, -2, -1))
+
+
+def psnr(output, target):
+    """Peak signal-to-noise ratio per image, dB, for a peak of 1; infinite for equal images. As scikit-image."""
+    return -10 * mse(output, target).log10()
+
+
+def ssim(output, target):
+    """Structural similarity per image (Wang et al. 2004): 11 x 11 Gaussian window of deviation 1.5, mean over channels.
+
+    As scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1. ValueError for
+    images smaller than 11 pixels.
+    """
+    height, width = output.shape[-2:]
+    if min(height, width) < 11:
+        raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {height}x{width}")
+    x = torch.arange(11, device=output.device, dtype=torch.float32) - 5
+    window = torch.exp(-x.square() / (2 * 1.5 ** 2))
+    window = window / window.sum()
+
+    def blur(maps):  # B 1 H W -> B 1 H-10 W-10, separable
+        return F.conv2d(F.conv2d(maps, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+
+    a = output.float().reshape(-1, 1, height, width)
+    b = target.float().reshape(-1, 1, height, width)
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+                  / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2)))
+    return similarity.mean((-3, -2, -1)).view(output.shape[:-2]).mean(-1)
+
+
+BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
+
+
+def load_lpips(net="alex", device="cpu"):
+    """(function of (output, target) -> LPIPS per image, "") or (None, why it cannot be had).
+
+    The lpips package brings its own small weights, and downloads its backbone ("alex" or "vgg") on first use.
+    """
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    way_out = f"LPIPS is left out: its backbone is not here. Place {BACKBONES[net]} (torchvision's) in {folder}"
+    try:
+        import lpips
+    except ImportError:
+        return None, "LPIPS is left out: pip install lpips"
+    try:
+        with warnings.catch_warnings():  # lpips calls torchvision by an old name
+            warnings.simplefilter("ignore", UserWarning)
+            model = lpips.LPIPS(net=net, verbose=False).to(device).eval().requires_grad_(False)
+    except OSError as error:  # URLError is one: no network
+        return None, f"{way_out} ({error})"
+
+    @torch.no_grad()
+    def distance(output, target):
+        a, b = (v.float().reshape(-1, *v.shape[-3:]) * 2 - 1 for v in (output, target))
+        return model(a, b).view(output.shape[:-3])
+    return distance, ""
+
+
+class Mean:
+    """Sums of per-image values over all ranks, reduced once: `add` on each rank, then `reduce`, which all ranks call.
+
+    Every image counts once and equally, however the clips are spread over the ranks.
+    """
+
+    def __init__(self, *names):
+        self.names = names
+        self.sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+
+    def add(self, **values):
+        """values: per-image tensors of equal shape, one for each name."""
+        sums = torch.stack([values[name].cpu().double().sum() for name in self.names])
+        self.sums += torch.cat([sums, sums.new_tensor([values[self.names[0]].numel()])])
+
+    def reduce(self, group=None):
+        """{name: mean over all ranks of `group`, ..., "count": images}; NaN if nothing was added."""
+        if group is not None:
+            torch.distributed.all_reduce(self.sums, group=group)
+        *sums, count = self.sums.tolist()
+        return {**{name: s / count if count else float("nan") for name, s in zip(self.names, sums)}, "count": int(count)}

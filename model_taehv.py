@@ -1,0 +1,562 @@
+"""TAEHV: tiny video autoencoders that speak the latent space of a big video VAE.
+
+    model = load_taehv("taew2_1.pth")                # published or own weights; the variant is recognised
+    latents = model.encode(video)                    # N T 3 H W in [0, 1]  ->  N T/4 16 H/8 W/8
+    video = model.decode(latents)                    # ... and back, clamped to [0, 1]
+
+This file works alone: it needs torch, and tqdm only where a progress bar is asked for. State_dict names, shapes and
+results are those of github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and streams
+alike, everything is channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four
+times less work there), and `targets()` says which input frames an output stands for.
+
+Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
+"""
+import math
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# name: (patch size, latent channels, encoder time pooling, decoder time growth, decoder architecture)
+VARIANTS = {
+    "taehv":          (1, 16, (2, 2, 1), (1, 2, 2), None),     # Hunyuan Video
+    "taew2_1":        (1, 16, (2, 2, 1), (1, 2, 2), None),     # Wan 2.1, Qwen Image
+    "taeos1_3":       (1, 16, (2, 2, 1), (1, 2, 2), None),     # Open-Sora 1.3
+    "taecvx":         (1, 16, (2, 2, 1), (1, 2, 2), None),     # CogVideoX: even latent counts are not trimmed
+    "taew2_2":        (2, 48, (2, 2, 1), (1, 2, 2), None),     # Wan 2.2 5B
+    "taew2_2_super":  (2, 48, (2, 2, 1), (1, 2, 2), "super"),
+    "taehv1_5":       (2, 32, (2, 2, 1), (1, 2, 2), None),     # Hunyuan Video 1.5
+    "taehv1_5_super": (2, 32, (2, 2, 1), (1, 2, 2), "super"),
+    "taeltx_2":       (4, 128, (2, 2, 2), (2, 2, 2), None),    # LTX-2
+    "taeltx2_3":      (4, 128, (2, 2, 2), (2, 2, 2), None),    # LTX-2.3
+    "taeh3":          (2, 24, (2, 2, 1), (1, 2, 2), None),     # MiniMax H3: chunks of 17 frames <-> 5 latents
+}
+H3_FRAMES, H3_LATENTS, H3_DROPPED = 17, 5, 3  # per chunk; the last three latents of a clip are dropped
+
+
+def conv(n_in, n_out, **kwargs):
+    return nn.Conv2d(n_in, n_out, 3, padding=1, **kwargs)
+
+
+class Clamp(nn.Module):
+    """Soft clamp of the latents to (-3, 3)."""
+
+    def forward(self, x):
+        return torch.tanh(x / 3) * 3
+
+
+class MemBlock(nn.Module):
+    """Residual block that sees a frame and the one before it. x, past: (frames, C, H, W)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.conv = nn.Sequential(conv(n_in * 2, n_out), nn.ReLU(inplace=True),
+                                  conv(n_out, n_out), nn.ReLU(inplace=True), conv(n_out, n_out))
+        self.skip = nn.Conv2d(n_in, n_out, 1, bias=False) if n_in != n_out else nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x, past):
+        return self.act(self.conv(torch.cat([x, past], 1)) + self.skip(x))
+
+
+class SuperMemBlock(nn.Module):
+    """The super decoder's memory block: 7x7 depthwise convolution, then an inverted bottleneck."""
+
+    def __init__(self, n_f):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(n_f * 2, n_f * 2, 7, padding=3, groups=n_f * 2, bias=False),
+                                  nn.Conv2d(n_f * 2, n_f * 4, 1), nn.ReLU(inplace=True),
+                                  nn.Conv2d(n_f * 4, n_f, 1, bias=False))
+
+    def forward(self, x, past):
+        return self.conv(torch.cat([x, past], 1)) + x
+
+
+class TPool(nn.Module):
+    """Joins `stride` consecutive frames into one: (frames, C, H, W) -> (frames / stride, C, H, W)."""
+
+    def __init__(self, n_f, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(n_f * stride, n_f, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(torch.cat([x[i::self.stride] for i in range(self.stride)], 1))
+
+
+class TGrow(nn.Module):
+    """Splits one frame into `stride`: (frames, C, H, W) -> (frames * stride, C, H, W)."""
+
+    def __init__(self, n_f, stride):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(n_f, n_f * stride, 1, bias=False)
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.stride == 1:
+            return x
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (self.stride, -1))  # F H W s C: a plain reshape would lose
+        return x.permute(0, 3, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)  # the channels-last layout
+
+
+def build_encoder(patch_size, latent_channels, pooling):
+    layers = [conv(3 * patch_size ** 2, 64), nn.ReLU(inplace=True)]
+    for stride in pooling:
+        layers += [TPool(64, stride), conv(64, 64, stride=2, bias=False), *(MemBlock(64, 64) for _ in range(3))]
+    return nn.Sequential(*layers, conv(64, latent_channels))
+
+
+def build_decoder(patch_size, latent_channels, growth, space):
+    widths = [256, 128, 64, 64]
+    layers = [Clamp(), conv(latent_channels, widths[0]), nn.ReLU(inplace=True)]
+    for n_in, n_out, time, scale in zip(widths, widths[1:], growth, space):
+        layers += [*(MemBlock(n_in, n_in) for _ in range(3)),
+                   nn.Upsample(scale_factor=scale), TGrow(n_in, time), conv(n_in, n_out, bias=False)]
+    return nn.Sequential(*layers, nn.ReLU(inplace=True), conv(widths[-1], 3 * patch_size ** 2))
+
+
+def build_super_decoder(patch_size, latent_channels, growth, space):
+    widths = [512, 256, 128, 64]
+    layers = [nn.Conv2d(latent_channels, widths[0], 1, bias=False)]
+    for n_in, n_out, time, scale in zip(widths, widths[1:], growth, space):
+        layers += [*(SuperMemBlock(n_in) for _ in range(3)),
+                   conv(n_in, n_out * scale ** 2), nn.ReLU(inplace=True), nn.PixelShuffle(scale), TGrow(n_out, time)]
+    return nn.Sequential(*layers, conv(widths[-1], 3 * patch_size ** 2))
+
+
+def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
+    """Run encoder or decoder blocks over N T C H W frames; returns N T' C' H' W'.
+
+    `memory` (a dict, filled in place) holds the last input frame of every memory block, N C H W, so that the next
+    piece of the same clips can be run in a later call; None or empty means that the clips begin here (zeros).
+    """
+    n = video.shape[0]
+    x = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    order = list(enumerate(blocks))
+    for i in range(len(order) - 1):  # growing time before enlarging space gives the same numbers for less work
+        if isinstance(blocks[i], nn.Upsample) and isinstance(blocks[i + 1], TGrow):
+            order[i], order[i + 1] = order[i + 1], order[i]
+    for i, block in order if progress is None else progress(order):
+        if isinstance(block, (MemBlock, SuperMemBlock)):
+            first = memory.get(i) if memory else None
+            if first is None:
+                first = x.new_zeros(n, *x.shape[1:])
+            t = x.shape[0] // n
+            past = torch.cat([p for k in range(n) for p in (first[k:k + 1], x[k * t:(k + 1) * t - 1])])
+            if memory is not None:
+                memory[i] = x[t - 1::t]
+            x = checkpoint(block, x, past, use_reentrant=False) if checkpointing else block(x, past)
+        else:
+            x = block(x)
+    return x.unflatten(0, (n, -1))
+
+
+class TAEHV(nn.Module):
+    """One autoencoder of the family.
+
+    variant: a row of VARIANTS. The other arguments override its row: patch_size, latent_channels,
+    encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
+    decoder_space_upscale (three booleans), arch_variant (None or "super"). Upscaling that is switched off in the
+    decoder alone makes a cheaper preview of the same latents. ValueError for a combination that makes no sense.
+    """
+
+    def __init__(self, variant="taehv", patch_size=None, latent_channels=None, encoder_time_downscale=None,
+                 decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown TAEHV variant {variant!r}; there are {', '.join(VARIANTS)}")
+        row_patch, row_channels, row_pooling, row_growth, row_arch = VARIANTS[variant]
+        self.variant = variant
+        self.patch_size = patch_size or row_patch
+        self.latent_channels = latent_channels or row_channels
+        self.image_channels = 3
+        pooling = strides(encoder_time_downscale, "encoder_time_downscale") or row_pooling
+        growth = strides(decoder_time_upscale, "decoder_time_upscale") or row_growth
+        space = strides(decoder_space_upscale, "decoder_space_upscale") or (2, 2, 2)
+        self.arch_variant = arch_variant or row_arch
+        if self.arch_variant not in (None, "super"):
+            raise ValueError(f"unknown arch_variant {self.arch_variant!r}; there are None and 'super'")
+        self.time_factor = math.prod(pooling)
+        self.space_factor = 8 * self.patch_size
+        self.t_downscale, self.t_upscale = self.time_factor, math.prod(growth)  # the published names
+        self.frames_to_trim = self.t_upscale - 1
+        self.space_upscale = math.prod(space) * self.patch_size
+        # A preview decoder gives some frames of each latent; these are their places among its time_factor frames.
+        full = growth if self.t_upscale == self.time_factor else row_growth
+        if math.prod(full) != self.time_factor or any(g > f for g, f in zip(growth, full)):
+            raise ValueError(f"the encoder joins {self.time_factor} frames into a latent, which decoder_time_upscale "
+                             f"{growth} cannot undo: the strides must multiply to {self.time_factor}, or switch off "
+                             f"some of {row_growth} for a preview")
+        self.frame_places = [0]
+        for g, f in zip(growth, full):
+            self.frame_places = [p * f + k for p in self.frame_places for k in range(f - g, f)]
+        self.is_h3, self.is_cogvideox = variant == "taeh3", variant == "taecvx"
+        self.encoder = build_encoder(self.patch_size, self.latent_channels, pooling)
+        build = build_super_decoder if self.arch_variant == "super" else build_decoder
+        self.decoder = build(self.patch_size, self.latent_channels, growth, space)
+        nn.init.constant_(self.decoder[-1].bias, 0.5)  # start at mid-grey, as the published training notebook does
+        self.gradient_checkpointing = False
+        self.config = dict(variant=variant, patch_size=self.patch_size, latent_channels=self.latent_channels,
+                           encoder_time_downscale=list(pooling), decoder_time_upscale=list(growth),
+                           decoder_space_upscale=[s == 2 for s in space], arch_variant=self.arch_variant)
+
+    # ---- frame counts and alignment: here, and nowhere else -------------------------------------------------------
+
+    def latent_frames(self, frames):
+        """How many latents `frames` input frames give."""
+        if self.is_h3:
+            return H3_LATENTS * math.ceil(frames / H3_FRAMES) - H3_DROPPED
+        return math.ceil(frames / self.time_factor)
+
+    def frame_index(self, frames):
+        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for.
+
+        Numbers past the clip's end (H3 and CogVideoX give such frames) stand for repetitions of its last frame.
+        """
+        latents = self.latent_frames(frames)
+        places = [self.time_factor * k + p for k in range(latents) for p in self.frame_places]
+        if self.is_h3:
+            chunk = H3_LATENTS * self.time_factor  # 3 blank frames and 17 of the clip
+            places = [self.time_factor * k + p for k in range(-(-latents // H3_LATENTS) * H3_LATENTS)
+                      for p in self.frame_places]
+            size = H3_LATENTS * self.t_upscale
+            kept = [p for i, p in enumerate(places) if i % size >= self.frames_to_trim]
+            kept = kept[:len(kept) - H3_DROPPED * self.t_upscale]
+            return [p // chunk * H3_FRAMES + p % chunk - (chunk - H3_FRAMES) for p in kept]
+        if self.is_cogvideox and latents % 2 == 0:
+            return places
+        return [p - (self.time_factor - 1) for p in places[self.frames_to_trim:]]
+
+    def targets(self, video):
+        """The frames that `forward(video)` reconstructs: N T C H W -> N T' C H' W' (a view where possible).
+
+        12 frames give the first 9. A preview decoder gives fewer or smaller frames, and so does this (area average).
+        """
+        index = self.frame_index(video.shape[1])
+        if index == list(range(len(index))) and len(index) <= video.shape[1]:
+            target = video[:, :len(index)]
+        else:
+            target = video[:, [min(i, video.shape[1] - 1) for i in index]]
+        if self.space_upscale != self.space_factor:
+            size = [s * self.space_upscale // self.space_factor for s in video.shape[-2:]]
+            target = F.interpolate(target.flatten(0, 1), size=size, mode="area").unflatten(0, target.shape[:2])
+        return target
+
+    # ---- whole clips ----------------------------------------------------------------------------------------------
+
+    def encode(self, video):
+        """Video N T 3 H W in [0, 1] -> latents N T' C H/s W/s. ValueError if H or W is no multiple of s."""
+        if video.ndim != 5 or video.shape[2] != 3:
+            raise ValueError(f"expected video as N T 3 H W, got shape {tuple(video.shape)}")
+        if any(size % self.space_factor for size in video.shape[-2:]):
+            raise ValueError(f"height and width must be multiples of {self.space_factor}, got "
+                             f"{video.shape[-2]}x{video.shape[-1]}: crop, or pad with torch.nn.functional.pad")
+        return self._encode(video)
+
+    def _encode(self, video, progress=None):
+        n, frames = video.shape[:2]
+        if frames == 0:
+            raise ValueError("a clip of 0 frames cannot be encoded")
+        chunk = H3_FRAMES if self.is_h3 else self.time_factor
+        if frames % chunk:  # pad with the last frame
+            video = torch.cat([video, video[:, -1:].expand(-1, -frames % chunk, -1, -1, -1)], 1)
+        if self.is_h3:  # every chunk is a clip of its own, led by three black frames
+            lead = H3_LATENTS * self.time_factor - H3_FRAMES
+            video = F.pad(video.unflatten(1, (-1, chunk)).flatten(0, 1), (0, 0, 0, 0, 0, 0, lead, 0))
+        latents = self._run(self.encoder, self._unshuffle(video), progress=progress)
+        if self.is_h3:
+            latents = latents.unflatten(0, (n, -1)).flatten(1, 2)[:, :-H3_DROPPED]
+        return latents
+
+    def decode(self, latents):
+        """Latents N T C h w -> video N T' 3 s*h s*w, clamped to [0, 1] except in training mode."""
+        if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
+            raise ValueError(f"expected latents as N T {self.latent_channels} H W, got shape {tuple(latents.shape)}")
+        video = self._decode(latents)
+        return video if self.training else video.clamp(0, 1)
+
+    def _decode(self, latents, progress=None):
+        video = self._run(self.decoder, latents, progress=progress)
+        if self.is_h3:
+            size = H3_LATENTS * self.t_upscale
+            video = F.pad(video, (0, 0, 0, 0, 0, 0, 0, -video.shape[1] % size))
+            video = video.unflatten(1, (-1, size))[:, :, self.frames_to_trim:].flatten(1, 2)
+            video = video[:, :video.shape[1] - H3_DROPPED * self.t_upscale]
+        elif not (self.is_cogvideox and latents.shape[1] % 2 == 0):
+            video = video[:, self.frames_to_trim:]
+        return self._shuffle(video)
+
+    def forward(self, video):
+        """Returns (reconstruction N T' 3 H W, {"latents": ...}); compare it with `targets(video)`."""
+        latents = self.encode(video)
+        return self.decode(latents), {"latents": latents}
+
+    def encode_video(self, x, parallel=True, show_progress_bar=True):
+        """As the published file has it: like `encode`, but any size is taken that the patch size divides.
+
+        parallel=False runs a few frames at a time, in memory that does not grow with the clip.
+        """
+        return self._published(x, self._encode, TAEHVStream.encode, TAEHVStream.flush_encoder, parallel,
+                               show_progress_bar)
+
+    def decode_video(self, x, parallel=True, show_progress_bar=True):
+        """As the published file has it: like `decode`, and always clamped to [0, 1]."""
+        return self._published(x, self._decode, TAEHVStream.decode, TAEHVStream.flush_decoder, parallel,
+                               show_progress_bar).clamp(0, 1)
+
+    def _published(self, x, whole, step, flush, parallel, show_progress_bar):
+        if x.ndim != 5:
+            raise ValueError(f"TAEHV takes N T C H W tensors, got {x.ndim} dimensions")
+        bar = None
+        if show_progress_bar:
+            from tqdm.auto import tqdm as bar
+        if parallel:
+            return whole(x, progress=bar)
+        stream = TAEHVStream(self, total_latents=x.shape[1])
+        pieces = [step(stream, frame) for frame in (bar or iter)(x.split(1, 1))]
+        return torch.cat([*pieces, flush(stream)], 1)
+
+    def stream(self, memory_limit=None, total_latents=None):
+        """A TAEHVStream: the same results, piece by piece. `memory_limit`: bytes for activations (see there)."""
+        return TAEHVStream(self, memory_limit, total_latents)
+
+    def _run(self, blocks, x, memory=None, progress=None):
+        return run_blocks(blocks, x, memory, self.gradient_checkpointing and torch.is_grad_enabled(), progress)
+
+    def _unshuffle(self, video):
+        return F.pixel_unshuffle(video, self.patch_size) if self.patch_size > 1 else video
+
+    def _shuffle(self, video):
+        return F.pixel_shuffle(video, self.patch_size) if self.patch_size > 1 else video
+
+
+class TAEHVStream:
+    """Encodes and decodes clips piece by piece, however the pieces are cut.
+
+        stream = model.stream()
+        for frames in pieces:                      # N t 3 H W, any t
+            show(stream.decode(stream.encode(frames)))
+        show(stream.flush())
+
+    Work is done on fixed groups of frames, counted from the clip's start, so the result does not depend on the
+    cutting, to the bit. `encode` and `decode` return what is complete so far, possibly N 0 C H W. A group is one latent,
+    or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy; on a CPU one is
+    fastest). Memory does not grow with the clip, with one exception: CogVideoX (taecvx) trims its first frames only if the number
+    of latents is odd, so a stream that was not told `total_latents` has to keep all latents until `flush`.
+    """
+
+    def __init__(self, model, memory_limit=None, total_latents=None):
+        self.model, self.memory_limit, self.total_latents = model, memory_limit, total_latents
+        self._frames, self._latents = [], []   # input that waits for a full group, as pieces N t C H W
+        self._last_frame = None
+        self._encoder_memory, self._decoder_memory = {}, {}
+        self._held_latents = self._held_frames = None  # H3 drops its last outputs, so the newest are held back
+        self._empty_latents = self._empty_frames = None
+        self._decoded = 0                      # raw decoder frames so far
+        self._decoding = False
+
+    def _group(self, height, width, itemsize):
+        if self.memory_limit is None:
+            return 1
+        frame = 4 * 64 * itemsize * height * width // self.model.patch_size ** 2  # about four live maps of 64 channels
+        return max(1, int(self.memory_limit // (frame * self.model.time_factor)))
+
+    @torch.no_grad()
+    def encode(self, frames):
+        """Take N t 3 H W frames, return the latents N t' C h w that are complete."""
+        model = self.model
+        if self._empty_latents is None:
+            n, _, _, height, width = frames.shape
+            for _ in range(3):  # as the stride-2 convolutions round; multiples of space_factor come out exact
+                height, width = -(-height // 2), -(-width // 2)
+            self._empty_latents = frames.new_empty(
+                n, 0, model.latent_channels, height // model.patch_size, width // model.patch_size)
+        if frames.shape[1]:
+            self._frames.append(frames)
+            self._last_frame = frames[:, -1:]
+        group = H3_FRAMES if model.is_h3 else model.time_factor * self._group(*frames.shape[-2:], frames.element_size())
+        done = [self._encode_group(piece) for piece in take(self._frames, group)]
+        return torch.cat([self._empty_latents, *done], 1)
+
+    def _encode_group(self, frames):
+        model = self.model
+        if not model.is_h3:
+            return model._run(model.encoder, model._unshuffle(frames), self._encoder_memory)
+        lead = H3_LATENTS * model.time_factor - H3_FRAMES
+        latents = model._run(model.encoder, model._unshuffle(F.pad(frames, (0, 0, 0, 0, 0, 0, lead, 0))))
+        if self._held_latents is not None:
+            latents = torch.cat([self._held_latents, latents], 1)
+        self._held_latents = latents[:, -H3_DROPPED:]
+        return latents[:, :-H3_DROPPED]
+
+    @torch.no_grad()
+    def flush_encoder(self):
+        """End of the clip: pad the last group with the last frame, return the remaining latents."""
+        if self._last_frame is None:
+            return self._empty_latents
+        done = []
+        if self._frames:
+            rest = torch.cat(self._frames, 1)
+            chunk = H3_FRAMES if self.model.is_h3 else self.model.time_factor
+            pad = self._last_frame.expand(-1, -rest.shape[1] % chunk, -1, -1, -1)
+            done.append(self._encode_group(torch.cat([rest, pad], 1)))
+        self._frames, self._last_frame = [], None
+        return torch.cat([self._empty_latents, *done], 1)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Take N t C h w latents, return the frames N t' 3 H W that are complete, in [0, 1]."""
+        model = self.model
+        n, _, _, h, w = latents.shape
+        self._decoding = True
+        if self._empty_frames is None:
+            self._empty_frames = latents.new_empty(n, 0, 3, h * model.space_upscale, w * model.space_upscale)
+        if latents.shape[1]:
+            self._latents.append(latents)
+        if model.is_cogvideox and self.total_latents is None:
+            return self._empty_frames
+        return self._decode_waiting(h, w, latents.element_size())
+
+    def _decode_waiting(self, h, w, itemsize):
+        group = self._group(h * self.model.space_factor, w * self.model.space_factor, itemsize)
+        done = [self._decode_group(piece) for piece in take(self._latents, group)]
+        return torch.cat([self._empty_frames, *done], 1)
+
+    def _decode_group(self, latents):
+        model = self.model
+        frames = model._run(model.decoder, latents, self._decoder_memory)
+        first, self._decoded = self._decoded, self._decoded + frames.shape[1]
+        trim = model.frames_to_trim
+        if model.is_h3:
+            size = H3_LATENTS * model.t_upscale
+            frames = frames[:, [i for i in range(frames.shape[1]) if (first + i) % size >= trim]]
+            if self._held_frames is not None:
+                frames = torch.cat([self._held_frames, frames], 1)
+            keep = max(0, frames.shape[1] - H3_DROPPED * model.t_upscale)
+            frames, self._held_frames = frames[:, :keep], frames[:, keep:]
+        elif not (model.is_cogvideox and self.total_latents % 2 == 0):
+            frames = frames[:, max(0, trim - first):]
+        return model._shuffle(frames).clamp(0, 1)
+
+    @torch.no_grad()
+    def flush_decoder(self):
+        """End of the clip: return the remaining frames."""
+        if self._empty_frames is None:
+            return None
+        model, done = self.model, []
+        if model.is_cogvideox and self.total_latents is None:
+            self.total_latents = sum(piece.shape[1] for piece in self._latents)
+            h, w = (size // model.space_upscale for size in self._empty_frames.shape[-2:])
+            done.append(self._decode_waiting(h, w, self._empty_frames.element_size()))
+        if self._latents:
+            done.append(self._decode_group(torch.cat(self._latents, 1)))
+            self._latents = []
+        if self._held_frames is not None:  # as the published code: blank frames fill the last chunk, 3 latents' worth go
+            blank = -self._decoded % (H3_LATENTS * model.t_upscale) - H3_DROPPED * model.t_upscale
+            held, self._held_frames = self._held_frames, None
+            held = F.pad(held, (0, 0, 0, 0, 0, 0, 0, blank)) if blank > 0 else held[:, :held.shape[1] + blank]
+            done.append(model._shuffle(held).clamp(0, 1))
+        return torch.cat([self._empty_frames, *done], 1)
+
+    def flush(self):
+        """End of the clip: the remaining frames if this stream was decoding, else the remaining latents."""
+        latents = self.flush_encoder()
+        if not self._decoding:
+            return latents
+        frames = [] if latents is None else [self.decode(latents)]
+        return torch.cat([*frames, self.flush_decoder()], 1)
+
+
+def take(pieces, size):
+    """Cut pieces of N t C H W off the front of the list, `size` frames each, and leave the rest in the list."""
+    while sum(piece.shape[1] for piece in pieces) >= size:
+        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+        pieces[:] = [joined[:, size:]] if joined.shape[1] > size else []
+        yield joined[:, :size]
+
+
+def strides(value, name):
+    """(True, True, False) or (2, 2, 1) or two values for the last two stages -> three strides; None stays None."""
+    if value is None:
+        return None
+    value = tuple(2 if v is True else 1 if v is False else v for v in value)
+    value = (1, *value) if len(value) == 2 else value
+    if len(value) != 3 or any(v not in (1, 2) for v in value):
+        raise ValueError(f"{name} takes three booleans or strides of 1 and 2, got {value}")
+    return value
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------------
+
+
+def recognise(state_dict, name=""):
+    """The TAEHV arguments that fit a state_dict, from its names and shapes: {"variant": ..., "patch_size": ..., ...}.
+
+    Plain, Wan 2.1, Open-Sora and CogVideoX weights look alike: `name` (a file's name) decides, and says "taehv" if it
+    holds none of these words. ValueError if these are no TAEHV weights.
+    """
+    def shape(key):
+        if key not in state_dict:
+            raise ValueError(f"no TAEHV weights: {key} is missing")
+        return state_dict[key].shape
+
+    arch = "super" if "decoder.0.weight" in state_dict else None
+    patch = math.isqrt(shape("encoder.0.weight")[1] // 3)
+    channels = shape("encoder.17.weight")[0]
+    pooling = tuple(shape(f"encoder.{i}.conv.weight")[1] // shape(f"encoder.{i}.conv.weight")[0] for i in (2, 7, 12))
+    grow = [f"decoder.{i}.conv.weight" for i in ((7, 14, 21) if arch else (7, 13, 19))]
+    growth = tuple(shape(key)[0] // shape(key)[1] for key in grow)
+    found = dict(patch_size=patch, latent_channels=channels, encoder_time_downscale=pooling,
+                 decoder_time_upscale=growth, arch_variant=arch)
+    fitting = [v for v, row in VARIANTS.items() if row == (patch, channels, pooling, growth, arch)]
+    named = [v for v in sorted(fitting, key=len, reverse=True) if v in os.path.basename(name).lower()]
+    return dict(variant=(named or fitting or ["taehv"])[0], **found)
+
+
+def adapt_state_dict(state_dict, model):
+    """Fit published weights to a preview decoder: where the model grows time less, take the weights of the last frame
+    (as the published code does); where a super decoder enlarges space less, average the sub-pixels."""
+    adapted = dict(state_dict)
+    for key, own in model.state_dict().items():
+        given = adapted.get(key)
+        if given is None or given.shape == own.shape or not key.startswith("decoder."):
+            continue
+        layer = model.decoder[int(key.split(".")[1])]
+        if given.shape[0] % own.shape[0] == 0 and given.shape[1:] == own.shape[1:]:
+            if isinstance(layer, TGrow):
+                adapted[key] = given[-own.shape[0]:]
+            elif model.arch_variant == "super" and given.shape[0] == 4 * own.shape[0]:
+                adapted[key] = given.unflatten(0, (-1, 4)).mean(1)
+    return adapted
+
+
+def load_taehv(path, variant=None, **overrides):
+    """Build the TAEHV that a .pth or .safetensors file of plain weights describes; runs no code from the file.
+
+    `variant` settles what shapes cannot (see `recognise`); `overrides` are TAEHV's other arguments, say
+    decoder_time_upscale=(False, False) for a preview. ValueError if the weights do not fit.
+    """
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file  # pip install safetensors
+        state_dict = load_file(str(path))
+    else:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    arguments = recognise(state_dict, str(path))
+    if variant is not None:
+        arguments["variant"] = variant
+    model = TAEHV(**{**arguments, **overrides})
+    missing, unexpected = [], []
+    adapted = adapt_state_dict(state_dict, model)
+    own = model.state_dict()
+    wrong = [f"{k} is {tuple(adapted[k].shape)}, not {tuple(own[k].shape)}"
+             for k in own if k in adapted and adapted[k].shape != own[k].shape]
+    missing, unexpected = [k for k in own if k not in adapted], [k for k in adapted if k not in own]
+    if wrong or missing or unexpected:
+        problems = wrong + [f"{k} is missing" for k in missing] + [f"{k} is unknown" for k in unexpected]
+        raise ValueError(f"{path} does not fit TAEHV variant {arguments['variant']}: {problems[0]}"
+                         + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    model.load_state_dict(adapted)
+    return model.eval()

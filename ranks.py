@@ -1,0 +1,102 @@
+"""What the ranks of a run do together: starting, agreeing, stopping, and reducing gradients.
+
+The rule behind this file: no rank leaves a step alone. A fault or a wish to stop is a flag; all ranks agree on the flags
+at one place of every step, and then do the same thing.
+"""
+import os
+import signal
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def start_ranks(device, timeout_minutes):
+    """(rank, world size, process group for the host's own messages); one rank and no group without torchrun."""
+    if "RANK" not in os.environ:
+        return 0, 1, None
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    # Ranks agree over this group: between CPUs, so that no GPU has to be waited for.
+    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    return dist.get_rank(), dist.get_world_size(), control
+
+
+def agree(control, *flags):
+    """Each flag, true if it is true on any rank: then all ranks act on it at the same place, and none waits alone."""
+    if control is None:
+        return tuple(bool(f) for f in flags)
+    votes = torch.tensor([float(bool(f)) for f in flags])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control)
+    return tuple(bool(v) for v in votes)
+
+
+def from_rank_0(control, make):
+    """What make() returns on rank 0, on every rank. An error there is raised everywhere, or the others would wait."""
+    if control is None:
+        return make()
+    box = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [(make(), None)]
+        except Exception as error:  # raised again below, on every rank
+            box = [(None, error)]
+    dist.broadcast_object_list(box, src=0, group=control)
+    value, error = box[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def gather(control, value):
+    """[every rank's value], on every rank."""
+    if control is None:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=control)
+    return values
+
+
+class StopSignal:
+    """True once SIGTERM, SIGINT or SIGUSR1 has come. A second one ends the process at once (launchers repeat a signal
+    within moments: those count as one)."""
+
+    def __init__(self):
+        self.since = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, _):
+        if self.since is None:
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > 2:
+            os._exit(128 + number)
+
+    def __bool__(self):
+        return self.since is not None
+
+
+class Gradients:
+    """All gradients in one flat buffer that each parameter's .grad looks into: one reduction, one norm, no copies."""
+
+    def __init__(self, parameters, world):
+        self.world = world
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        start = 0
+        for p in parameters:
+            p.grad = self.flat.as_strided(p.shape, p.stride(), start)
+            start += p.numel()
+
+    def reduce(self, limit):
+        """Mean over the ranks, scaled to a norm of at most `limit`. Returns (norm, 1.0 where it is not finite, else 0.0).
+
+        One rank's NaN or infinity is in the sum, so all ranks see it. Nothing here waits for the GPU.
+        """
+        if self.world > 1:
+            dist.all_reduce(self.flat)
+            self.flat.div_(self.world)
+        norm = torch.linalg.vector_norm(self.flat)
+        if limit > 0:
+            self.flat.mul_((limit / (norm + 1e-6)).clamp(max=1))
+        return norm, 1.0 - norm.isfinite().float()
