@@ -465,7 +465,7 @@ def load_val(clips, rank, world, log):
 # ---- demo set ---------------------------------------------------------------------------------------------------------
 
 
-def make_demo(folder, videos=32, frames=48, size=128, seed=0):
+def make_demo(folder, videos=24, frames=40, size=96, seed=0):
     """Write `videos` synthetic clips (train/) and a quarter as many more (val/) unless they are there already.
 
     Moving textured shapes, camera pans over noise of several scales, and fades between two of these; seconds to make.

@@ -149,6 +149,7 @@ def reconstruct(source, name, model, device, dtype, lpips, options):
     latent_picture = f"latent_visualizations/{name}_latents.png"
     data.cv2.imwrite(os.path.join(options.out, latent_picture), report.latent_picture(np.stack(picture))[..., ::-1])
     count = counts["mse"]
+    notes += sorted({writer.note for writer in outputs.writers.values() if writer.note})
     if min(reader.height, reader.width) < 11:
         notes.append("no SSIM: it needs 11x11 pixels")
     return dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
@@ -180,7 +181,7 @@ class Outputs:
         self.paths, self.out, self.fps, self.writers = videos, out, 1.0 if is_image else reader.fps, {}
 
     def write(self, original, output):
-        pair = report.side_by_side([original, output], ["original", "reconstruction"])
+        pair = report.side_by_side([original, output], ["original", "reconstruction"], max_width=1920)
         for kind, frame in zip(self.paths, (original, output, pair)):
             if kind not in self.writers:
                 path = os.path.join(self.out, self.paths[kind])
@@ -335,7 +336,7 @@ def run(options):
     os.makedirs(options.out, exist_ok=True)
     model.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False)
     print(f"{options.checkpoint}: {words}; {describe(device)}, {str(dtype).removeprefix('torch.')}")
-    names = {}
+    names = set()
     for path, reader in zip(latent_files, readers):
         name = report.safe_name(path.removesuffix(LATENTS), names)
         print("wrote", decode_file(reader, name, model, device, dtype, options))

@@ -1,0 +1,48 @@
+"""Clips and helpers that the tests share."""
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
+    """A small moving-texture video; frame t is brighter than frame t - 1."""
+    rng = np.random.default_rng(seed)
+    texture = cv2.resize(rng.integers(0, 160, (12, 16, 3), dtype=np.uint8), (width * 2, height * 2))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    fourcc = cv2.VideoWriter_fourcc(*("MJPG" if path.endswith(".avi") else "mp4v"))
+    writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, fourcc, fps, (width, height))
+    assert writer.isOpened()
+    for t in range(frames):
+        writer.write(texture[t % height:t % height + height, 2 * t % width:2 * t % width + width] + np.uint8(3 * t))
+    writer.release()
+    return path
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder of six readable videos."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(6):
+        write_clip(str(folder / f"sub{i % 2}" / f"clip{i}.mp4"), seed=i)
+    return str(folder)
+
+
+def command(*arguments, ranks=0):
+    """The command line that runs a script of the repository, on `ranks` processes if that is not 0."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+def run(*arguments, ranks=0, cwd, expect=0, timeout=240):
+    """Run it to its end; returns what it printed. Fails if the exit code is not `expect`."""
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(*arguments, ranks=ranks), cwd=cwd, env=environment, timeout=timeout,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == expect, done.stdout[-4000:]
+    return done.stdout

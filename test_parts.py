@@ -1,0 +1,492 @@
+"""Models, data, metrics, checkpoints and settings, each by itself. Minutes: under one."""
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import checkpoint
+import config
+import data
+import metrics
+import model_taehv
+from conftest import ROOT, write_clip
+from golden.fill import fill_, make_input
+from losses import PIXEL_LOSSES, pixel_loss
+from model_taehv import TAEHV, VARIANTS, MemBlock, SuperMemBlock, TGrow, TPool, load_taehv, recognise
+
+
+# ---- TAEHV ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["taehv", "taecvx", "taew2_1", "taew2_2"])
+def test_taehv_computes_what_the_published_code_does(name):
+    golden = torch.load(os.path.join(ROOT, "golden", f"{name}.pt"), weights_only=True)
+    model = TAEHV(name).eval()
+    assert [(k, tuple(v.shape)) for k, v in model.state_dict().items()] == [(k, tuple(s)) for k, s in golden["params"]]
+    fill_(model.state_dict())
+    inputs = {k: make_input(*spec) for k, spec in golden["inputs"].items()}
+    with torch.no_grad():
+        encoded, decoded = model.encode(inputs["video"]), model.decode(inputs["latent"])
+        old = model.encode_video(inputs["video"], parallel=False, show_progress_bar=False)
+    for ours, theirs in ((encoded, golden["outputs"]["encoded"]), (decoded, golden["outputs"]["decoded"]), (old, encoded)):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def published(blocks, x):
+    """The published whole-clip routine in its own layout: reshapes, zero-padded memory, no reordering."""
+    n = x.shape[0]
+    x = x.flatten(0, 1)
+    for block in blocks:
+        if isinstance(block, (MemBlock, SuperMemBlock)):
+            video = x.unflatten(0, (n, -1))
+            past = F.pad(video, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1)
+            x = block(x, past)
+        elif isinstance(block, TPool):
+            x = block.conv(x.reshape(-1, block.stride * x.shape[1], *x.shape[2:]))
+        elif isinstance(block, TGrow):
+            x = block.conv(x).reshape(-1, *x.shape[1:])
+        else:
+            x = block(x)
+    return x.unflatten(0, (n, -1))
+
+
+@pytest.mark.parametrize("name", ["taeh3", "taeltx_2", "taehv1_5_super", "taecvx"])
+def test_other_variants_follow_the_published_rules(name):
+    model = TAEHV(name).eval()
+    fill_(model.state_dict())
+    size, patch = model.space_factor, model.patch_size
+    unshuffle = lambda v: F.pixel_unshuffle(v, patch) if patch > 1 else v
+    shuffle = lambda v: (F.pixel_shuffle(v, patch) if patch > 1 else v).clamp(0, 1)
+    for frames in (5, 18, 24):
+        video = make_input("rand", (2, frames, 3, size, size), frames)
+        with torch.no_grad():
+            if name == "taeh3":  # 17-frame chunks led by three black frames; the last three latents go
+                padded = torch.cat([video, video[:, -1:].repeat(1, -frames % 17, 1, 1, 1)], 1).reshape(-1, 17, 3, size, size)
+                latents = published(model.encoder, unshuffle(F.pad(padded, (0, 0, 0, 0, 0, 0, 3, 0))))
+                latents = latents.reshape(2, -1, *latents.shape[2:])[:, :-3]
+                raw = published(model.decoder, latents)
+                raw = F.pad(raw, (0, 0, 0, 0, 0, 0, 0, -raw.shape[1] % 20)).unflatten(1, (-1, 20))[:, :, 3:].flatten(1, 2)
+                expected = shuffle(raw[:, :-12])
+            else:
+                padded = torch.cat([video, video[:, -1:].repeat(1, -frames % model.time_factor, 1, 1, 1)], 1)
+                latents = published(model.encoder, unshuffle(padded))
+                trim = 0 if name == "taecvx" and latents.shape[1] % 2 == 0 else model.frames_to_trim
+                expected = shuffle(published(model.decoder, latents))[:, trim:]
+            output, info = model(video)
+        assert info["latents"].shape == latents.shape and torch.allclose(info["latents"], latents, atol=1e-4)
+        assert output.shape == expected.shape and torch.allclose(output, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["taehv", "taecvx", "taeh3"])
+@pytest.mark.parametrize("frames", [1, 12, 19])
+def test_stream_gives_the_whole_clip_however_it_is_cut(name, frames):
+    model = TAEHV(name).eval()
+    size = model.space_factor
+    video = torch.rand(1, frames, 3, size, size)
+    with torch.no_grad():
+        whole, info = model(video)
+    results = []
+    for cut in (1, 5, frames):
+        stream = model.stream()
+        pieces = [stream.decode(stream.encode(piece)) for piece in video.split(cut, 1)]
+        results.append(torch.cat([*pieces, stream.flush()], 1))
+        stream = model.stream()
+        latents = torch.cat([*(stream.encode(piece) for piece in video.split(cut, 1)), stream.flush()], 1)
+        assert torch.allclose(latents, info["latents"], atol=1e-5)
+    assert all(torch.equal(results[0], other) for other in results), "the cutting changes bits"
+    assert results[0].shape == whole.shape and torch.allclose(results[0], whole, atol=1e-5)
+    stream = model.stream(memory_limit=1 << 20)  # groups of several latents
+    grouped = torch.cat([*(stream.decode(stream.encode(piece)) for piece in video.split(3, 1)), stream.flush()], 1)
+    assert torch.allclose(grouped, whole, atol=1e-5)
+
+
+def test_targets_are_the_frames_that_latents_reveal():
+    """A decoder that copies brightness shows which input frame each output stands for."""
+    model = TAEHV().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        # Encoder: red of each frame -> channel 0; TPools keep the last frame of a group. Decoder: latents that hold the
+        # frame number, all frames of a group alike, so only the last of each group can be told: frames 0, 4, 8.
+        model.encoder[0].weight[0, 0, 1, 1] = 1
+        for i in (2, 7, 12):
+            stride = model.encoder[i].stride
+            model.encoder[i].conv.weight[0, 64 * (stride - 1)] = 1
+        for i in (3, 8, 13):
+            model.encoder[i].weight[0, 0, 1, 1] = 1
+        model.encoder[17].weight[0, 0, 1, 1] = 1
+    clip = (torch.arange(12) / 12).view(1, 12, 1, 1, 1).expand(1, 12, 3, 8, 8)
+    latents = model.encode(clip)
+    assert torch.allclose(latents[0, :, 0, 0, 0], clip[0, 3::4, 0, 0, 0])
+    assert torch.equal(model.targets(clip), clip[:, :9]), "12 frames come back as the first 9"
+    assert model.frame_index(13) == list(range(13))
+    assert TAEHV("taehv", decoder_time_upscale=(False, False)).frame_index(12) == [0, 4, 8]
+    assert TAEHV("taecvx").frame_index(8) == list(range(8)) and TAEHV("taecvx").frame_index(12) == list(range(9))
+    assert TAEHV("taeh3").frame_index(22) == list(range(22))
+    small = TAEHV("taehv", decoder_space_upscale=(False, False, False))
+    assert small.targets(clip).shape == small.eval()(clip)[0].shape == (1, 9, 3, 1, 1)
+
+
+def test_previews_take_the_last_frames_weights(tmp_path):
+    full = TAEHV("taehv").eval()
+    fill_(full.state_dict())
+    path = str(tmp_path / "taehv.pth")
+    torch.save(full.state_dict(), path)
+    preview = load_taehv(path, decoder_time_upscale=(False, False))
+    for i, channels in ((7, 256), (13, 128), (19, 64)):
+        assert torch.equal(preview.decoder[i].conv.weight, full.decoder[i].conv.weight[-channels:])
+    latents = torch.randn(1, 3, 16, 4, 4)
+    with torch.no_grad():
+        assert torch.allclose(preview.decode(latents), published(preview.decoder, latents).clamp(0, 1), atol=1e-5)
+    superb = TAEHV("taehv1_5_super")
+    torch.save(superb.state_dict(), tmp_path / "s.pth")
+    assert load_taehv(str(tmp_path / "s.pth"), decoder_space_upscale=(False,) * 3).decode(
+        torch.randn(1, 2, 32, 3, 3)).shape == (1, 5, 3, 6, 6)
+
+
+def test_weights_are_recognised_by_shape_and_then_by_name(tmp_path):
+    for name in VARIANTS:
+        found = recognise(TAEHV(name).state_dict(), f"some/{name}.pth")
+        assert found["variant"] == name
+        assert TAEHV(**found).config == TAEHV(name).config
+    assert recognise(TAEHV("taecvx").state_dict())["variant"] == "taehv"
+    assert recognise(TAEHV("taeh3").state_dict())["variant"] == "taeh3"
+    odd = TAEHV("taehv", latent_channels=4, patch_size=2)
+    assert TAEHV(**recognise(odd.state_dict())).config == odd.config
+    from safetensors.torch import save_file
+    save_file(TAEHV("taew2_2").state_dict(), tmp_path / "x.safetensors")
+    model, words = checkpoint.load_model(tmp_path / "x.safetensors")
+    assert model.config == TAEHV("taew2_2").config and "taew2_2" in words
+    assert checkpoint.load_model(tmp_path / "x.safetensors", decoder_time_upscale=(False, False))[0].t_upscale == 1
+
+
+def test_wrong_shapes_are_named():
+    with pytest.raises(ValueError, match="multiples of 8, got 30x32"):
+        TAEHV().encode(torch.rand(1, 4, 3, 30, 32))
+    with pytest.raises(ValueError, match="N T 16 H W"):
+        TAEHV().decode(torch.rand(1, 4, 15, 4, 4))
+    with pytest.raises(ValueError, match="cannot undo"):
+        TAEHV(encoder_time_downscale=(2, 2, 2))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    model, video = TAEHV().train(), torch.rand(1, 4, 3, 16, 16)
+    grads = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(video)[0].square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
+
+
+# ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_samples_depend_on_seed_epoch_and_index_only(clips):
+    sources, refused = data.probe(data.find_sources(clips))
+    assert len(sources) == 6 and not refused and all(s.frames == 24 for s in sources)
+    make = lambda seed=0: data.TrainClips(sources, seed, 1, 3, data.Augment(color_jitter=0.2, blur=0.5))
+    a, b = make(), make()
+    for index in (5, 0, 3):
+        a[data.Key(0, index, 32, 4)]  # what was read before plays no part
+    key = data.Key(2, 3, 32, 4)
+    assert a[key]["video"].shape == (4, 3, 32, 32) and a[key]["video"].dtype == torch.uint8
+    assert torch.equal(a[key]["video"], b[key]["video"])
+    assert not torch.equal(a[key]["video"], make(1)[key]["video"])
+    assert not torch.equal(a[key]["video"], a[key._replace(epoch=3)]["video"])
+    schedule = lambda **kw: data.TrainSchedule(a, [data.Bucket(32, 4, 1.0, 2)], 0, **kw)
+    batches = {}
+    for workers in (0, 2):
+        loader = iter(data.make_loader(a, workers, batch_sampler=schedule()))
+        batches[workers] = [next(loader)["video"] for _ in range(3)]
+        del loader
+    assert all(torch.equal(x, y) for x, y in zip(batches[0], batches[2]))
+
+
+def test_schedule_gives_each_step_the_same_samples_for_any_spread(clips):
+    dataset = data.TrainClips(data.probe(data.find_sources(clips))[0])
+    buckets = [data.Bucket(32, 4, 0.7, 2), data.Bucket(64, 1, 0.3, 3)]
+
+    def steps(world, accumulation, count=30, **kw):
+        per_rank = [iter(data.TrainSchedule(dataset, buckets, 0, world, rank, accumulation, **kw)) for rank in range(world)]
+        return [sorted(key for rank in per_rank for _ in range(accumulation) for key in next(rank)) for _ in range(count)]
+    reference = steps(1, 4)
+    assert steps(2, 2) == steps(4, 1) == reference
+    assert {key.size for step in reference for key in step} == {32, 64}
+    assert all(len({(key.size, key.frames) for key in step}) == 1 for step in reference), "one shape per step"
+    assert steps(1, 4, 10, step=20, sample=sum(len(s) for s in reference[:20])) == reference[20:]
+    first_epoch = [key.index for step in steps(1, 1, 3) for key in step][:6]
+    assert sorted(first_epoch) == list(range(6)), "an epoch is one pass"
+
+
+def test_split_is_by_file_and_survives_additions():
+    sources = [data.Source(f"/x/{i}.mp4", f"{i}.mp4") for i in range(300)]
+    train, val = data.split_sources(sources[:200], 0.1)
+    more_train, more_val = data.split_sources(sources, 0.1)
+    assert set(train) | set(val) == set(sources[:200]) and not set(train) & set(val)
+    assert set(train) <= set(more_train) and set(val) <= set(more_val) and 8 <= len(val) <= 35
+    assert all(data.split_sources(sources[:n], 0.01)[1] for n in (2, 3, 5)), "a few files: one is held out all the same"
+    assert data.split_sources(sources[:1], 0.5) == (sources[:1], []) and data.split_sources(sources, 0)[1] == []
+
+
+def test_damaged_and_odd_files_are_refused_padded_or_replaced(tmp_path):
+    good = write_clip(str(tmp_path / "good.mp4"))
+    short = write_clip(str(tmp_path / "short.mp4"), frames=3)
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "text.png").write_text("no image")
+    with open(good, "rb") as file:
+        whole = file.read()
+    (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 2])
+    sources, refused = data.probe(data.find_sources(str(tmp_path)))
+    assert sorted(s.key for s in sources) == ["good.mp4", "short.mp4"]
+    reasons = {os.path.basename(path): reason for path, reason in refused}
+    assert reasons.keys() == {"empty.mp4", "text.mp4", "pipe.mp4", "text.png", "cut.mp4"}
+    assert reasons["empty.mp4"] == "empty file" and reasons["pipe.mp4"] == "not a regular file"
+    frames, _, _, notes = data.read_frames(short, 0.5, 5, 2)
+    assert len(frames) == 5 and np.array_equal(frames[2], frames[4]) and "only 3 frames" in notes[0]
+    # a file that disappears or breaks after the start is replaced, by the same one each time, and named
+    dataset = data.TrainClips([*sources, data.Source(str(tmp_path / "gone.mp4"), "gone.mp4")])
+    samples = [dataset[data.Key(0, i, 32, 4)] for i in range(3)]
+    notes = [note for s in samples for note in s["notes"]]
+    assert all(s["video"].shape == (4, 3, 32, 32) for s in samples)
+    assert [os.path.basename(path) for path, note in notes if "took its place" in note] == ["gone.mp4"]
+    with pytest.raises(data.DataError, match="in a row could not be read"):
+        data.TrainClips([data.Source(str(tmp_path / "gone.mp4"), "gone.mp4")])[data.Key(0, 0, 32, 4)]
+
+
+def test_a_container_that_lies_about_its_length(tmp_path, monkeypatch):
+    path = write_clip(str(tmp_path / "a.mp4"), frames=10)
+
+    real = cv2.VideoCapture
+
+    class Liar:
+        def __init__(self, *arguments):
+            self.capture = real(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+        def get(self, what):
+            return 100.0 if what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
+    monkeypatch.setattr(data.cv2, "VideoCapture", Liar)
+    frames, first, delta, notes = data.read_frames(path, 0.9, 4, 2)
+    assert len(frames) == 4 and first + 3 * delta < 10 and delta == 2
+    assert notes == ["the container says 100 frames, 10 can be read"]
+
+
+def test_frames_are_the_right_ones_upright_and_rgb(tmp_path):
+    path = str(tmp_path / "a.avi")
+    writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48))
+    for t in range(20):
+        writer.write(np.full((48, 64, 3), (0, 0, 10 * t), np.uint8))  # red, brighter with time
+    writer.release()
+    frames, first, delta, _ = data.read_frames(path, 0.5, 4, 3)
+    assert first == int(0.5 * 11) and delta == 3
+    assert [round(f[..., 2].mean() / 10) for f in frames] == [first, first + 3, first + 6, first + 9]
+    clip = data.TrainClips([data.Source(path, "a", 20)])[data.Key(0, 0, 32, 2)]["video"]
+    assert clip[:, 0].float().mean() > 10 * clip[:, 2].float().mean(), "red comes first"
+    val = data.ValClips([data.Source(path, "a", 20)], 32, 4, per_video=2)
+    assert len(val) == 2 and torch.equal(val[1]["video"], val[1]["video"])
+    assert val[1]["video"].float().mean() > val[0]["video"].float().mean()
+
+
+def test_annotations_images_and_sequences(tmp_path):
+    write_clip(str(tmp_path / "v" / "a.mp4"))
+    for i in range(4):
+        cv2.imwrite(str(tmp_path / "v" / f"{i}.{('png', 'jpg', 'webp')[i % 3]}"), np.full((40, 50, 3), 60 * i, np.uint8))
+    (tmp_path / "list.json").write_text(json.dumps({"list": [{"path": "a.mp4"}, {"path": "0.png", "caption": "x"}, {"path": "no.mp4"}]}))
+    sources, refused = data.probe(data.find_sources(str(tmp_path / "list.json"), str(tmp_path / "v")))
+    assert [s.key for s in sources] == ["a.mp4", "0.png"] and refused[0][1] == "no such file or directory"
+    images, _ = data.probe([s for s in data.find_sources(str(tmp_path / "v")) if s.is_image])
+    assert len(images) == 4 and data.TrainClips(images)[data.Key(0, 0, 32, 1)]["video"].shape == (1, 3, 32, 32)
+    sequence = data.TrainClips(images, image_sequences=True)[data.Key(0, 1, 32, 4)]["video"]
+    assert len({round(float(f.float().mean())) for f in sequence}) >= 2, "unrelated images"
+    with pytest.raises(data.DataError, match="only images"):
+        data.TrainClips(images).check(data.Bucket(32, 4, 1.0, 1))
+    for text in ("", "[]", '{"list": []}', '{"list": [{"path": 3}]}', '{"list": [{"file": "a"}]}', "{" * 100000):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(data.DataError, match="bad.json"):
+            data.find_sources(str(tmp_path / "bad.json"))
+
+
+def test_demo_set(tmp_path):
+    data.make_demo(str(tmp_path / "demo"), videos=4, frames=6, size=32)
+    train, refused = data.probe(data.find_sources(str(tmp_path / "demo" / "train")))
+    assert len(train) == 4 and not refused and train[0].frames == 6
+    a = data.demo_clip(0, 3, 32, np.random.default_rng(1))
+    assert all(np.array_equal(x, y) for x, y in zip(a, data.demo_clip(0, 3, 32, np.random.default_rng(1))))
+
+
+# ---- metrics, losses --------------------------------------------------------------------------------------------------
+
+
+def test_psnr_and_ssim_are_scikit_images():
+    rng = np.random.default_rng(0)
+    a = rng.random((2, 3, 40, 53))
+    b = np.clip(a + 0.1 * rng.normal(size=a.shape), 0, 1)
+    ours = [f(torch.from_numpy(b)[None], torch.from_numpy(a)[None])[0] for f in (metrics.psnr, metrics.ssim)]
+    for i in range(2):
+        x, y = a[i].transpose(1, 2, 0), b[i].transpose(1, 2, 0)
+        assert abs(ours[0][i] - peak_signal_noise_ratio(x, y, data_range=1)) < 1e-4
+        assert abs(ours[1][i] - structural_similarity(x, y, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+                                                      use_sample_covariance=False)) < 1e-4
+    assert metrics.psnr(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)).item() == float("inf")
+    with pytest.raises(ValueError, match="11x11"):
+        metrics.ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
+
+
+def test_mean_counts_every_image_once():
+    mean = metrics.Mean("a")
+    mean.add(a=torch.tensor([[1.0, 2.0]]))
+    mean.add(a=torch.tensor([[6.0]]))
+    assert mean.reduce() == {"a": 3.0, "count": 3}
+
+
+def test_lpips_is_there_or_says_how_to_get_it(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    function, note = metrics.load_lpips("alex")
+    assert function is None and "alexnet-owt-7be5be79.pth" in note and str(tmp_path) in note
+    from torchvision.models import alexnet  # any weights show that the measure works once the file is in place
+    os.makedirs(tmp_path / "hub" / "checkpoints", exist_ok=True)
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    function, note = metrics.load_lpips("alex")
+    a = torch.rand(1, 2, 3, 64, 64)
+    assert note == "" and function(a, a).abs().max() < 1e-6 and function(a, 1 - a).shape == (1, 2)
+
+
+def test_pixel_losses():
+    a, b = torch.zeros(2, 3), torch.full((2, 3), 0.5)
+    assert [round(pixel_loss(kind, a, b).item(), 3) for kind in PIXEL_LOSSES] == [0.5, 0.25, 0.5]
+    assert set(PIXEL_LOSSES) == set(config.CHOICES["pixel_loss"])
+    with pytest.raises(ValueError, match="differ in shape"):
+        pixel_loss("l1", a, b[:1])
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def run_state(step, value=0.0):
+    model = torch.nn.Linear(64, 64)
+    torch.nn.init.constant_(model.weight, value)
+    return dict(step=step, model_name="taehv", model_config={}, model=model.state_dict(), ema=model.state_dict())
+
+
+def test_newest_good_checkpoint_is_found(tmp_path):
+    for step in range(1, 6):
+        assert checkpoint.save_run(str(tmp_path), run_state(step, step), keep_last=4) == ""
+    files = [os.path.basename(p) for p in checkpoint.checkpoints(str(tmp_path))]
+    assert files == [f"step_0000000{i}.pt" for i in (5, 4, 3, 2)]
+    with open(tmp_path / "step_00000005.pt", "r+b") as file:   # a flipped bit
+        file.seek(os.path.getsize(file.name) // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 16]))
+    with open(tmp_path / "step_00000004.pt", "r+b") as file:   # cut short
+        file.truncate(300)
+    path, problems = checkpoint.newest_checkpoint(str(tmp_path))
+    assert os.path.basename(path) == "step_00000003.pt" and len(problems) == 2
+    (tmp_path / "step_00000009.pt").touch()
+    (tmp_path / "step_00000010.pt.123.tmp").write_bytes(b"half")
+    assert os.path.basename(checkpoint.newest_checkpoint(str(tmp_path))[0]) == "step_00000003.pt"
+
+
+def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path, monkeypatch):
+    assert checkpoint.save_run(str(tmp_path), run_state(1), 3) == ""
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in checkpoint.save_run(str(tmp_path), run_state(2), 3)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == ["model.pth", "step_00000001.pt"]
+    assert checkpoint.save_run(str(tmp_path), run_state(3), 3) == ""
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_files_from_strangers_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_config": Bomb()}, "bomb.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({"a": torch.ones(1)}, "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello")
+    state = {k: v[:1] if k == "decoder.8.weight" else v for k, v in TAEHV().state_dict().items()}
+    torch.save(state, "cut.pth")
+    for name, words in (("bomb.pt", "holds code"), ("list.pt", "holds a list"), ("other.pth", "no TAEHV weights"),
+                        ("text.pth", "holds code|no file of weights"), ("text.safetensors", "damaged"), ("cut.pth", "decoder.8.weight is"),
+                        ("missing.pt", "does not exist"), (".", "holds no best.pt")):
+        with pytest.raises(checkpoint.CheckpointError, match=words) as caught:
+            checkpoint.load_model(name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert not os.path.exists("exploded")
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_parsed_and_checked():
+    cfg = config.load_config(["taehv", "data=x", "lr=1e-3", "flip=false", "--batch-size=2"])
+    assert (cfg.data, cfg.lr, cfg.flip, cfg.batch_size, cfg.name) == ("x", 1e-3, False, 2, "taehv")
+    assert config.load_config([]).data == "demo"
+    assert config.parse_buckets(config.load_config(["buckets=64x12:1:8, 128x1:.5:2"])) == [(64, 12, 1.0, 8), (128, 1, 0.5, 2)]
+    for arguments, words in ((["tae"], "did you mean 'taehv'"), (["lrr=1"], "did you mean 'lr'"), (["lr=fast"], "a number"),
+                             (["frames=1.5"], "whole number"), (["flip=maybe"], "true or false"), (["lr"], "unknown preset"),
+                             (["taehv", "lr"], "no key=value"), (["pixel_loss=charbonier"], "did you mean 'charbonnier'"), (["size=8"], "at least 16"),
+                             (["lr=nan"], "at least"), (["buckets=64"], "is not like"), (["val_fraction=1"], "at most"),
+                             (["min_frame_delta=9"], "above max_frame_delta"), (["name=../x"], "letters"),
+                             (["train_encoder=0", "train_decoder=0"], "nothing to train")):
+        with pytest.raises(config.ConfigError, match=words):
+            config.load_config(arguments)
+
+
+def test_every_setting_is_documented_and_read():
+    text = ""
+    for name in os.listdir(ROOT):
+        if name.endswith(".py") and name != "config.py" and not name.startswith(("test_", "conftest")):
+            with open(os.path.join(ROOT, name)) as file:
+                text += file.read()
+    with open(os.path.join(ROOT, "config.py")) as file:
+        parse_buckets = file.read().split("def parse_buckets")[1].split("\ndef ")[0].split("\nCHOICES")[0]
+    help_text = config.usage()
+    for field in dataclasses.fields(config.Config):
+        assert re.search(rf"\b(cfg|config)\.{field.name}\b", text + parse_buckets), f"{field.name} is read nowhere"
+        assert re.search(rf"^  {field.name}=\S*\s+\S", help_text, re.M), f"{field.name} has no comment"
+    for preset in config.PRESETS:
+        config.load_config([preset])
+
+
+@pytest.mark.parametrize("name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config"])
+def test_leaf_files_work_when_copied_alone(name, tmp_path):
+    spec = importlib.util.find_spec(name)
+    shutil.copy(spec.origin, tmp_path)
+    ours = [f[:-3] for f in os.listdir(ROOT) if f.endswith(".py")]
+    code = f"import sys, {name}; assert not (set(sys.modules) & set({ours!r})) - {{{name!r}}}"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_published_names_are_there():
+    assert {"encode_video", "decode_video", "t_downscale", "t_upscale", "frames_to_trim"} <= set(dir(model_taehv.TAEHV()))

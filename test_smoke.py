@@ -1,0 +1,319 @@
+"""The commands themselves, on one and two CPU ranks, with small clips: train, resume, stop, fail, reconstruct."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import infer
+import train
+from conftest import ROOT, command, run, write_clip
+from model_taehv import TAEHV
+
+TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
+SMALL = ["taehv", "size=16", "frames=4", "batch_size=1", "workers=0", "val_fraction=0", "warmup_steps=2", "schedule=constant",
+         "precision=fp32", "device=cpu", "log_every=1", "save_every=100", "val_every=100", "color_jitter=0.1"]
+
+
+def weights(folder, step):
+    state = checkpoint.read(os.path.join(folder, f"step_{step:08d}.pt"))
+    return {**{f"model.{k}": v for k, v in state["model"].items()}, **{f"ema.{k}": v for k, v in state["ema"].items()}}
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(clips, tmp_path_factory):
+    """A run folder after 4 steps of two ranks, with validation; and the folder it lies in."""
+    folder = tmp_path_factory.mktemp("trained")
+    output = run(TRAIN, *SMALL, f"data={clips}", "val_fraction=0.3", "max_steps=4", "val_every=2", "save_every=2", "name=two",
+                 "val_clips=3", ranks=2, cwd=folder)
+    return folder, str(folder / "runs" / "two"), output
+
+
+def test_two_ranks_equal_one_with_accumulation(clips, tmp_path):
+    common = [*SMALL, f"data={clips}", "max_steps=5"]
+    run(TRAIN, *common, "name=two", ranks=2, cwd=tmp_path)
+    run(TRAIN, *common, "name=one", "accumulation=2", cwd=tmp_path)
+    run(TRAIN, *common, "name=other", "accumulation=2", "seed=1", cwd=tmp_path)
+    two, one, other = (weights(tmp_path / "runs" / name, 5) for name in ("two", "one", "other"))
+    assert largest_difference(two, one) < 1e-6
+    assert largest_difference(two, other) > 1e-3, "so the comparison can fail"
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(clips, tmp_path):
+    common = [*SMALL, f"data={clips}", "buckets=16x4:0.6:1, 32x1:0.4:2"]
+    run(TRAIN, *common, "name=whole", "max_steps=20", cwd=tmp_path)
+    run(TRAIN, *common, "name=parts", "max_steps=10", cwd=tmp_path)
+    output = run(TRAIN, *common, "name=parts", "max_steps=20", "workers=1", cwd=tmp_path)
+    assert "at step 10" in output
+    whole, parts = (weights(tmp_path / "runs" / name, 20) for name in ("whole", "parts"))
+    assert largest_difference(whole, parts) == 0
+    logs = [re.findall(r"step (1[1-9]|20): (loss \S+)", (tmp_path / "runs" / name / "train.log").read_text()) for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0]) == 10
+
+
+def test_training_leaves_what_it_promises(trained):
+    folder, run_folder, output = trained
+    names = set(os.listdir(run_folder))
+    assert {"step_00000002.pt", "step_00000004.pt", "best.pt", "model.pth", "config.json", "train.log"} <= names
+    log = open(os.path.join(run_folder, "train.log")).read()
+    for words in ("encoder.2 TPool", "all  ", "11,315,539", '"max_steps": 4', "training: ", "held out: ", "validation psnr"):
+        assert words in log, words
+    frames = int(re.search(r"step 4: validation .* over (\d+) frames", log)[1])
+    assert frames == 3 * 1, "3 clips of 4 frames give one frame each: every clip once, on whichever rank"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(run_folder)
+    events.Reload()
+    wanted = {f"train/{n}" for n in ("loss", "reconstruction_loss", "learning_rate", "gradient_norm", "gpu_memory_gb", "clips_per_second")}
+    assert wanted | {"val/mse", "val/psnr", "val/ssim"} <= set(events.Tags()["scalars"])
+    assert "val/clip_0" in events.Tags()["images"]
+    plain = checkpoint.read(os.path.join(run_folder, "model.pth"))
+    assert largest_difference(plain, checkpoint.read(os.path.join(run_folder, "step_00000004.pt"))["ema"]) == 0
+    assert not [k for k in plain if "module." in k or "_orig_mod." in k]
+
+
+def test_validation_is_the_same_on_one_rank(trained, clips):
+    folder, run_folder, _ = trained
+    sources, _ = data.probe(data.find_sources(clips))
+    _, val = data.split_sources(sources, 0.3)
+    val_clips = data.load_val(data.ValClips(val, 16, 4, 2, 3), 0, 1, print)
+    assert len(val_clips) == 3
+    model = TAEHV()
+    model.load_state_dict(checkpoint.read(os.path.join(run_folder, "step_00000004.pt"))["ema"])
+    import contextlib
+    result, _ = train.evaluate(model.eval(), val_clips, torch.device("cpu"), contextlib.nullcontext(), None)
+    logged = re.search(r"step 4: validation psnr (\S+) dB, ssim (\S+), mse (\S+)", open(os.path.join(run_folder, "train.log")).read())
+    assert abs(result["psnr"] - float(logged[1])) < 0.006 and abs(result["ssim"] - float(logged[2])) < 6e-5
+
+
+FAULT = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import train
+original, calls = train.pixel_loss, [0]
+def faulty(*arguments):
+    calls[0] += 1
+    loss = original(*arguments)
+    if dist.get_rank() == 1 and calls[0] in {calls}:
+        {fault}
+    return loss
+train.pixel_loss = faulty
+train.main()
+"""
+
+
+def test_nan_on_one_rank_is_skipped_by_both(clips, tmp_path):
+    (tmp_path / "nan.py").write_text(FAULT.format(root=ROOT, calls=[3, 4], fault="loss = loss * float('nan')"))
+    run("nan.py", *SMALL, f"data={clips}", "max_steps=6", "name=nan", ranks=2, cwd=tmp_path)
+    log = (tmp_path / "runs" / "nan" / "train.log").read_text()
+    assert "2 steps skipped" in log and "step 6: loss" in log
+    state = checkpoint.read(str(tmp_path / "runs" / "nan" / "step_00000006.pt"))
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert {int(v["step"]) for v in state["optimizer"]["state"].values()} == {4}, "6 steps, 2 of them skipped"
+    assert not re.search("step [56]: loss nan", log)
+
+
+def test_too_many_bad_steps_stop_the_run_with_a_checkpoint(clips, tmp_path):
+    (tmp_path / "nan.py").write_text(FAULT.format(root=ROOT, calls="range(3, 99)", fault="loss = loss / 0"))
+    output = run("nan.py", *SMALL, f"data={clips}", "max_steps=30", "max_bad_steps=4", "name=nan", ranks=2, cwd=tmp_path, expect=1)
+    assert "not finite 4 steps in a row at step 6; the run is saved" in output
+    assert (tmp_path / "runs" / "nan" / "step_00000006.pt").exists()
+
+
+def test_out_of_memory_on_one_rank_splits_the_batch_on_both(clips, tmp_path):
+    fault = "raise torch.cuda.OutOfMemoryError('injected')"
+    (tmp_path / "oom.py").write_text(FAULT.format(root=ROOT, calls=[3], fault=fault))
+    run("oom.py", *SMALL, f"data={clips}", "max_steps=4", "batch_size=2", "name=oom", ranks=2, cwd=tmp_path)
+    run(TRAIN, *SMALL, f"data={clips}", "max_steps=4", "batch_size=2", "name=fine", ranks=2, cwd=tmp_path)
+    assert "step 3: out of memory; micro-batches are split in 2" in (tmp_path / "runs" / "oom" / "train.log").read_text()
+    oom, fine = (weights(tmp_path / "runs" / name, 4) for name in ("oom", "fine"))
+    assert largest_difference(oom, fine) < 1e-5, "the step is done again in parts, so nothing is lost"
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(clips, tmp_path):
+    arguments = [TRAIN, *SMALL, f"data={clips}", "name=stopped"]
+    process = subprocess.Popen(command(*arguments, "max_steps=100000"), cwd=tmp_path, stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, limit = tmp_path / "runs" / "stopped" / "train.log", time.monotonic() + 120
+    while not (log.exists() and "step 3: loss" in log.read_text()):
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "stopped by a signal" in output, output
+    step = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
+    output = run(*arguments, f"max_steps={step + 1}", cwd=tmp_path)
+    assert f"at step {step}" in output and f"done: {step + 1} steps" in output
+    assert "nothing to do" in run(*arguments, f"max_steps={step + 1}", cwd=tmp_path)
+
+
+def test_one_clip_can_be_learnt(tmp_path):
+    write_clip(str(tmp_path / "v" / "a.mp4"), frames=5, height=32, width=32)
+    run(TRAIN, *SMALL, "data=v", "name=one", "size=32", "frames=5", "random_crop=false", "flip=false", "color_jitter=0", "max_frame_delta=1",
+        "max_steps=60", "lr=2e-3", "ema_decay=0.9", cwd=tmp_path)
+    psnrs = [float(x) for x in re.findall(r"step \d+: loss \S+ psnr (\S+) dB", (tmp_path / "runs" / "one" / "train.log").read_text())]
+    assert len(psnrs) == 60 and np.mean(psnrs[-5:]) > np.mean(psnrs[:5]) + 6
+
+
+def test_starting_from_weights_and_training_one_half(trained, clips, tmp_path):
+    folder, run_folder, _ = trained
+    common = [*SMALL, f"data={clips}", f"init_from={run_folder}/model.pth", "train_encoder=false", "max_steps=2"]
+    run(TRAIN, *common, "name=half", cwd=tmp_path)
+    before = checkpoint.read(os.path.join(run_folder, "model.pth"))
+    after = checkpoint.read(str(tmp_path / "runs" / "half" / "step_00000002.pt"))["model"]
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all(k.startswith("decoder.") for k in moved)
+
+
+# ---- mistakes: one line, exit code 2, no traceback ----------------------------------------------------------------------
+
+
+def mistake(capsys, monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    output = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and len(output) == 1, output
+    return output[0]
+
+
+def test_mistakes_get_one_line_and_code_2(trained, clips, tmp_path, capsys, monkeypatch):
+    folder, run_folder, _ = trained
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").write_text("x")
+    torch.save({"a": Bomb()}, "bomb.pt")
+    torch.save(TAEHV("taew2_2").state_dict(), "taew2_2.pth")
+    cases = [
+        (["taehv"], "no data given"), (["taehv", "data=nowhere"], "'nowhere' does not exist"),
+        (["taehv", "data=none"], "no video or image"), (["taehv", "data=bad"], "none of the 1 files of 'bad' can be read"),
+        (["taehvv"], "did you mean 'taehv'"), (["frame=3"], "did you mean 'frames'"), (["size=big"], "whole number"),
+        (["taehv", "size=100", f"data={clips}"], "takes multiples of 8"), (["variant=taehw"], "unknown TAEHV variant"),
+        (["taehv", f"data={clips}", "init_from=bomb.pt"], "code"),
+        (["taehv", f"data={clips}", "init_from=taew2_2.pth"], "does not fit"),
+        (["taehv", f"data={clips}", "resume=missing.pt"], "missing.pt"),
+        (["taehv", f"data={clips}", f"out_dir={folder}/runs", "name=two", "variant=taew2_2", "size=32"], "is a checkpoint of"),
+        (["taehv", f"data={clips}", f"out_dir={folder}/runs", "name=two", "resume=none"], "resume=none, but"),
+        (["taehv", f"data={clips}", "device=cuda:77"], "device"),
+    ]
+    for arguments, words in cases:
+        assert words in mistake(capsys, monkeypatch, train, *arguments), arguments
+    for arguments, words in [(["nothing", clips], "'nothing' does not exist"), ([run_folder, "missing.mp4"], "does not exist"),
+                             ([run_folder, "bad/a.mp4"], "not a video"), ([run_folder, "none"], "no video"),
+                             (["bomb.pt", clips], "code"), ([run_folder, "x.latents.npz"], "does not exist")]:
+        assert words in mistake(capsys, monkeypatch, infer, *arguments), arguments
+    (tmp_path / "x.latents.npz").write_text("x")
+    assert "no file of latents" in mistake(capsys, monkeypatch, infer, run_folder, "x.latents.npz")
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    output = run(TRAIN, "taehv", "data=nowhere", cwd=tmp_path, expect=2)
+    assert output == "train.py: data: 'nowhere' does not exist\n"
+    assert "key=value" in run(TRAIN, "--help", cwd=tmp_path) and "INPUT" in run(INFER, "--help", cwd=tmp_path)
+    assert os.listdir(tmp_path) == ["runs"] or os.listdir(tmp_path) == []
+
+
+# ---- reconstruction -----------------------------------------------------------------------------------------------------
+
+
+def read_all(path):
+    return list(data.VideoReader(str(path)))
+
+
+def test_reconstruct_report_and_latents(trained, tmp_path):
+    folder, run_folder, _ = trained
+    write_clip(str(tmp_path / "in" / "odd.mp4"), frames=14, height=50, width=70, fps=12)
+    write_clip(str(tmp_path / "in" / "more" / "odd.mp4"), frames=1, height=48, width=48)
+    cv2.imwrite(str(tmp_path / "in" / "<b>&picture.png"), np.full((33, 40, 3), 99, np.uint8))
+    (tmp_path / "in" / "broken.mp4").write_text("x")
+    output = run(INFER, run_folder, "in", "--out", "out", "--save-latents", "--lpips", "none", cwd=tmp_path)
+    assert "broken" in output and "padded from 50x70 to 56x72" in output and "report: out" in output
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert len(rows) == 4 and rows["odd"]["frames"] == 14 and rows["odd"]["latent_shape"] == [5, 16, 7, 9]
+    assert rows["odd"]["fps"] == 12 and "failed" in rows["broken.mp4"]
+    assert "<b>" not in (tmp_path / "out" / "summary_report.html").read_text().replace("<body>", "")
+    originals, outputs = (read_all(tmp_path / "out" / rows["odd"]["videos"][k]) for k in ("original", "reconstructed"))
+    assert len(originals) == len(outputs) == 14
+    # what is reported is what the model gives on the whole clip, frame by frame
+    model, _ = checkpoint.load_model(run_folder)
+    frames = torch.from_numpy(np.stack(read_all(tmp_path / "in" / "odd.mp4"))).permute(0, 3, 1, 2)[None].float() / 255
+    padded = torch.nn.functional.pad(frames[0], (0, 2, 0, 6), mode="replicate")[None]
+    padded = torch.cat([padded, padded[:, -1:].repeat(1, 3, 1, 1, 1)], 1)
+    with torch.no_grad():
+        whole = model(padded)[0][:, :14, :, :50, :70]
+    whole = (whole * 255).round() / 255
+    psnr = -10 * (whole - frames).square().mean((2, 3, 4)).log10().mean().item()
+    assert abs(psnr - rows["odd"]["metrics"]["psnr"]) < 1e-2
+    stored = np.load(tmp_path / "out" / "latents" / "odd.latents.npz")
+    assert stored["latents"].shape == (5, 16, 7, 9)
+    with torch.no_grad():
+        assert np.allclose(stored["latents"], model.encode(padded)[0].numpy(), atol=1e-4)
+    run(INFER, run_folder, "out/latents/odd.latents.npz", "--out", "again", cwd=tmp_path)
+    again = read_all(tmp_path / "again" / "comparison_videos" / "odd_reconstructed.webm")
+    assert all(np.array_equal(a, b) for a, b in zip(again, outputs)) and len(again) == 14
+    for name in ("odd_latents", "odd_2_latents"):
+        assert cv2.imread(str(tmp_path / "out" / "latent_visualizations" / f"{name}.png")) is not None
+
+
+def test_latents_of_another_model_or_cut_short_are_refused(trained, tmp_path, capsys, monkeypatch):
+    folder, run_folder, _ = trained
+    monkeypatch.chdir(tmp_path)
+    write_clip("a.mp4", frames=4, height=32, width=32)
+    run(INFER, run_folder, "a.mp4", "--save-latents", "--lpips", "none", cwd=tmp_path)
+    latents = tmp_path / "inference_results" / "latents" / "a.latents.npz"
+    torch.save(TAEHV("taehv1_5").state_dict(), "taehv1_5.pth")
+    assert "not this model's" in mistake(capsys, monkeypatch, infer, "taehv1_5.pth", latents)
+    whole = latents.read_bytes()
+    for damaged in (whole[:len(whole) // 2], whole[:200] + bytes([whole[200] ^ 255]) + whole[201:]):
+        (tmp_path / "b.latents.npz").write_bytes(damaged)
+        assert "damaged" in mistake(capsys, monkeypatch, infer, run_folder, "b.latents.npz")
+
+
+def test_memory_does_not_grow_with_the_video(trained, tmp_path):
+    """Peak memory of a stream four times as long is the same, to a tenth."""
+    folder, run_folder, _ = trained
+    for frames in (24, 96):
+        write_clip(str(tmp_path / f"f{frames}.mp4"), frames=frames, height=96, width=96)
+    run(INFER, run_folder, "f24.mp4", "f96.mp4", "--lpips", "none", cwd=tmp_path)
+    rows = json.loads((tmp_path / "inference_results" / "metrics.json").read_text())["rows"]
+    assert rows[1]["frames"] == 96 and rows[1]["peak_memory_mb"] < 1.1 * rows[0]["peak_memory_mb"]
+
+
+# ---- the README -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_tells_what_there_is():
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        readme = file.read()
+    from config import Config, PRESETS, load_config
+    keys = set(Config.__dataclass_fields__)
+    for line in re.findall(r"train\.py ([^\n`#|]*)", readme):
+        words = [w for w in line.split() if w not in ("...",)]
+        if "--help" in words or (words and not words[0].isascii()):
+            continue
+        load_config([w for w in words if "=" in w or w in PRESETS])
+    assert PRESETS.keys() <= set(re.findall(r"`(\w+)`", readme))
+    for name in re.findall(r"`(\w+\.(?:py|txt))`", readme):
+        assert os.path.exists(os.path.join(ROOT, name)), f"{name} is in the README only"
+    assert keys  # the settings themselves are checked against the code in test_parts.py
