@@ -11,7 +11,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
 def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
-    """A small moving-texture video; frame t is brighter than frame t - 1."""
+    """A small moving-texture video; frame t is brighter than frame t - 1, for the first 32."""
     rng = np.random.default_rng(seed)
     texture = cv2.resize(rng.integers(0, 160, (12, 16, 3), dtype=np.uint8), (width * 2, height * 2))
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -19,7 +19,7 @@ def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
     writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, fourcc, fps, (width, height))
     assert writer.isOpened()
     for t in range(frames):
-        writer.write(texture[t % height:t % height + height, 2 * t % width:2 * t % width + width] + np.uint8(3 * t))
+        writer.write(texture[t % height:t % height + height, 2 * t % width:2 * t % width + width] + np.uint8(3 * t % 96))
     writer.release()
     return path
 

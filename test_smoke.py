@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import config
 import data
 import infer
 import train
@@ -164,9 +166,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(clips, tmp_path):
 def test_one_clip_can_be_learnt(tmp_path):
     write_clip(str(tmp_path / "v" / "a.mp4"), frames=5, height=32, width=32)
     run(TRAIN, *SMALL, "data=v", "name=one", "size=32", "frames=5", "random_crop=false", "flip=false", "color_jitter=0", "max_frame_delta=1",
-        "max_steps=60", "lr=2e-3", "ema_decay=0.9", cwd=tmp_path)
+        "max_steps=40", "lr=1e-3", "ema_decay=0.9", cwd=tmp_path)
     psnrs = [float(x) for x in re.findall(r"step \d+: loss \S+ psnr (\S+) dB", (tmp_path / "runs" / "one" / "train.log").read_text())]
-    assert len(psnrs) == 60 and np.mean(psnrs[-5:]) > np.mean(psnrs[:5]) + 6
+    assert len(psnrs) == 40 and np.mean(psnrs[-5:]) > np.mean(psnrs[:5]) + 4
 
 
 def test_starting_from_weights_and_training_one_half(trained, clips, tmp_path):
@@ -279,7 +281,7 @@ def test_reconstruct_report_and_latents(trained, tmp_path):
 def test_latents_of_another_model_or_cut_short_are_refused(trained, tmp_path, capsys, monkeypatch):
     folder, run_folder, _ = trained
     monkeypatch.chdir(tmp_path)
-    write_clip("a.mp4", frames=4, height=32, width=32)
+    write_clip(str(tmp_path / "a.mp4"), frames=4, height=32, width=32)
     run(INFER, run_folder, "a.mp4", "--save-latents", "--lpips", "none", cwd=tmp_path)
     latents = tmp_path / "inference_results" / "latents" / "a.latents.npz"
     torch.save(TAEHV("taehv1_5").state_dict(), "taehv1_5.pth")
@@ -293,11 +295,11 @@ def test_latents_of_another_model_or_cut_short_are_refused(trained, tmp_path, ca
 def test_memory_does_not_grow_with_the_video(trained, tmp_path):
     """Peak memory of a stream four times as long is the same, to a tenth."""
     folder, run_folder, _ = trained
-    for frames in (24, 96):
+    for frames in (12, 48):
         write_clip(str(tmp_path / f"f{frames}.mp4"), frames=frames, height=96, width=96)
-    run(INFER, run_folder, "f24.mp4", "f96.mp4", "--lpips", "none", cwd=tmp_path)
+    run(INFER, run_folder, "f12.mp4", "f48.mp4", "--lpips", "none", cwd=tmp_path)
     rows = json.loads((tmp_path / "inference_results" / "metrics.json").read_text())["rows"]
-    assert rows[1]["frames"] == 96 and rows[1]["peak_memory_mb"] < 1.1 * rows[0]["peak_memory_mb"]
+    assert rows[1]["frames"] == 48 and rows[1]["peak_memory_mb"] < 1.1 * rows[0]["peak_memory_mb"]
 
 
 # ---- the README -----------------------------------------------------------------------------------------------------------
@@ -306,14 +308,12 @@ def test_memory_does_not_grow_with_the_video(trained, tmp_path):
 def test_the_readme_tells_what_there_is():
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         readme = file.read()
-    from config import Config, PRESETS, load_config
-    keys = set(Config.__dataclass_fields__)
-    for line in re.findall(r"train\.py ([^\n`#|]*)", readme):
-        words = [w for w in line.split() if w not in ("...",)]
-        if "--help" in words or (words and not words[0].isascii()):
-            continue
-        load_config([w for w in words if "=" in w or w in PRESETS])
-    assert PRESETS.keys() <= set(re.findall(r"`(\w+)`", readme))
+    for line in re.findall(r"train\.py ([^\n`|&]*)", readme):
+        words = shlex.split(line.split("#")[0])
+        if "--help" not in words:
+            config.load_config([w for w in words if w != "..."])
+    assert config.PRESETS.keys() <= set(re.findall(r"`(\w+)`", readme))
     for name in re.findall(r"`(\w+\.(?:py|txt))`", readme):
         assert os.path.exists(os.path.join(ROOT, name)), f"{name} is in the README only"
-    assert keys  # the settings themselves are checked against the code in test_parts.py
+    with open(os.path.join(ROOT, ".ci", "run"), encoding="utf-8") as file:
+        assert "README.md" in file.read(), "CI takes its test command from the README"
