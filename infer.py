@@ -92,7 +92,7 @@ def reconstruct(source, name, model, device, dtype, lpips, options):
         frames = options.max_frames
     length = padded_length(model, frames)
     if length > frames:
-        notes.append(f"the last frame was repeated {length - frames} times at the end, so that all {frames} come back")
+        notes.append(f"the last frame was repeated at the end ({length - frames} x), so that all {frames} come back")
     factor = model.space_factor
     if reader.height % factor or reader.width % factor:
         notes.append(f"padded from {reader.height}x{reader.width} to {reader.height + -reader.height % factor}x"
@@ -342,14 +342,15 @@ def run(options):
         print("wrote", decode_file(reader, name, model, device, dtype, options))
     if not sources:
         return
-    lpips, lpips_note = (None, "not asked for") if options.lpips == "none" else metrics.load_lpips(options.lpips, device)
+    lpips, lpips_note = (None, "LPIPS was not asked for") if options.lpips == "none" else metrics.load_lpips(options.lpips, device)
     rows = []
     for source in sources:
         name = report.safe_name(source.path, names)
         rows.append(reconstruct(source, name, model, device, dtype, lpips, options))
     rows += [dict(name=os.path.basename(path), source=path, failed=reason) for path, reason in refused]
     page = report.write_report(options.out, rows, dict(
-        checkpoint=options.checkpoint, model=f"{words}, {model.config}", device=str(device), machine=describe(device),
+        checkpoint=options.checkpoint, model=words, settings=", ".join(f"{k} {v}" for k, v in model.config.items()),
+        device=str(device), machine=describe(device),
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M", precision=str(dtype).removeprefix("torch."),
         command="python infer.py " + " ".join(sys.argv[1:]), created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note))
     print(f"{'':30} {'frames':>6} {'PSNR dB':>8} {'SSIM':>7} {'LPIPS':>7} {'encode f/s':>11} {'decode f/s':>11} {'peak MB':>8}")

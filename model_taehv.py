@@ -127,20 +127,59 @@ def build_super_decoder(patch_size, latent_channels, growth, space):
     return nn.Sequential(*layers, conv(widths[-1], 3 * patch_size ** 2))
 
 
-def init_weights(blocks):
-    """Weights that keep a signal's size from layer to layer, and memory blocks that begin by passing it on.
+def init_weights(encoder, decoder, patch_size):
+    """Start as the autoencoder that keeps the mean colour of each cell in each group's first frame.
 
-    PyTorch's own initialisation shrinks it to a hundredth over the encoder: training then starts with a long plateau.
+    All layers keep a signal's size (He et al. 2015; PyTorch's default shrinks it to a hundredth over the encoder), and
+    memory blocks begin by passing their input on. On top of that, six channels carry colours above and below mid-grey
+    (ReLU keeps one sign each) through all layers, latents 0 to 2 hold twice the difference, and the rest is random.
     """
-    for layer, following in zip(blocks, [*blocks[1:], None]):
-        for module in layer.modules():
-            if isinstance(module, nn.Conv2d):
-                gain = 2 if isinstance(following, nn.ReLU) or isinstance(layer, (MemBlock, SuperMemBlock)) else 1
-                nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        if isinstance(layer, (MemBlock, SuperMemBlock)):
-            nn.init.zeros_(layer.conv[-1].weight)
+    for blocks in (encoder, decoder):
+        for layer, following in zip(blocks, [*blocks[1:], None]):
+            block = isinstance(layer, (MemBlock, SuperMemBlock))
+            for module in layer.modules():
+                if isinstance(module, nn.Conv2d):
+                    gain = 2 if block or isinstance(following, nn.ReLU) else 1
+                    nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+            if block:
+                nn.init.zeros_(layer.conv[-1].weight)
+    last = decoder[-1]
+    nn.init.constant_(last.bias, 0.5)  # mid-grey, as the published training notebook starts
+    if not isinstance(decoder[0], Clamp):
+        return  # the super decoder shuffles channels into pixels on the way: it starts from random weights
+    with torch.no_grad():
+        stem, to_latents, from_latents, cell = encoder[0], encoder[-1], decoder[1], patch_size ** 2
+        for layer in (stem, from_latents, *(m for m in [*encoder, *decoder] if is_carrier(m))):
+            weight = layer.conv.weight if isinstance(layer, (TPool, TGrow)) else layer.weight
+            for first in range(0, len(weight), weight.shape[1] if isinstance(layer, TGrow) else len(weight)):
+                weight[first:first + 6] = 0
+        to_latents.weight[:3] = 0
+        last.weight *= 0.1
+        last.weight[:, :6] = 0
+        for c in range(3):
+            for i, sign in ((c, 1), (c + 3, -1)):
+                stem.weight[i, c * cell:(c + 1) * cell, 1, 1] = sign / cell
+                stem.bias[i] = -0.5 * sign
+                to_latents.weight[c, i, 1, 1] = 2 * sign
+                from_latents.weight[i, c, 1, 1] = 0.5 * sign
+                last.weight[c * cell:(c + 1) * cell, i, 1, 1] = sign
+        for layer in [*encoder, *decoder]:
+            for i in range(6 if is_carrier(layer) else 0):
+                if isinstance(layer, TPool):
+                    layer.conv.weight[i, i] = 1  # the first frame of the group
+                elif isinstance(layer, TGrow):
+                    layer.conv.weight[i::layer.conv.in_channels, i] = 1  # the same in each frame
+                elif layer.stride == (2, 2):
+                    layer.weight[i, i, 1:, 1:] = 0.25  # the mean of 2x2
+                else:
+                    layer.weight[i, i, 1, 1] = 1
+
+
+def is_carrier(layer):
+    """A layer between the first and the last of its half that mixes channels linearly."""
+    return isinstance(layer, (TPool, TGrow)) or isinstance(layer, nn.Conv2d) and layer.bias is None
 
 
 def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
@@ -213,9 +252,7 @@ class TAEHV(nn.Module):
         self.encoder = build_encoder(self.patch_size, self.latent_channels, pooling)
         build = build_super_decoder if self.arch_variant == "super" else build_decoder
         self.decoder = build(self.patch_size, self.latent_channels, growth, space)
-        for blocks in (self.encoder, self.decoder):
-            init_weights(blocks)
-        nn.init.constant_(self.decoder[-1].bias, 0.5)  # start at mid-grey, as the published training notebook does
+        init_weights(self.encoder, self.decoder, self.patch_size)
         self.gradient_checkpointing = False
         self.config = dict(variant=variant, patch_size=self.patch_size, latent_channels=self.latent_channels,
                            encoder_time_downscale=list(pooling), decoder_time_upscale=list(growth),

@@ -376,8 +376,8 @@ def write_report(out_dir, rows, info):
     None). An input that could not be read has name, source and failed (the reason) only. row["teacher"], if there,
     holds a teacher's metrics, times, memory and latent_error; the tables then show ours, the teacher's, and ours
     against it: the difference for PSNR, the ratio for the others.
-    info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note says why LPIPS is
-    missing.
+    info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says why
+    LPIPS is missing.
     metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values). NaN and infinity
     are null there, and named in the row's notes. Raises OSError where it cannot write.
     """
@@ -415,7 +415,7 @@ def write_report(out_dir, rows, info):
     if teachers:
         legend += "; ours vs teacher: difference for PSNR, ratio for the others, over the inputs that have both"
     if clean_info.get("lpips_note"):
-        legend += f'. LPIPS: {html.escape(clean_info["lpips_note"])}'
+        legend += f'. {html.escape(clean_info["lpips_note"])}'
     path = os.path.join(out_dir, "summary_report.html")
     _write(path, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
