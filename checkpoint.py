@@ -9,11 +9,13 @@ import json
 import os
 import pickle
 import re
+import struct
+import warnings
 import zipfile
 
 import torch
 
-from model_taehv import TAEHV, adapt_state_dict, load_taehv
+from model_taehv import TAEHV, VARIANTS, adapt_state_dict, load_taehv
 
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 
@@ -22,7 +24,7 @@ class CheckpointError(Exception):
     """Weights that cannot be loaded; the message names the file and the reason."""
 
 
-# ---- models -----------------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------------
 
 
 def build_model(name, config):
@@ -73,7 +75,9 @@ def load_model(path, variant=None, **overrides):
         if type(error).__name__ != "SafetensorError":
             raise
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no safetensors file: {first_line(error)}") from None
-    return model, f"weights, taken for variant {model.variant}" + ("" if variant else " (variant=NAME says otherwise)")
+    others = [v for v, row in VARIANTS.items() if row == VARIANTS[model.variant] and v != model.variant]
+    doubt = f" (by name or default: {', '.join(others)} look alike)" if others and not variant else ""
+    return model, f"weights of variant {model.variant}{doubt}"
 
 
 def newest_weights(folder):
@@ -92,22 +96,24 @@ def first_line(error):
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def read(path):
-    """The dict in a .pt or .pth file, on the CPU. CheckpointError if it is damaged, holds code, or is something else."""
+    """The dict in a .pt or .pth file, on the CPU. CheckpointError if it is damaged, holds code, or is no dict."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums that it writes
                 broken = archive.testzip()
             if broken is not None:
                 raise CheckpointError(f"checkpoint: {path!r} is damaged ({broken} does not match its checksum)")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of files in old formats
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise CheckpointError(f"checkpoint: {path!r} is no file of weights, or holds code, which is never run") from None
+        raise CheckpointError(f"checkpoint: {path!r} is no file of weights, or holds code: it is not run") from None
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError,
-            AttributeError, NotImplementedError) as error:
+            AttributeError, NotImplementedError, AssertionError, OverflowError, struct.error) as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint: {path!r} holds a {type(state).__name__}, not weights")
@@ -133,7 +139,7 @@ def newest_checkpoint(folder):
     return None, problems
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path, data):
@@ -158,7 +164,7 @@ def save(state, path):
 
 
 def save_run(folder, state, keep_last):
-    """Save a run's state as its newest checkpoint, the averaged weights as model.pth, and drop checkpoints past keep_last.
+    """Save a run's state as its newest checkpoint and its averaged weights as model.pth; drop all but `keep_last`.
 
     Returns an error message, or "" if all went well: a full disk must not end a run.
     """
@@ -184,7 +190,7 @@ def save_best(folder, state):
     return ""
 
 
-# ---- random states ----------------------------------------------------------------------------------------------------
+# ---- random states -----------------------------------------------------------------------------------------------
 
 
 def random_state(device):

@@ -19,14 +19,14 @@ class Config:
     max_steps: int = 10000          # optimizer steps
     seed: int = 0                   # of the initial weights and of the data order
     device: str = "auto"            # auto, cpu, cuda, cuda:N or mps; auto prefers a GPU
-    precision: str = "auto"         # auto, bf16 (autocast) or fp32; auto: bf16 where the hardware has it
+    precision: str = "auto"         # auto, bf16 (autocast) or fp32 (TF32 on GPUs); auto: bf16 where the hardware has it
     compile: bool = False           # torch.compile the model: minutes at the start, faster steps on a GPU
-    resume: str = "auto"            # auto: newest good checkpoint of the run folder; a checkpoint's path; none: start anew
+    resume: str = "auto"            # auto: newest good checkpoint of the run folder; none: a new run; or a path
     init_from: str = ""             # weights to start from: published .pth/.safetensors, or a checkpoint of ours
     timeout_minutes: float = 30.0   # how long a rank waits for the others before the run is given up
 
     # ---- data
-    data: str = ""                  # folder (recursive), file, or annotation .json; "demo": synthetic clips, made in seconds
+    data: str = ""                  # folder (recursive), file, annotation .json; or "demo": synthetic clips
     data_root: str = ""             # folder that an annotation's paths are relative to; empty: the annotation's own
     val_data: str = ""              # the same for validation; empty: val_fraction of the files of data
     val_fraction: float = 0.05      # part of the files held out, chosen by their names; 0: no validation
@@ -35,12 +35,12 @@ class Config:
     size: int = 128                 # height and width of training clips, pixels
     frames: int = 12                # frames per clip; 1: images
     batch_size: int = 4             # clips per rank and micro-step
-    buckets: str = ""               # several clip shapes instead: "128x12:0.8:4, 256x12:0.2:1" (size x frames:probability:batch)
+    buckets: str = ""               # several shapes: "128x12:0.8:4, 256x12:0.2:1" (size x frames:probability:batch)
     accumulation: int = 1           # micro-steps per optimizer step
     min_frame_delta: int = 1        # spacing of a clip's frames in the video: drawn from this ...
     max_frame_delta: int = 5        # ... to this, frames
     random_crop: bool = True        # a random square, resized; off: the largest centred square
-    min_crop: float = 0.0           # its smallest side as a part of the shorter edge; never smaller than size where that fits
+    min_crop: float = 0.0           # its smallest side as a part of the shorter edge (and not below size)
     flip: bool = True               # left-right, half of the clips
     color_jitter: float = 0.0       # brightness, contrast, saturation by up to this factor, hue by a quarter of it
     blur: float = 0.0               # probability of a slight Gaussian blur
@@ -59,15 +59,15 @@ class Config:
     # ---- loss and optimizer
     pixel_loss: str = "l1"          # l1, l2 or charbonnier
     lr: float = 3e-4                # AdamW's peak learning rate
-    schedule: str = "cosine"        # constant, cosine (to lr_final x lr at max_steps) or exponential (lr_decay per 1000 steps)
+    schedule: str = "cosine"        # constant, cosine (to lr_final at max_steps), exponential (lr_decay)
     warmup_steps: int = 100         # linear from 0
-    lr_final: float = 0.05          # cosine: the last learning rate as a part of lr
+    lr_final: float = 0.05          # cosine: the last learning rate, as a part of lr
     lr_decay: float = 0.99          # exponential: factor per 1000 steps
     beta1: float = 0.9              # AdamW
     beta2: float = 0.95             # AdamW
     weight_decay: float = 0.01      # AdamW
     grad_clip: float = 1.0          # gradient norm above which gradients are scaled down; 0: never
-    ema_decay: float = 0.999        # of the weight average that is validated and saved as model.pth; rises from 0.1 at first
+    ema_decay: float = 0.999        # of the weight average, which is validated and saved; rises from 0.1 at first
     max_bad_steps: int = 20         # steps in a row with a loss or gradient that is not finite before the run stops
 
     # ---- logging and checkpoints
@@ -79,11 +79,11 @@ class Config:
 
 PRESETS = {
     # Synthetic clips, a few minutes on two cores.
-    "demo": dict(data="demo", size=64, max_steps=150, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=1e-3, log_every=5,
-                 val_every=50, save_every=50, ema_decay=0.98, val_clips=16, workers=1),
+    "demo": dict(data="demo", size=64, max_steps=120, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=1e-3,
+                 ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
     # A TAEHV from scratch on your own videos.
     "taehv": dict(max_steps=50000, batch_size=8),
-    # Published weights on your own domain: give init_from=taew2_1.pth (and variant=... if the file's name does not say).
+    # Published weights on your own domain: add init_from=taew2_1.pth (and variant=..., see model_taehv.py).
     "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
 }
 
@@ -140,6 +140,8 @@ def parse_buckets(config):
         match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*:\s*(\d*\.?\d+)\s*:\s*(\d+)\s*", item)
         if not match or not int(match[1]) * int(match[2]) * int(match[4]) * float(match[3]) > 0:
             raise ConfigError(f"buckets: {item.strip()!r} is not like 128x12:0.8:4 (size x frames:probability:batch)")
+        if int(match[1]) < 16:
+            raise ConfigError(f"buckets: {item.strip()!r}: a size of at least 16 is wanted")
         buckets.append((int(match[1]), int(match[2]), float(match[3]), int(match[4])))
     return buckets
 
@@ -150,12 +152,13 @@ CHOICES = {
     "pixel_loss": ("l1", "l2", "charbonnier"),
     "schedule": ("constant", "cosine", "exponential"),
 }
-AT_LEAST = dict(max_steps=1, seed=0, timeout_minutes=0.1, val_fraction=0, val_clips=1, val_clips_per_video=1, size=16, frames=1,
-                batch_size=1, accumulation=1, min_frame_delta=1, max_frame_delta=1, min_crop=0, color_jitter=0, blur=0,
-                workers=-1, patch_size=0, latent_channels=0, lr=0, warmup_steps=0, lr_final=0, lr_decay=0, beta1=0, beta2=0,
-                weight_decay=0, grad_clip=0, ema_decay=0, max_bad_steps=1, log_every=1, val_every=1, save_every=1, keep_last=1)
-AT_MOST = dict(val_fraction=0.9, min_crop=1, color_jitter=1, blur=1, lr_final=1, lr_decay=1, beta1=0.9999, beta2=0.99999,
-               ema_decay=0.99999)
+AT_LEAST = {0: "seed val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps lr_final "
+               "lr_decay beta1 beta2 weight_decay grad_clip ema_decay",
+            1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
+               "max_bad_steps log_every val_every save_every keep_last",
+            0.1: "timeout_minutes", 16: "size", -1: "workers"}
+AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay", 0.9999: "beta1 beta2 ema_decay",
+           2 ** 62: "seed"}
 
 
 def check(config):
@@ -164,12 +167,11 @@ def check(config):
         if getattr(config, key) not in choices:
             value = getattr(config, key)
             raise ConfigError(f"{key}={value}{nearest(str(value), choices)}: one of {', '.join(choices)} is wanted")
-    for key, low in AT_LEAST.items():
-        if not getattr(config, key) >= low:
-            raise ConfigError(f"{key}={getattr(config, key)}: at least {low} is wanted")
-    for key, high in AT_MOST.items():
-        if not getattr(config, key) <= high:
-            raise ConfigError(f"{key}={getattr(config, key)}: at most {high} is wanted")
+    for limits, word, fits in ((AT_LEAST, "least", float.__ge__), (AT_MOST, "most", float.__le__)):
+        for limit, keys in limits.items():
+            for key in keys.split():
+                if not fits(float(getattr(config, key)), float(limit)):
+                    raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
     if config.min_frame_delta > config.max_frame_delta:
         raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
     if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:

@@ -1,4 +1,5 @@
 """Clips and helpers that the tests share."""
+
 import os
 import subprocess
 import sys
@@ -19,7 +20,8 @@ def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
     writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, fourcc, fps, (width, height))
     assert writer.isOpened()
     for t in range(frames):
-        writer.write(texture[t % height:t % height + height, 2 * t % width:2 * t % width + width] + np.uint8(3 * t % 96))
+        y, x = t % height, 2 * t % width
+        writer.write(texture[y : y + height, x : x + width] + np.uint8(3 * t % 96))
     writer.release()
     return path
 
@@ -41,8 +43,16 @@ def command(*arguments, ranks=0):
 
 def run(*arguments, ranks=0, cwd, expect=0, timeout=240):
     """Run it to its end; returns what it printed. Fails if the exit code is not `expect`."""
-    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*arguments, ranks=ranks), cwd=cwd, env=environment, timeout=timeout,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run(
+        command(*arguments, ranks=ranks),
+        cwd=cwd,
+        env=environment,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == expect, done.stdout[-4000:]
     return done.stdout

@@ -1,4 +1,4 @@
-"""Clips from videos and images: finding, splitting, sampling, and a synthetic demo set.
+"""Clips from videos and images: finding, splitting, sampling.
 
     sources, refused = probe(find_sources("videos/"))
     train, val = split_sources(sources, val_fraction=0.1)
@@ -11,10 +11,12 @@ another one, chosen by the same numbers, and reported in the sample's "notes".
 
 This file works alone with torch, numpy and opencv-python (and tqdm where many files are probed).
 """
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_REPLACEMENTS = 50  # unreadable files in a row before a sample gives up
 
@@ -62,14 +64,15 @@ class Bucket(NamedTuple):
     batch: int
 
 
-# ---- finding ----------------------------------------------------------------------------------------------------------
+# ---- finding -----------------------------------------------------------------------------------------------------
 
 
 def find_sources(data, data_root=""):
     """Sources of a folder (recursive), of a single file, or of an annotation {"list": [{"path": "a.mp4"}, ...]}, whose
-    paths are relative to `data_root` (default: the annotation's folder). Nothing is opened. DataError says what is wrong."""
+    paths are relative to `data_root` (default: the annotation's folder). Nothing is opened. DataError for none.
+    """
     if not data:
-        raise DataError("no data given: set data=FOLDER, data=FILE or data=ANNOTATION.json")
+        raise DataError("no data given: a folder, a file or an annotation .json is wanted")
     if not os.path.exists(data):
         raise DataError(f"data: {data!r} does not exist")
     if os.path.isdir(data):
@@ -86,6 +89,9 @@ def find_sources(data, data_root=""):
     if data.lower().endswith(".json"):
         root = data_root or os.path.dirname(data)
         return [Source(os.path.join(root, path), path) for path in read_annotation(data)]
+    if not data.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):  # FFmpeg would render a text file as video
+        raise DataError(f"data: {data!r} is no video or image: its name ends in none of "
+                        f"{' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return [Source(data, os.path.basename(data))]
 
 
@@ -104,7 +110,7 @@ def read_annotation(path):
 
 
 def probe(sources, workers=8):
-    """Open every source and read its first frame. Returns (readable sources with their frame counts, [(path, why not)])."""
+    """Open every source and read its first frame. Returns (readable sources, with frame counts, [(path, why not)])."""
     def look(source):
         try:
             return source._replace(frames=open_source(source.path)[0]), None
@@ -137,10 +143,19 @@ def open_source(path):
     ok, frame = capture.read()
     if not ok or frame is None:
         raise DataError("no frame can be decoded (damaged, or this OpenCV has no decoder for its codec)")
-    return int(count) if 1 <= count < 1e8 else 1, fps, frame
+    return int(count) if known(count) else 1, fps, frame
+
+
+def known(count):
+    """Whether a container's frame count means anything: a recording that was never closed has none."""
+    return 1 <= count < 1e8
 
 
 def open_video(path):
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:  # OpenCV would crash
+        raise DataError("its name is not UTF-8") from None
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG)  # named, or OpenCV goes on to read a%d.mp4 as an image series
     if not capture.isOpened():
         raise DataError("not a video")
@@ -174,27 +189,29 @@ def split_sources(sources, val_fraction):
     return [s for s in sources if s not in set(val)], val
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def read_frames(path, place, frames, delta):
     """`frames` frames of a video, every `delta`-th, from the place 0 <= place < 1 among those where the clip fits.
 
-    Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). Too short a video is read with a
-    smaller spacing, and its last frame repeated; a count that the container got wrong is corrected. DataError if nothing
-    can be read.
+    Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). Too short a video is read with
+    a smaller spacing, and its last frame repeated; a count that the container got wrong is corrected. DataError if
+    nothing can be read.
     """
     capture = open_video(path)
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    first, spacing = fit_clip(count, place, frames, delta)
-    clip = grab_frames(capture, first, frames, spacing)
-    if len(clip) == frames:
-        return clip, first, spacing, []
+    count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    count = int(count) if known(count) else 0
+    if count:
+        first, spacing = fit_clip(count, place, frames, delta)
+        clip = grab_frames(capture, first, frames, spacing)
+        if len(clip) == frames:
+            return clip, first, spacing, []
     notes, real = [], count_frames(path)
     if real == 0:
         raise DataError("no frame can be decoded")
     if real != count:
-        notes.append(f"the container says {count} frames, {real} can be read")
+        notes.append(f"the container says {count or 'nothing of its'} frames, {real} can be read")
     first, spacing = fit_clip(real, place, frames, delta)
     clip = grab_frames(open_video(path), first, frames, spacing)
     if not clip:  # seeking fails in some damaged files that can be read from the start
@@ -228,7 +245,9 @@ def grab_frames(capture, first, frames, spacing):
     return clip
 
 
+@functools.lru_cache(maxsize=10000)
 def count_frames(path):
+    """How many frames can be decoded: all are; the answer is kept."""
     capture, count = open_video(path), 0
     while capture.grab():
         count += 1
@@ -262,7 +281,7 @@ class VideoReader:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
-# ---- augmentation -----------------------------------------------------------------------------------------------------
+# ---- augmentation ------------------------------------------------------------------------------------------------
 
 
 class Augment(NamedTuple):
@@ -315,7 +334,7 @@ def jitter_color(clip, strength, rng):
     return np.stack([cv2.transform(frame, matrix) for frame in clip])
 
 
-# ---- datasets ---------------------------------------------------------------------------------------------------------
+# ---- datasets ----------------------------------------------------------------------------------------------------
 
 
 class TrainClips(Dataset):
@@ -352,7 +371,8 @@ class TrainClips(Dataset):
                 continue
             clip = torch.from_numpy(finish_clip(frames, key.size, self.augment, rng))
             return {"video": clip.permute(0, 3, 1, 2), "notes": notes + [(source.path, note) for note in odd]}
-        raise DataError(f"{MAX_REPLACEMENTS} files in a row could not be read, the last {notes[-1][0]!r}: {notes[-1][1]}")
+        raise DataError(f"{MAX_REPLACEMENTS} files in a row could not be read, the last {notes[-1][0]!r}: "
+                        f"{notes[-1][1]}")
 
     def read(self, source, frames, rng):
         delta, place = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
@@ -364,12 +384,14 @@ class TrainClips(Dataset):
 
 
 class ValClips(Dataset):
-    """Fixed clips: of each video `per_video`, evenly spread, consecutive frames, the largest centred square."""
+    """Fixed clips: of each video `per_video`, evenly spread, consecutive frames, the largest centred square. Images as
+    in TrainClips; their sequences are of neighbours in the list."""
 
-    def __init__(self, sources, size, frames, per_video=1, limit=0):
-        videos = [s for s in sources if frames == 1 or not s.is_image]
-        self.items = [(s, (k + 0.5) / per_video) for k in range(per_video) for s in videos if k == 0 or not s.is_image]
-        self.items = self.items[:limit or None]
+    def __init__(self, sources, size, frames, per_video=1, limit=0, image_sequences=False):
+        self.images = [s for s in sources if s.is_image]
+        usable = [s for s in sources if frames == 1 or image_sequences or not s.is_image]
+        items = [(s, (k + 0.5) / per_video) for k in range(per_video) for s in usable if k == 0 or not s.is_image]
+        self.items = items[:limit or None]
         self.size, self.frames = size, frames
 
     def __len__(self):
@@ -379,8 +401,12 @@ class ValClips(Dataset):
         """{"video": uint8 T 3 H W, "notes": [...]}; an unreadable file gives a video of 0 frames and a note."""
         source, place = self.items[i]
         try:
-            frames, notes = ([read_image(source.path)], []) if source.is_image else \
-                read_frames(source.path, place, self.frames, 1)[::3]
+            if source.is_image:
+                first = self.images.index(source)
+                frames = [read_image(self.images[(first + k) % len(self.images)].path) for k in range(self.frames)]
+                notes = []
+            else:
+                frames, _, _, notes = read_frames(source.path, place, self.frames, 1)
         except DataError as error:
             return {"video": torch.empty(0, 3, self.size, self.size, dtype=torch.uint8),
                     "notes": [(source.path, f"{error}; left out of the validation")]}
@@ -389,7 +415,7 @@ class ValClips(Dataset):
 
 
 class TrainSchedule(Sampler):
-    """Which samples each micro-batch of this rank holds, without end, from optimizer step `step` and sample `sample` on.
+    """Which samples each micro-batch of this rank holds, without end, from optimizer step `step`, sample `sample` on.
 
     A step draws one bucket for all ranks, by (seed, step), and takes the next `world * accumulation * batch` samples:
     the same ones however they are spread over ranks and micro-steps.
@@ -421,6 +447,21 @@ def collate(samples):
     return {"video": video, "notes": [note for s in samples for note in s["notes"]]}
 
 
+def endless(loader):
+    """The batches of a loader. Its processes take no part in signals that end the run (a terminal or a scheduler sends
+    them to all processes at once): only this process acts on them, and the batches go on until it is done."""
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # inherited by the processes that iter() starts
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from iterator
+    except DataError as error:  # from a worker it comes with a traceback in its text
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from None
+
+
 def start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
     torch.set_num_threads(1)
@@ -431,7 +472,7 @@ def worker_context():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data"])  # imports torch and cv2 once, not once per worker
+    context.set_forkserver_preload(["torch", "cv2"])  # imported once, not once per worker
     return context
 
 
@@ -447,80 +488,19 @@ def make_loader(clips, workers, pin_memory=False, **kwargs):
 def default_workers(device_type):
     """Per rank: on a CPU, where the model needs the cores, one; else the cores are shared out, 16 at most."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 1 if device_type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // ranks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device_type == "cpu" else max(1, min(16, cores // ranks))
 
 
-def load_val(clips, rank, world, log):
-    """This rank's share of the validation clips, decoded once and kept: [uint8 T 3 H W, ...]. `log(line)` gets oddities."""
+def load_val(clips, rank, world, take_notes):
+    """This rank's share of the validation clips, decoded once and kept: [uint8 T 3 H W, ...].
+
+    `take_notes` gets each clip's [(path, what was odd)].
+    """
     share = []
     for i in range(rank, len(clips), world):
         sample = clips[i]
-        for path, note in sample["notes"]:
-            log(f"validation: {path}: {note}")
+        take_notes(sample["notes"])
         if len(sample["video"]):
             share.append(sample["video"])
     return share
-
-
-# ---- demo set ---------------------------------------------------------------------------------------------------------
-
-
-def make_demo(folder, videos=24, frames=40, size=96, seed=0):
-    """Write `videos` synthetic clips (train/) and a quarter as many more (val/) unless they are there already.
-
-    Moving textured shapes, camera pans over noise of several scales, and fades between two of these; seconds to make.
-    """
-    if os.path.isdir(folder):
-        return
-    building = f"{folder}.{os.getpid()}.tmp"
-    for part, count in (("train", videos), ("val", videos // 4)):
-        os.makedirs(os.path.join(building, part), exist_ok=True)
-        for i in range(count):
-            rng = np.random.default_rng((seed, part == "val", i))
-            clip = demo_clip(i % 3, frames, size, rng)
-            path = os.path.join(building, part, f"{('shapes', 'pan', 'fade')[i % 3]}_{i:02d}.mp4")
-            writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), 25, (size, size))
-            if not writer.isOpened():
-                raise DataError(f"{path!r} cannot be written")
-            for frame in clip:
-                writer.write(frame)
-            writer.release()
-    os.rename(building, folder)
-
-
-def demo_clip(kind, frames, size, rng):
-    """kind 0: shapes over noise, 1: a pan, 2: a fade between the two. Returns T H W 3 uint8."""
-    if kind == 2:
-        a, b = demo_clip(0, frames, size, rng), demo_clip(1, frames, size, rng)
-        weight = np.linspace(0, 1, frames)
-        return [cv2.addWeighted(p, 1 - w, q, w, 0) for p, q, w in zip(a, b, weight)]
-    world = demo_texture(3 * size, rng)
-    start, speed = rng.uniform(0, size, 2) + size / 2, rng.uniform(-1, 1, 2) * (2.0 if kind else 0.5)
-    shapes = [] if kind else [(rng.uniform(0, size, 2), rng.uniform(-2.5, 2.5, 2), rng.uniform(0.08, 0.3) * size,
-                               rng.uniform(-0.1, 0.1), int(rng.integers(2)), demo_texture(size, rng))
-                              for _ in range(rng.integers(2, 6))]
-    clip = []
-    for t in range(frames):
-        move = np.float32([[1, 0, -(start + speed * t)[0]], [0, 1, -(start + speed * t)[1]]])
-        frame = cv2.warpAffine(world, move, (size, size), borderMode=cv2.BORDER_REFLECT)
-        for place, velocity, radius, spin, sides, texture in shapes:
-            x, y = (place + velocity * t) % size
-            mask = np.zeros((size, size), np.uint8)
-            if sides:
-                box = cv2.boxPoints(((float(x), float(y)), (2 * radius, 1.4 * radius), np.degrees(spin * t)))
-                cv2.fillConvexPoly(mask, box.astype(np.int32), 255, cv2.LINE_AA)
-            else:
-                cv2.circle(mask, (int(x), int(y)), int(radius), 255, -1, cv2.LINE_AA)
-            alpha = mask[..., None].astype(np.float32) / 255
-            frame = (frame * (1 - alpha) + texture * alpha).astype(np.uint8)
-        clip.append(frame)
-    return clip
-
-
-def demo_texture(size, rng):
-    """Coloured noise: a sum of octaves with random strength, about a random colour."""
-    texture = np.full((size, size, 3), rng.uniform(60, 200, 3), np.float32)
-    for cells in (3, 8, 24, 72):
-        noise = rng.normal(0, rng.uniform(2, 40), (cells, cells, 1)) + rng.normal(0, 8, (cells, cells, 3))
-        texture += cv2.resize(noise.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    return np.clip(texture, 0, 255).astype(np.uint8)

@@ -12,6 +12,7 @@ import argparse
 import collections
 import json
 import os
+import shlex
 import sys
 import time
 import zipfile
@@ -25,7 +26,8 @@ import checkpoint
 import data
 import metrics
 import report
-from device import (DeviceError, describe, peak_memory, pick_device, pick_precision, reset_peak_memory, synchronize, tune)
+from device import (DeviceError, describe, peak_memory, pick_device, pick_precision, reset_peak_memory, synchronize,
+                    tune)
 
 LATENTS = ".latents.npz"
 
@@ -34,7 +36,7 @@ class InputError(Exception):
     """An input that cannot be used; the message names it."""
 
 
-# ---- one video ----------------------------------------------------------------------------------------------------------
+# ---- one video ---------------------------------------------------------------------------------------------------
 
 
 class Codec:
@@ -42,7 +44,8 @@ class Codec:
 
     def __init__(self, model, device, dtype, total_latents):
         self.model, self.device, self.dtype = model, device, dtype
-        self.stream = model.stream(total_latents=total_latents)
+        # A GPU wants several latents at a time; a CPU is fastest with one.
+        self.stream = model.stream(memory_limit=1 << 31 if device.type == "cuda" else None, total_latents=total_latents)
         self.seconds = {"encode": 0.0, "decode": 0.0}
 
     def timed(self, kind, call, *arguments):
@@ -83,7 +86,7 @@ def to_uint8(frame, height, width):
 
 
 def reconstruct(source, name, model, device, dtype, lpips, options):
-    """Stream one video through the model; write its videos, latent picture and latents; return its row of the report."""
+    """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
     reader = data.VideoReader(source.path)
     frames = 1 if source.is_image else data.count_frames(source.path)
     notes = [] if frames == reader.frames else [f"the container says {reader.frames} frames, {frames} can be read"]
@@ -153,8 +156,9 @@ def reconstruct(source, name, model, device, dtype, lpips, options):
     if min(reader.height, reader.width) < 11:
         notes.append("no SSIM: it needs 11x11 pixels")
     return dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
-                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths, latent_picture=latent_picture,
-                metrics={key: sums[key] / counts[key] if counts[key] else None for key in ("mse", "psnr", "ssim", "lpips")},
+                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
+                latent_picture=latent_picture, metrics={key: sums[key] / counts[key] if counts[key] else None
+                                                        for key in ("mse", "psnr", "ssim", "lpips")},
                 encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
                 encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
                 peak_memory_mb=peak_memory(device) / 1e6)
@@ -196,17 +200,18 @@ class Outputs:
             writer.__exit__(*error)
 
 
-# ---- latents in files -----------------------------------------------------------------------------------------------------
+# ---- latents in files --------------------------------------------------------------------------------------------
 
 
 class LatentWriter:
-    """NAME.latents.npz, written latent by latent: `latents` float32 T C h w, and `about`, a JSON text with what decoding
-    needs. NumPy's ordinary np.load reads it."""
+    """NAME.latents.npz, written latent by latent: `latents` float32 T C h w, and `about`, a JSON text with what
+    decoding needs. NumPy's ordinary np.load reads it."""
 
     def __init__(self, options, name, model, reader, frames, total):
         self.path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else None
         self.total, self.file = total, None
-        self.about = dict(model_config=model.config, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
+        self.about = dict(model_config=model.config, fps=reader.fps, height=reader.height, width=reader.width,
+                          frames=frames)
 
     def __enter__(self):
         if self.path:
@@ -259,10 +264,14 @@ class LatentReader:
             raise InputError(f"{path}: no file of latents, or damaged ({checkpoint.first_line(error)})") from None
         factor = model.space_factor
         needed = (-(-self.height // factor), -(-self.width // factor))
-        if dtype != np.float32 or len(self.shape) != 4 or self.shape[1] != model.latent_channels or self.shape[2:] != needed \
+        made_by = made_by if isinstance(made_by, dict) else {}
+        if dtype != np.float32 or len(self.shape) != 4 or self.shape[1:] != (model.latent_channels, *needed) \
                 or made_by.get("encoder_time_downscale") != model.config["encoder_time_downscale"]:
-            raise InputError(f"{path}: latents {self.shape} of a {self.height}x{self.width} video by {made_by} are not this model's "
-                             f"({model.config})")
+            raise InputError(f"{path}: latents {self.shape} of a {self.height}x{self.width} video by {made_by} are not "
+                             f"this model's ({model.config})")
+        self.note = ""
+        if made_by.get("variant") != model.variant:
+            self.note = f"{path}: made by variant {made_by.get('variant')}, decoded by {model.variant}"
 
     @staticmethod
     def header(file):
@@ -304,7 +313,7 @@ def decode_file(reader, name, model, device, dtype, options):
     return path
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------------
 
 
 def find_inputs(inputs):
@@ -338,27 +347,38 @@ def run(options):
     print(f"{options.checkpoint}: {words}; {describe(device)}, {str(dtype).removeprefix('torch.')}")
     names = set()
     for path, reader in zip(latent_files, readers):
-        name = report.safe_name(path.removesuffix(LATENTS), names)
+        if reader.note:
+            print(reader.note)
+        name = report.safe_name(path.removesuffix(".npz"), names)
         print("wrote", decode_file(reader, name, model, device, dtype, options))
     if not sources:
         return
-    lpips, lpips_note = (None, "LPIPS was not asked for") if options.lpips == "none" else metrics.load_lpips(options.lpips, device)
+    lpips, lpips_note = None, "LPIPS was not asked for"
+    if options.lpips != "none":
+        lpips, lpips_note = metrics.load_lpips(options.lpips, device)
     rows = []
     for source in sources:
         name = report.safe_name(source.path, names)
-        rows.append(reconstruct(source, name, model, device, dtype, lpips, options))
+        try:
+            rows.append(reconstruct(source, name, model, device, dtype, lpips, options))
+        except (OSError, data.DataError, torch.cuda.OutOfMemoryError) as error:  # the others still get their turn
+            rows.append(dict(name=name, source=source.path, failed=checkpoint.first_line(error)))
+    if all("failed" in row for row in rows):
+        raise InputError(f"none of the {len(rows)} inputs could be reconstructed; the first: {rows[0]['failed']}")
     rows += [dict(name=os.path.basename(path), source=path, failed=reason) for path, reason in refused]
     page = report.write_report(options.out, rows, dict(
         checkpoint=options.checkpoint, model=words, settings=", ".join(f"{k} {v}" for k, v in model.config.items()),
         device=str(device), machine=describe(device),
-        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M", precision=str(dtype).removeprefix("torch."),
-        command="python infer.py " + " ".join(sys.argv[1:]), created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note))
-    print(f"{'':30} {'frames':>6} {'PSNR dB':>8} {'SSIM':>7} {'LPIPS':>7} {'encode f/s':>11} {'decode f/s':>11} {'peak MB':>8}")
+        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        precision=str(dtype).removeprefix("torch."), command="python infer.py " + shlex.join(sys.argv[1:]),
+        created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note))
+    print(f"{'':30} {'frames':>6} {'PSNR dB':>8} {'SSIM':>7} {'LPIPS':>7} {'encode f/s':>11} {'decode f/s':>11} "
+          f"{'peak MB':>8}")
     for row in rows:
         if "failed" in row:
-            print(f"{row['name'][:30]:30} refused: {row['failed']}")
+            print(f"{row['name'][:30]:30} failed: {row['failed']}")
             continue
-        ssim, distance = (f"{row['metrics'][k]:.4f}" if row["metrics"][k] is not None else "-" for k in ("ssim", "lpips"))
+        ssim, distance = ("-" if row["metrics"][k] is None else f"{row['metrics'][k]:.4f}" for k in ("ssim", "lpips"))
         print(f"{row['name'][:30]:30} {row['frames']:6} {row['metrics']['psnr']:8.2f} {ssim:>7} {distance:>7} "
               f"{row['encode_fps']:11.1f} {row['decode_fps']:11.1f} {row['peak_memory_mb']:8.0f}")
     if lpips_note:
@@ -369,16 +389,20 @@ def run(options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), or published weights (.pth, .safetensors)")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"videos, images, folders of them, or files *{LATENTS}")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"videos, images, folders of them, or *{LATENTS}")
     parser.add_argument("--out", default="inference_results", help="folder to write to (default: %(default)s)")
     parser.add_argument("--variant", help="what the weights are, where their shapes do not tell (say taecvx)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="only the first N frames of each input")
     parser.add_argument("--save-latents", action="store_true", help="write OUT/latents/NAME.latents.npz too")
-    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its network (default: %(default)s)")
+    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
     parser.add_argument("--quiet", dest="verbose", action="store_false", help="no notes on padding and frame counts")
     options = parser.parse_args()
+    if options.max_frames < 0:
+        parser.error(f"--max-frames {options.max_frames}: a positive number, or 0 for all, is wanted")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         run(options)
     except (InputError, DeviceError, data.DataError, checkpoint.CheckpointError, OSError) as error:

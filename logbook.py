@@ -1,7 +1,9 @@
 """What a run writes for people: lines on the screen and in train.log, TensorBoard's curves, pictures and clips."""
+import contextlib
 import io
 import json
 import os
+import sys
 import time
 
 import torch
@@ -13,9 +15,7 @@ class Logbook:
     """Writes to `folder`. Only rank 0 speaks, except that each rank notes oddities of the data that it met."""
 
     def __init__(self, folder, rank):
-        self.folder, self.rank, self.noted, self.board = folder, rank, set(), None
-        if rank == 0:
-            os.makedirs(folder, exist_ok=True)
+        self.folder, self.rank, self.noted, self.board, self.complained = folder, rank, set(), None, False
 
     def __call__(self, line, screen=True):
         if self.rank > 0:
@@ -25,17 +25,29 @@ class Logbook:
         self.write(line)
 
     def write(self, line):
-        with open(os.path.join(self.folder, "train.log"), "a", encoding="utf-8", errors="backslashreplace") as file:
+        with self.unharmed(), open(os.path.join(self.folder, "train.log"), "a", encoding="utf-8",
+                                   errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
+    @contextlib.contextmanager
+    def unharmed(self):
+        """A full disk must not end a run: what cannot be logged is said once, on the screen, and left out."""
+        try:
+            yield
+        except OSError as error:
+            if not self.complained:
+                self.complained = True
+                print(f"the log in {self.folder} cannot be written: {error}; the run goes on", file=sys.stderr)
+
     def start(self, config, step):
-        """Save the resolved configuration and open TensorBoard's file; curves past `step` are a stopped run's, and go."""
+        """Save the resolved configuration, open TensorBoard's file; curves past `step` are a stopped run's, and go."""
         if self.rank > 0:
             return
-        with open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2)
         self("config: " + json.dumps(config), screen=False)
-        self.board = SummaryWriter(self.folder, purge_step=step)
+        with self.unharmed(), open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2)
+        with self.unharmed():
+            self.board = SummaryWriter(self.folder, purge_step=step + 1)
 
     def notes(self, notes):
         """[(path, what was odd)] of a batch: each once, counted, from whichever rank met it."""
@@ -45,19 +57,22 @@ class Logbook:
                 self.write(f"data, rank {self.rank}, oddity {len(self.noted)}: {note[0]}: {note[1]}")
 
     def scalars(self, step, **values):
+        """Curves: train__loss=0.1 is drawn as train/loss."""
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name.replace("__", "/"), value, step)
+            with self.unharmed():
+                for name, value in values.items():
+                    self.board.add_scalar(name.replace("__", "/"), value, step)
 
     def pictures(self, step, shown):
-        """[(original, reconstruction)], T 3 H W in [0, 1] each: middle frames side by side, the first clip as a moving picture."""
+        """[(original, reconstruction)], T 3 H W in [0, 1]: middle frames side by side, and the first clip moving."""
         if self.board is None:
             return
-        for i, (original, output) in enumerate(shown):
-            pair = torch.cat([original, output], -1)  # T 3 H 2W
-            self.board.add_image(f"val/clip_{i}", pair[len(pair) // 2], step)
-            if i == 0 and len(pair) > 1:
-                self.moving_picture("val/video", pair, step)
+        with self.unharmed():
+            for i, (original, output) in enumerate(shown):
+                pair = torch.cat([original, output], -1)  # T 3 H 2W
+                self.board.add_image(f"val/clip_{i}", pair[len(pair) // 2], step)
+                if i == 0 and len(pair) > 1:
+                    self.moving_picture("val/video", pair, step)
 
     def moving_picture(self, name, frames, step):
         """T 3 H W in [0, 1] as an animated GIF; SummaryWriter.add_video would need moviepy."""
@@ -72,7 +87,8 @@ class Logbook:
 
     def close(self):
         if self.board is not None:
-            self.board.close()
+            with self.unharmed():
+                self.board.close()
 
 
 def summary(model, size, frames, device):

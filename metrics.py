@@ -95,4 +95,5 @@ class Mean:
         if group is not None:
             torch.distributed.all_reduce(self.sums, group=group)
         *sums, count = self.sums.tolist()
-        return {**{name: s / count if count else float("nan") for name, s in zip(self.names, sums)}, "count": int(count)}
+        means = {name: s / count if count else float("nan") for name, s in zip(self.names, sums)}
+        return {**means, "count": int(count)}

@@ -198,7 +198,7 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
         if isinstance(block, (MemBlock, SuperMemBlock)):
             first = memory.get(i) if memory else None
             if first is None:
-                first = x.new_zeros(n, *x.shape[1:])
+                first = torch.zeros_like(x[:n])  # channels-last as x is, or the concatenations below lose the layout
             t = x.shape[0] // n
             past = torch.cat([p for k in range(n) for p in (first[k:k + 1], x[k * t:(k + 1) * t - 1])])
             if memory is not None:
@@ -397,14 +397,15 @@ class TAEHVStream:
         show(stream.flush())
 
     Work is done on fixed groups of frames, counted from the clip's start, so the result does not depend on the
-    cutting, to the bit. `encode` and `decode` return what is complete so far, possibly N 0 C H W. A group is one latent,
-    or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy; on a CPU one is
-    fastest). Memory does not grow with the clip, with one exception: CogVideoX (taecvx) trims its first frames only if the number
-    of latents is odd, so a stream that was not told `total_latents` has to keep all latents until `flush`.
+    cutting, to the bit. `encode` and `decode` return what is complete so far, possibly N 0 C H W. A group is one
+    latent, or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy; on a CPU
+    one is fastest). Memory does not grow with the clip, with one exception: CogVideoX (taecvx) trims its first frames
+    only if the number of latents is odd, so a stream that was not told `total_latents` keeps all latents until `flush`.
     """
 
     def __init__(self, model, memory_limit=None, total_latents=None):
-        self.model, self.memory_limit, self.total_latents = model, memory_limit, total_latents
+        self.model, self.memory_limit = model, memory_limit
+        self.total_latents = self._total_given = total_latents
         self._frames, self._latents = [], []   # input that waits for a full group, as pieces N t C H W
         self._last_frame = None
         self._encoder_memory, self._decoder_memory = {}, {}
@@ -509,7 +510,7 @@ class TAEHVStream:
         if self._latents:
             done.append(self._decode_group(torch.cat(self._latents, 1)))
             self._latents = []
-        if self._held_frames is not None:  # as the published code: blank frames fill the last chunk, 3 latents' worth go
+        if self._held_frames is not None:  # as published: blank frames fill the last chunk, 3 latents' worth go
             blank = -self._decoded % (H3_LATENTS * model.t_upscale) - H3_DROPPED * model.t_upscale
             held, self._held_frames = self._held_frames, None
             held = F.pad(held, (0, 0, 0, 0, 0, 0, 0, blank)) if blank > 0 else held[:, :held.shape[1] + blank]
@@ -517,12 +518,16 @@ class TAEHVStream:
         return torch.cat([self._empty_frames, *done], 1)
 
     def flush(self):
-        """End of the clip: the remaining frames if this stream was decoding, else the remaining latents."""
-        latents = self.flush_encoder()
-        if not self._decoding:
-            return latents
-        frames = [] if latents is None else [self.decode(latents)]
-        return torch.cat([*frames, self.flush_decoder()], 1)
+        """End of the clip: the remaining frames if this stream was decoding, else the remaining latents. The stream is
+        as new afterwards. ValueError if nothing was streamed."""
+        if self._empty_latents is None and self._empty_frames is None:
+            raise ValueError("flush() of a stream that was given nothing")
+        rest = self.flush_encoder()
+        if self._decoding:
+            frames = [] if rest is None else [self.decode(rest)]
+            rest = torch.cat([*frames, self.flush_decoder()], 1)
+        self.__init__(self.model, self.memory_limit, self._total_given)
+        return rest
 
 
 def take(pieces, size):
@@ -544,7 +549,7 @@ def strides(value, name):
     return value
 
 
-# ---- weights ----------------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------------
 
 
 def recognise(state_dict, name=""):
@@ -601,6 +606,11 @@ def load_taehv(path, variant=None, **overrides):
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     arguments = recognise(state_dict, str(path))
     if variant is not None:
+        found = tuple(arguments[key] for key in ("patch_size", "latent_channels", "encoder_time_downscale",
+                                                 "decoder_time_upscale", "arch_variant"))
+        if variant in VARIANTS and VARIANTS[variant] != found:
+            raise ValueError(f"these weights (patch size {found[0]}, {found[1]} latent channels, {found[4] or 'plain'} "
+                             f"decoder) are not of variant {variant}")
         arguments["variant"] = variant
     model = TAEHV(**{**arguments, **overrides})
     missing, unexpected = [], []

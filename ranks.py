@@ -1,7 +1,7 @@
 """What the ranks of a run do together: starting, agreeing, stopping, and reducing gradients.
 
-The rule behind this file: no rank leaves a step alone. A fault or a wish to stop is a flag; all ranks agree on the flags
-at one place of every step, and then do the same thing.
+The rule behind this file: no rank leaves a step alone. A fault or a wish to stop is a flag; all ranks agree on the
+flags at one place of every step, and then do the same thing.
 """
 import os
 import signal
@@ -49,6 +49,13 @@ def from_rank_0(control, make):
     return value
 
 
+def copy_from_rank_0(tensors):
+    """The same start everywhere, whatever each rank's own generator and libraries made of the seed."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def gather(control, value):
     """[every rank's value], on every rank."""
     if control is None:
@@ -78,25 +85,29 @@ class StopSignal:
 
 
 class Gradients:
-    """All gradients in one flat buffer that each parameter's .grad looks into: one reduction, one norm, no copies."""
+    """All gradients in one flat buffer that each parameter's .grad looks into: one reduction, one norm, no copies.
 
-    def __init__(self, parameters, world):
+    `totals` is the buffer's end: `extra` numbers of the step (its loss, say) that are averaged along with it.
+    """
+
+    def __init__(self, parameters, world, extra=0):
         self.world = world
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        count = sum(p.numel() for p in parameters)
+        self.all = torch.zeros(count + extra, device=parameters[0].device)
+        self.flat, self.totals = self.all[:count], self.all[count:]
         start = 0
         for p in parameters:
             p.grad = self.flat.as_strided(p.shape, p.stride(), start)
             start += p.numel()
 
     def reduce(self, limit):
-        """Mean over the ranks, scaled to a norm of at most `limit`. Returns (norm, 1.0 where it is not finite, else 0.0).
-
-        One rank's NaN or infinity is in the sum, so all ranks see it. Nothing here waits for the GPU.
+        """Mean over the ranks, scaled to a norm of at most `limit`. Returns (norm, bad): bad is 1.0 if the norm or a
+        total is not finite, else 0.0. One rank's NaN is in the sum, so all ranks see it. Nothing waits for the GPU.
         """
         if self.world > 1:
-            dist.all_reduce(self.flat)
-            self.flat.div_(self.world)
+            dist.all_reduce(self.all)
+            self.all.div_(self.world)
         norm = torch.linalg.vector_norm(self.flat)
         if limit > 0:
             self.flat.mul_((limit / (norm + 1e-6)).clamp(max=1))
-        return norm, 1.0 - norm.isfinite().float()
+        return norm, 1.0 - (norm.isfinite() & self.totals.isfinite().all()).float()

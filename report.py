@@ -376,8 +376,8 @@ def write_report(out_dir, rows, info):
     None). An input that could not be read has name, source and failed (the reason) only. row["teacher"], if there,
     holds a teacher's metrics, times, memory and latent_error; the tables then show ours, the teacher's, and ours
     against it: the difference for PSNR, the ratio for the others.
-    info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says why
-    LPIPS is missing.
+    info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says
+    why LPIPS is missing.
     metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values). NaN and infinity
     are null there, and named in the row's notes. Raises OSError where it cannot write.
     """

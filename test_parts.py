@@ -1,5 +1,7 @@
 """Models, data, metrics, checkpoints and settings, each by itself. Minutes: under one."""
+
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
@@ -20,13 +22,14 @@ import config
 import data
 import metrics
 import model_taehv
+import synthetic
 from conftest import ROOT, write_clip
 from golden.fill import fill_, make_input
 from losses import PIXEL_LOSSES, pixel_loss
 from model_taehv import TAEHV, VARIANTS, MemBlock, SuperMemBlock, TGrow, TPool, load_taehv, recognise
 
 
-# ---- TAEHV ------------------------------------------------------------------------------------------------------------
+# ---- TAEHV -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["taehv", "taecvx", "taew2_1", "taew2_2"])
@@ -39,7 +42,11 @@ def test_taehv_computes_what_the_published_code_does(name):
     with torch.no_grad():
         encoded, decoded = model.encode(inputs["video"]), model.decode(inputs["latent"])
         old = model.encode_video(inputs["video"], parallel=False, show_progress_bar=False)
-    for ours, theirs in ((encoded, golden["outputs"]["encoded"]), (decoded, golden["outputs"]["decoded"]), (old, encoded)):
+    for ours, theirs in (
+        (encoded, golden["outputs"]["encoded"]),
+        (decoded, golden["outputs"]["decoded"]),
+        (old, encoded),
+    ):
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
@@ -73,11 +80,15 @@ def test_other_variants_follow_the_published_rules(name):
         video = make_input("rand", (2, frames, 3, size, size), frames)
         with torch.no_grad():
             if name == "taeh3":  # 17-frame chunks led by three black frames; the last three latents go
-                padded = torch.cat([video, video[:, -1:].repeat(1, -frames % 17, 1, 1, 1)], 1).reshape(-1, 17, 3, size, size)
+                padded = torch.cat([video, video[:, -1:].repeat(1, -frames % 17, 1, 1, 1)], 1).reshape(
+                    -1, 17, 3, size, size
+                )
                 latents = published(model.encoder, unshuffle(F.pad(padded, (0, 0, 0, 0, 0, 0, 3, 0))))
                 latents = latents.reshape(2, -1, *latents.shape[2:])[:, :-3]
                 raw = published(model.decoder, latents)
-                raw = F.pad(raw, (0, 0, 0, 0, 0, 0, 0, -raw.shape[1] % 20)).unflatten(1, (-1, 20))[:, :, 3:].flatten(1, 2)
+                raw = (
+                    F.pad(raw, (0, 0, 0, 0, 0, 0, 0, -raw.shape[1] % 20)).unflatten(1, (-1, 20))[:, :, 3:].flatten(1, 2)
+                )
                 expected = shuffle(raw[:, :-12])
             else:
                 padded = torch.cat([video, video[:, -1:].repeat(1, -frames % model.time_factor, 1, 1, 1)], 1)
@@ -112,31 +123,64 @@ def test_stream_gives_the_whole_clip_however_it_is_cut(name, frames):
     assert torch.allclose(grouped, whole, atol=1e-5)
 
 
-def test_targets_are_the_frames_that_latents_reveal():
-    """A decoder that copies brightness shows which input frame each output stands for."""
+def test_targets_are_the_frames_that_outputs_reveal():
+    """Fresh weights keep the mean colour of each group's first frame: so outputs show which frame they stand for."""
     model = TAEHV().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        # Encoder: red of each frame -> channel 0; TPools keep the last frame of a group. Decoder: latents that hold the
-        # frame number, all frames of a group alike, so only the last of each group can be told: frames 0, 4, 8.
-        model.encoder[0].weight[0, 0, 1, 1] = 1
-        for i in (2, 7, 12):
-            stride = model.encoder[i].stride
-            model.encoder[i].conv.weight[0, 64 * (stride - 1)] = 1
-        for i in (3, 8, 13):
-            model.encoder[i].weight[0, 0, 1, 1] = 1
-        model.encoder[17].weight[0, 0, 1, 1] = 1
-    clip = (torch.arange(12) / 12).view(1, 12, 1, 1, 1).expand(1, 12, 3, 8, 8)
-    latents = model.encode(clip)
-    assert torch.allclose(latents[0, :, 0, 0, 0], clip[0, 3::4, 0, 0, 0])
-    assert torch.equal(model.targets(clip), clip[:, :9]), "12 frames come back as the first 9"
+        model.decoder[-1].weight[:, 6:] = 0  # the random channels
+        clip = (0.1 + torch.arange(12) / 15).view(1, 12, 1, 1, 1).expand(1, 12, 3, 8, 8)
+        output = model(clip)[0]
+    target = model.targets(clip)
+    assert output.shape == target.shape and torch.equal(target, clip[:, :9]), "12 frames come back as the first 9"
+    for i in (0, 4, 8):  # where a latent's own frame comes out; the frames between repeat the next one
+        assert (output[:, i] - target[:, i]).abs().max() < 0.02
+        assert (output[:, i] - clip[:, 3:][:, i]).abs().min() > 0.1, "not the last 9"
     assert model.frame_index(13) == list(range(13))
     assert TAEHV("taehv", decoder_time_upscale=(False, False)).frame_index(12) == [0, 4, 8]
     assert TAEHV("taecvx").frame_index(8) == list(range(8)) and TAEHV("taecvx").frame_index(12) == list(range(9))
     assert TAEHV("taeh3").frame_index(22) == list(range(22))
     small = TAEHV("taehv", decoder_space_upscale=(False, False, False))
     assert small.targets(clip).shape == small.eval()(clip)[0].shape == (1, 9, 3, 1, 1)
+
+
+def test_streaming_keeps_nothing_of_the_past():
+    model = TAEHV().eval()
+
+    def held(frames):
+        stream = model.stream()
+        for _ in range(frames):
+            stream.decode(stream.encode(torch.rand(1, 1, 3, 16, 16)))
+        gc.collect()
+        return sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor)
+
+    held(8)
+    assert held(40) == held(8)
+
+
+def test_a_stream_can_be_used_again():
+    model, video = TAEHV().eval(), torch.rand(1, 6, 3, 8, 8)
+    stream = model.stream()
+    first, second = (torch.cat([stream.decode(stream.encode(video)), stream.flush()], 1) for _ in range(2))
+    assert torch.equal(first, second) and first.shape[1] == 5
+    with pytest.raises(ValueError, match="given nothing"):
+        stream.flush()
+
+
+def test_every_convolution_runs_channels_last():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        layouts = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            if function is torch.ops.aten.convolution.default:
+                self.layouts.append(arguments[0].is_contiguous(memory_format=torch.channels_last))
+            return function(*arguments, **(named or {}))
+
+    model = TAEHV().train().to(memory_format=torch.channels_last)
+    with Watch() as watch:
+        model(torch.rand(2, 8, 3, 16, 16))
+    assert len(watch.layouts) > 60 and all(watch.layouts)
 
 
 def test_previews_take_the_last_frames_weights(tmp_path):
@@ -153,7 +197,8 @@ def test_previews_take_the_last_frames_weights(tmp_path):
     superb = TAEHV("taehv1_5_super")
     torch.save(superb.state_dict(), tmp_path / "s.pth")
     assert load_taehv(str(tmp_path / "s.pth"), decoder_space_upscale=(False,) * 3).decode(
-        torch.randn(1, 2, 32, 3, 3)).shape == (1, 5, 3, 6, 6)
+        torch.randn(1, 2, 32, 3, 3)
+    ).shape == (1, 5, 3, 6, 6)
 
 
 def test_weights_are_recognised_by_shape_and_then_by_name(tmp_path):
@@ -166,10 +211,13 @@ def test_weights_are_recognised_by_shape_and_then_by_name(tmp_path):
     odd = TAEHV("taehv", latent_channels=4, patch_size=2)
     assert TAEHV(**recognise(odd.state_dict())).config == odd.config
     from safetensors.torch import save_file
+
     save_file(TAEHV("taew2_2").state_dict(), tmp_path / "x.safetensors")
     model, words = checkpoint.load_model(tmp_path / "x.safetensors")
     assert model.config == TAEHV("taew2_2").config and "taew2_2" in words
     assert checkpoint.load_model(tmp_path / "x.safetensors", decoder_time_upscale=(False, False))[0].t_upscale == 1
+    with pytest.raises(checkpoint.CheckpointError, match="not of variant taecvx"):
+        checkpoint.load_model(tmp_path / "x.safetensors", "taecvx")
 
 
 def test_wrong_shapes_are_named():
@@ -192,7 +240,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
 
 
-# ---- data -------------------------------------------------------------------------------------------------------------
+# ---- data --------------------------------------------------------------------------------------------------------
 
 
 def test_samples_depend_on_seed_epoch_and_index_only(clips):
@@ -221,8 +269,13 @@ def test_schedule_gives_each_step_the_same_samples_for_any_spread(clips):
     buckets = [data.Bucket(32, 4, 0.7, 2), data.Bucket(64, 1, 0.3, 3)]
 
     def steps(world, accumulation, count=30, **kw):
-        per_rank = [iter(data.TrainSchedule(dataset, buckets, 0, world, rank, accumulation, **kw)) for rank in range(world)]
-        return [sorted(key for rank in per_rank for _ in range(accumulation) for key in next(rank)) for _ in range(count)]
+        per_rank = [
+            iter(data.TrainSchedule(dataset, buckets, 0, world, rank, accumulation, **kw)) for rank in range(world)
+        ]
+        return [
+            sorted(key for rank in per_rank for _ in range(accumulation) for key in next(rank)) for _ in range(count)
+        ]
+
     reference = steps(1, 4)
     assert steps(2, 2) == steps(4, 1) == reference
     assert {key.size for step in reference for key in step} == {32, 64}
@@ -250,13 +303,19 @@ def test_damaged_and_odd_files_are_refused_padded_or_replaced(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "notes.txt").write_text("FFmpeg would render this")
+    shutil.copy(good, os.fsencode(tmp_path) + b"/bad\xff.mp4")
     with open(good, "rb") as file:
         whole = file.read()
-    (tmp_path / "cut.mp4").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     sources, refused = data.probe(data.find_sources(str(tmp_path)))
     assert sorted(s.key for s in sources) == ["good.mp4", "short.mp4"]
     reasons = {os.path.basename(path): reason for path, reason in refused}
-    assert reasons.keys() == {"empty.mp4", "text.mp4", "pipe.mp4", "text.png", "cut.mp4"}
+    not_utf8 = os.fsdecode(b"bad\xff.mp4")
+    assert reasons.keys() == {"empty.mp4", "text.mp4", "pipe.mp4", "text.png", "cut.mp4", not_utf8}
+    assert reasons[not_utf8] == "its name is not UTF-8"  # OpenCV would crash
+    with pytest.raises(data.DataError, match="no video or image"):
+        data.find_sources(str(tmp_path / "notes.txt"))
     assert reasons["empty.mp4"] == "empty file" and reasons["pipe.mp4"] == "not a regular file"
     frames, _, _, notes = data.read_frames(short, 0.5, 5, 2)
     assert len(frames) == 5 and np.array_equal(frames[2], frames[4]) and "only 3 frames" in notes[0]
@@ -284,10 +343,29 @@ def test_a_container_that_lies_about_its_length(tmp_path, monkeypatch):
 
         def get(self, what):
             return 100.0 if what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
+
     monkeypatch.setattr(data.cv2, "VideoCapture", Liar)
     frames, first, delta, notes = data.read_frames(path, 0.9, 4, 2)
     assert len(frames) == 4 and first + 3 * delta < 10 and delta == 2
     assert notes == ["the container says 100 frames, 10 can be read"]
+
+
+def test_a_recording_that_was_never_closed(tmp_path, monkeypatch):
+    path, real = write_clip(str(tmp_path / "a.avi"), frames=20), cv2.VideoCapture
+
+    class Open:
+        def __init__(self, *arguments):
+            self.capture = real(*arguments)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+        def get(self, what):
+            return -2.3e17 if what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
+
+    monkeypatch.setattr(data.cv2, "VideoCapture", Open)
+    frames, first, delta, notes = data.read_frames(path, 0.9, 4, 3)
+    assert (len(frames), first, delta) == (4, 9, 3) and "20 can be read" in notes[0]
 
 
 def test_frames_are_the_right_ones_upright_and_rgb(tmp_path):
@@ -309,8 +387,12 @@ def test_frames_are_the_right_ones_upright_and_rgb(tmp_path):
 def test_annotations_images_and_sequences(tmp_path):
     write_clip(str(tmp_path / "v" / "a.mp4"))
     for i in range(4):
-        cv2.imwrite(str(tmp_path / "v" / f"{i}.{('png', 'jpg', 'webp')[i % 3]}"), np.full((40, 50, 3), 60 * i, np.uint8))
-    (tmp_path / "list.json").write_text(json.dumps({"list": [{"path": "a.mp4"}, {"path": "0.png", "caption": "x"}, {"path": "no.mp4"}]}))
+        cv2.imwrite(
+            str(tmp_path / "v" / f"{i}.{('png', 'jpg', 'webp')[i % 3]}"), np.full((40, 50, 3), 60 * i, np.uint8)
+        )
+    (tmp_path / "list.json").write_text(
+        json.dumps({"list": [{"path": "a.mp4"}, {"path": "0.png", "caption": "x"}, {"path": "no.mp4"}]})
+    )
     sources, refused = data.probe(data.find_sources(str(tmp_path / "list.json"), str(tmp_path / "v")))
     assert [s.key for s in sources] == ["a.mp4", "0.png"] and refused[0][1] == "no such file or directory"
     images, _ = data.probe([s for s in data.find_sources(str(tmp_path / "v")) if s.is_image])
@@ -326,14 +408,14 @@ def test_annotations_images_and_sequences(tmp_path):
 
 
 def test_demo_set(tmp_path):
-    data.make_demo(str(tmp_path / "demo"), videos=4, frames=6, size=32)
+    synthetic.make_demo(str(tmp_path / "demo"), videos=4, frames=6, size=32)
     train, refused = data.probe(data.find_sources(str(tmp_path / "demo" / "train")))
     assert len(train) == 4 and not refused and train[0].frames == 6
-    a = data.demo_clip(0, 3, 32, np.random.default_rng(1))
-    assert all(np.array_equal(x, y) for x, y in zip(a, data.demo_clip(0, 3, 32, np.random.default_rng(1))))
+    a = synthetic.demo_clip(0, 3, 32, np.random.default_rng(1))
+    assert all(np.array_equal(x, y) for x, y in zip(a, synthetic.demo_clip(0, 3, 32, np.random.default_rng(1))))
 
 
-# ---- metrics, losses --------------------------------------------------------------------------------------------------
+# ---- metrics, losses ---------------------------------------------------------------------------------------------
 
 
 def test_psnr_and_ssim_are_scikit_images():
@@ -344,8 +426,15 @@ def test_psnr_and_ssim_are_scikit_images():
     for i in range(2):
         x, y = a[i].transpose(1, 2, 0), b[i].transpose(1, 2, 0)
         assert abs(ours[0][i] - peak_signal_noise_ratio(x, y, data_range=1)) < 1e-4
-        assert abs(ours[1][i] - structural_similarity(x, y, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
-                                                      use_sample_covariance=False)) < 1e-4
+        assert (
+            abs(
+                ours[1][i]
+                - structural_similarity(
+                    x, y, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+                )
+            )
+            < 1e-4
+        )
     assert metrics.psnr(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)).item() == float("inf")
     with pytest.raises(ValueError, match="11x11"):
         metrics.ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
@@ -361,11 +450,13 @@ def test_mean_counts_every_image_once():
 def test_lpips_is_there_or_says_how_to_get_it(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     function, note = metrics.load_lpips("alex")
     assert function is None and "alexnet-owt-7be5be79.pth" in note and str(tmp_path) in note
     from torchvision.models import alexnet  # any weights show that the measure works once the file is in place
+
     os.makedirs(tmp_path / "hub" / "checkpoints", exist_ok=True)
     torch.save(alexnet(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
     function, note = metrics.load_lpips("alex")
@@ -381,7 +472,7 @@ def test_pixel_losses():
         pixel_loss("l1", a, b[:1])
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
 def run_state(step, value=0.0):
@@ -395,12 +486,12 @@ def test_newest_good_checkpoint_is_found(tmp_path):
         assert checkpoint.save_run(str(tmp_path), run_state(step, step), keep_last=4) == ""
     files = [os.path.basename(p) for p in checkpoint.checkpoints(str(tmp_path))]
     assert files == [f"step_0000000{i}.pt" for i in (5, 4, 3, 2)]
-    with open(tmp_path / "step_00000005.pt", "r+b") as file:   # a flipped bit
+    with open(tmp_path / "step_00000005.pt", "r+b") as file:  # a flipped bit
         file.seek(os.path.getsize(file.name) // 2)
         byte = file.read(1)
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 16]))
-    with open(tmp_path / "step_00000004.pt", "r+b") as file:   # cut short
+    with open(tmp_path / "step_00000004.pt", "r+b") as file:  # cut short
         file.truncate(300)
     path, problems = checkpoint.newest_checkpoint(str(tmp_path))
     assert os.path.basename(path) == "step_00000003.pt" and len(problems) == 2
@@ -414,6 +505,7 @@ def test_a_full_disk_costs_one_checkpoint_and_no_more(tmp_path, monkeypatch):
 
     def full(_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left" in checkpoint.save_run(str(tmp_path), run_state(2), 3)
     monkeypatch.undo()
@@ -435,29 +527,50 @@ def test_files_from_strangers_run_no_code(tmp_path, monkeypatch):
     (tmp_path / "text.safetensors").write_text("hello")
     state = {k: v[:1] if k == "decoder.8.weight" else v for k, v in TAEHV().state_dict().items()}
     torch.save(state, "cut.pth")
-    for name, words in (("bomb.pt", "holds code"), ("list.pt", "holds a list"), ("other.pth", "no TAEHV weights"),
-                        ("text.pth", "holds code|no file of weights"), ("text.safetensors", "damaged"), ("cut.pth", "decoder.8.weight is"),
-                        ("missing.pt", "does not exist"), (".", "holds no best.pt")):
+    for name, words in (
+        ("bomb.pt", "holds code"),
+        ("list.pt", "holds a list"),
+        ("other.pth", "no TAEHV weights"),
+        ("text.pth", "holds code|no file of weights"),
+        ("text.safetensors", "damaged"),
+        ("cut.pth", "decoder.8.weight is"),
+        ("missing.pt", "does not exist"),
+        (".", "holds no best.pt"),
+    ):
         with pytest.raises(checkpoint.CheckpointError, match=words) as caught:
             checkpoint.load_model(name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not os.path.exists("exploded")
 
 
-# ---- settings ---------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------------
 
 
 def test_settings_are_parsed_and_checked():
     cfg = config.load_config(["taehv", "data=x", "lr=1e-3", "flip=false", "--batch-size=2"])
     assert (cfg.data, cfg.lr, cfg.flip, cfg.batch_size, cfg.name) == ("x", 1e-3, False, 2, "taehv")
     assert config.load_config([]).data == "demo"
-    assert config.parse_buckets(config.load_config(["buckets=64x12:1:8, 128x1:.5:2"])) == [(64, 12, 1.0, 8), (128, 1, 0.5, 2)]
-    for arguments, words in ((["tae"], "did you mean 'taehv'"), (["lrr=1"], "did you mean 'lr'"), (["lr=fast"], "a number"),
-                             (["frames=1.5"], "whole number"), (["flip=maybe"], "true or false"), (["lr"], "unknown preset"),
-                             (["taehv", "lr"], "no key=value"), (["pixel_loss=charbonier"], "did you mean 'charbonnier'"), (["size=8"], "at least 16"),
-                             (["lr=nan"], "at least"), (["buckets=64"], "is not like"), (["val_fraction=1"], "at most"),
-                             (["min_frame_delta=9"], "above max_frame_delta"), (["name=../x"], "letters"),
-                             (["train_encoder=0", "train_decoder=0"], "nothing to train")):
+    assert config.parse_buckets(config.load_config(["buckets=64x12:1:8, 128x1:.5:2"])) == [
+        (64, 12, 1.0, 8),
+        (128, 1, 0.5, 2),
+    ]
+    for arguments, words in (
+        (["tae"], "did you mean 'taehv'"),
+        (["lrr=1"], "did you mean 'lr'"),
+        (["lr=fast"], "a number"),
+        (["frames=1.5"], "whole number"),
+        (["flip=maybe"], "true or false"),
+        (["lr"], "unknown preset"),
+        (["taehv", "lr"], "no key=value"),
+        (["pixel_loss=charbonier"], "did you mean 'charbonnier'"),
+        (["size=8"], "at least 16"),
+        (["lr=nan"], "at least"),
+        (["buckets=64"], "is not like"),
+        (["val_fraction=1"], "at most"),
+        (["min_frame_delta=9"], "above max_frame_delta"),
+        (["name=../x"], "letters"),
+        (["train_encoder=0", "train_decoder=0"], "nothing to train"),
+    ):
         with pytest.raises(config.ConfigError, match=words):
             config.load_config(arguments)
 
@@ -478,7 +591,9 @@ def test_every_setting_is_documented_and_read():
         config.load_config([preset])
 
 
-@pytest.mark.parametrize("name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config"])
+@pytest.mark.parametrize(
+    "name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config", "synthetic"]
+)
 def test_leaf_files_work_when_copied_alone(name, tmp_path):
     spec = importlib.util.find_spec(name)
     shutil.copy(spec.origin, tmp_path)
@@ -489,4 +604,6 @@ def test_leaf_files_work_when_copied_alone(name, tmp_path):
 
 
 def test_published_names_are_there():
-    assert {"encode_video", "decode_video", "t_downscale", "t_upscale", "frames_to_trim"} <= set(dir(model_taehv.TAEHV()))
+    assert {"encode_video", "decode_video", "t_downscale", "t_upscale", "frames_to_trim"} <= set(
+        dir(model_taehv.TAEHV())
+    )

@@ -1,4 +1,5 @@
 """The report: files, escaping, and that a browser plays it (skipped where there is no Chromium)."""
+
 import http.server
 import json
 import math
@@ -49,7 +50,10 @@ def test_no_half_video_and_no_silent_failure(tmp_path):
     with pytest.raises(KeyError), report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
         writer.write(FRAME)
         raise KeyError
-    with pytest.raises(ValueError, match="takes uint8"), report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
+    with (
+        pytest.raises(ValueError, match="takes uint8"),
+        report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer,
+    ):
         writer.write(FRAME[:-1])
     with pytest.raises(OSError, match="no frame"):
         write(tmp_path / "a.webm", count=0)
@@ -58,7 +62,9 @@ def test_no_half_video_and_no_silent_failure(tmp_path):
 
 def test_names_are_safe_and_unique():
     taken = set()
-    names = [report.safe_name(p, taken) for p in ("a/x.mp4", "b/x.mp4", "X.avi", "..", "", EVIL, "a b%20?.mp4", "é" * 300)]
+    names = [
+        report.safe_name(p, taken) for p in ("a/x.mp4", "b/x.mp4", "X.avi", "..", "", EVIL, "a b%20?.mp4", "é" * 300)
+    ]
     assert len({n.casefold() for n in names}) == len(names) == len(taken)
     assert all(n and not set(n) & set('/\\<>:"|?*%# ') and len(n.encode()) < 140 for n in names)
 
@@ -80,12 +86,29 @@ def make_report(folder):
         write(folder / "videos" / name, count=9)
         videos[label] = f"videos/{name}"
     cv2.imwrite(str(folder / "latents.png"), report.latent_picture(np.random.default_rng(0).normal(size=(1, 3, 4, 4))))
-    row = dict(name=EVIL, source=EVIL, frames=9, fps=25.0, height=96, width=128, latent_shape=[1, 3, 4, 4], notes=[EVIL],
-               metrics=dict(psnr=math.inf, mse=0.0, ssim=1.0, lpips=None), encode_seconds=0.1, decode_seconds=0.2, encode_fps=50.0,
-               decode_fps=40.0, peak_memory_mb=100.0, videos=videos, latent_picture="latents.png")
+    row = dict(
+        name=EVIL,
+        source=EVIL,
+        frames=9,
+        fps=25.0,
+        height=96,
+        width=128,
+        latent_shape=[1, 3, 4, 4],
+        notes=[EVIL],
+        metrics=dict(psnr=math.inf, mse=0.0, ssim=1.0, lpips=None),
+        encode_seconds=0.1,
+        decode_seconds=0.2,
+        encode_fps=50.0,
+        decode_fps=40.0,
+        peak_memory_mb=100.0,
+        videos=videos,
+        latent_picture="latents.png",
+    )
     teacher = dict(metrics=dict(psnr=32.0, mse=6e-4, ssim=0.95, lpips=None), decode_seconds=2.0, latent_error=0.1)
     other = dict(row, name="plain", metrics=dict(psnr=30.0, mse=1e-3, ssim=0.9, lpips=None), teacher=teacher)
-    return report.write_report(str(folder), [row, other, dict(name=EVIL, source=EVIL, failed=EVIL)], {"model": EVIL, EVIL: EVIL})
+    return report.write_report(
+        str(folder), [row, other, dict(name=EVIL, source=EVIL, failed=EVIL)], {"model": EVIL, EVIL: EVIL}
+    )
 
 
 def test_report_is_strict_json_and_escaped_html(tmp_path):
@@ -93,6 +116,7 @@ def test_report_is_strict_json_and_escaped_html(tmp_path):
 
     def never(token):
         raise AssertionError(token)
+
     content = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=never)
     assert content["summary"]["ours"]["psnr"] == {"mean": 30.0, "std": None, "count": 1}
     assert content["summary"]["ours"]["ssim"]["std"] == pytest.approx(0.1 / math.sqrt(2))
@@ -118,6 +142,7 @@ SCRIPT = """<script>addEventListener("load", async () => {
 
 def play(page):
     """Open a copy of a report in headless Chromium, play every video to its end, return what the page saw."""
+
     class Inbox(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             self.server.result = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -126,6 +151,7 @@ def play(page):
 
         def log_message(self, *_):
             pass
+
     server = http.server.HTTPServer(("127.0.0.1", 0), Inbox)
     server.timeout, server.result = 100, None
     with open(page, encoding="utf-8") as file:
@@ -134,11 +160,25 @@ def play(page):
     with open(copy, "w", encoding="utf-8") as file:
         file.write(text)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = subprocess.Popen([shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-                                    "--no-first-run", "--disable-background-networking", "--disable-component-update",
-                                    "--disable-sync", f"--user-data-dir={profile}", "--remote-debugging-port=0",
-                                    "--autoplay-policy=no-user-gesture-required", "file://" + copy],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        browser = subprocess.Popen(
+            [
+                shutil.which("chromium"),
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                f"--user-data-dir={profile}",
+                "--remote-debugging-port=0",
+                "--autoplay-policy=no-user-gesture-required",
+                "file://" + copy,
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             server.handle_request()
         finally:
@@ -152,7 +192,8 @@ def play(page):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
 def test_a_browser_plays_the_videos(tmp_path):
     seen = play(make_report(tmp_path))
-    assert len(seen["videos"]) == 4 and all(v["error"] is None and v["ended"] and v["width"] == 128 and v["at"] > 0
-                                            for v in seen["videos"])
+    assert len(seen["videos"]) == 4 and all(
+        v["error"] is None and v["ended"] and v["width"] == 128 and v["at"] > 0 for v in seen["videos"]
+    )
     assert seen["images"] == [seen["images"][0]] * 2 and seen["images"][0] > 0
     assert seen["handlers"] == 0 and seen["title"].startswith("Reconstructions")
