@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import stat
@@ -451,6 +452,7 @@ def endless(loader):
     """The batches of a loader. Its processes take no part in signals that end the run (a terminal or a scheduler sends
     them to all processes at once): only this process acts on them, and the batches go on until it is done."""
     stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    multiprocessing.resource_tracker.ensure_running()  # its start would unblock them again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # inherited by the processes that iter() starts
     try:
         iterator = iter(loader)

@@ -61,9 +61,9 @@ def tune(device):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     elif device.type == "cpu":
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks if hasattr(os, "sched_getaffinity")
-                                  else (os.cpu_count() or 1) // ranks))
+        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread, however many cores there are
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
         if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
             libc = ctypes.CDLL(None)  # large blocks otherwise go back to the kernel, and come again page by page
             libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

@@ -58,8 +58,9 @@ def train(cfg):
     average = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = Gradients(parameters, world, extra=2)  # with the step's loss and squared error
+    # eps: gradients of 1e-10 are rounding noise, which PyTorch's 1e-8 turns into steps (3e-6 apart on 1 and 2 ranks).
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
-                                  fused=device.type in ("cuda", "cpu"))
+                                  eps=1e-7, fused=device.type in ("cuda", "cpu"))
     step, samples, best = 0, 0, -math.inf
     # Since the last log line: sums of loss and squared error, good steps; and steps skipped, in a row and in all.
     tally = torch.zeros(5, device=device)
@@ -316,7 +317,7 @@ def restore(state, model, average, optimizer, path):
         raise ConfigError(f"{path} trained other parts: keep train_encoder and train_decoder, or give it as init_from=")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["ema"])
-    settings = {key: optimizer.param_groups[0][key] for key in ("betas", "weight_decay", "fused")}
+    settings = {key: optimizer.param_groups[0][key] for key in ("betas", "weight_decay", "eps", "fused")}
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(settings)  # today's settings, not those of the day it was saved
 
