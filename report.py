@@ -386,6 +386,8 @@ def write_report(out_dir, rows, info):
     others = sorted({key for row in done for key in row["metrics"]} - {key for key, *_ in QUANTITIES})
     quantities = QUANTITIES[:4] + [(key, key, "", ".4g") for key in others] + QUANTITIES[4:]
     quantities = quantities if teachers else quantities[:-1]
+    if not _values(done + teachers, "lpips"):
+        quantities = [quantity for quantity in quantities if quantity[0] != "lpips"]  # the note says why
     keys = [key for key, *_ in quantities]
     summary = {"inputs": len(rows), "failed": len(rows) - len(done), "ours": _statistics(done, keys),
                "teacher": _statistics(teachers, keys) if teachers else None,

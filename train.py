@@ -211,10 +211,12 @@ def train(cfg):
                     problem = checkpoint.save_best(folder, dict(
                         model_name=cfg.model, model_config=model.config, step=step, val=result,
                         ema=average.state_dict()))
-                    log(problem) if problem else None
+                    if problem:
+                        log(problem)
             clips_done, since = 0, time.monotonic()
         if step % cfg.save_every == 0 or step == cfg.max_steps or stopping:
             save()
+            clips_done, since = 0, time.monotonic()
     bar.close()
     log.close()
     if stopping:
