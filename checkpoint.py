@@ -71,13 +71,20 @@ def load_model(path, variant=None, **overrides):
         raise CheckpointError(f"checkpoint: {path!r} needs a package: pip install safetensors") from None
     except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"checkpoint: {path!r}: {first_line(error)}") from None
-    except Exception as error:  # safetensors has its own error type, which is not importable without the package
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except safetensors_errors() as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no safetensors file: {first_line(error)}") from None
     others = [v for v, row in VARIANTS.items() if row == VARIANTS[model.variant] and v != model.variant]
     doubt = f" (by name or default: {', '.join(others)} look alike)" if others and not variant else ""
     return model, f"weights of variant {model.variant}{doubt}"
+
+
+def safetensors_errors():
+    """What safetensors raises for a damaged file; nothing where the package is absent."""
+    try:
+        from safetensors import SafetensorError
+    except ImportError:
+        return ()
+    return SafetensorError
 
 
 def newest_weights(folder):

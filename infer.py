@@ -336,6 +336,7 @@ def find_inputs(inputs):
 
 
 def run(options):
+    """Check everything, then reconstruct or decode each input and write the report. Errors as in `main`."""
     device = pick_device(options.device)
     tune(device)
     dtype = pick_precision(options.precision, device)

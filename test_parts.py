@@ -329,12 +329,11 @@ def test_damaged_and_odd_files_are_refused_padded_or_replaced(tmp_path):
         data.TrainClips([data.Source(str(tmp_path / "gone.mp4"), "gone.mp4")])[data.Key(0, 0, 32, 4)]
 
 
-def test_a_container_that_lies_about_its_length(tmp_path, monkeypatch):
-    path = write_clip(str(tmp_path / "a.mp4"), frames=10)
-
+def claim(monkeypatch, count):
+    """Make OpenCV report `count` frames for every video. (A subclass of its capture would crash it.)"""
     real = cv2.VideoCapture
 
-    class Liar:
+    class Claiming:
         def __init__(self, *arguments):
             self.capture = real(*arguments)
 
@@ -342,28 +341,22 @@ def test_a_container_that_lies_about_its_length(tmp_path, monkeypatch):
             return getattr(self.capture, name)
 
         def get(self, what):
-            return 100.0 if what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
+            return count if what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
 
-    monkeypatch.setattr(data.cv2, "VideoCapture", Liar)
+    monkeypatch.setattr(data.cv2, "VideoCapture", Claiming)
+
+
+def test_a_container_that_lies_about_its_length(tmp_path, monkeypatch):
+    path = write_clip(str(tmp_path / "a.mp4"), frames=10)
+    claim(monkeypatch, 100.0)
     frames, first, delta, notes = data.read_frames(path, 0.9, 4, 2)
     assert len(frames) == 4 and first + 3 * delta < 10 and delta == 2
     assert notes == ["the container says 100 frames, 10 can be read"]
 
 
 def test_a_recording_that_was_never_closed(tmp_path, monkeypatch):
-    path, real = write_clip(str(tmp_path / "a.avi"), frames=20), cv2.VideoCapture
-
-    class Open:
-        def __init__(self, *arguments):
-            self.capture = real(*arguments)
-
-        def __getattr__(self, name):
-            return getattr(self.capture, name)
-
-        def get(self, what):
-            return -2.3e17 if what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
-
-    monkeypatch.setattr(data.cv2, "VideoCapture", Open)
+    path = write_clip(str(tmp_path / "a.avi"), frames=20)
+    claim(monkeypatch, -2.3e17)
     frames, first, delta, notes = data.read_frames(path, 0.9, 4, 3)
     assert (len(frames), first, delta) == (4, 9, 3) and "20 can be read" in notes[0]
 

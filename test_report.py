@@ -132,7 +132,8 @@ SCRIPT = """<script>addEventListener("load", async () => {
     const end = new Promise(done => ["ended", "error"].forEach(name => video.addEventListener(name, done)));
     await video.play().catch(() => 0);
     await Promise.race([end, new Promise(done => setTimeout(done, 15000))]);
-    videos.push({error: video.error && video.error.message, ended: video.ended, width: video.videoWidth, at: video.currentTime});
+    videos.push({error: video.error && video.error.message, ended: video.ended, width: video.videoWidth,
+                 at: video.currentTime});
   }
   const images = [...document.images].map(image => { image.loading = "eager"; return image });
   await Promise.all(images.map(image => image.decode().catch(() => 0)));

@@ -435,7 +435,7 @@ def test_the_readme_tells_what_there_is():
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         readme = file.read()
     for line in re.findall(r"train\.py ([^\n`|&]*)", readme):
-        words = shlex.split(line.split("#")[0])
+        words = shlex.split(line.split("#")[0].rstrip("\\ "))
         if "--help" not in words:
             config.load_config([w for w in words if w != "..."])
     assert config.PRESETS.keys() <= set(re.findall(r"`(\w+)`", readme))

@@ -31,6 +31,8 @@ from synthetic import make_demo
 
 
 def train(cfg):
+    """One run, from the settings to its last checkpoint. ConfigError, DeviceError, DataError or CheckpointError say in
+    one line what is wrong; all ranks raise the same."""
     # ---- ranks, log, and everything that can be wrong before the first step ----------------------------------------
     device = pick_device(cfg.device)
     tune(device)
