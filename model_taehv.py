@@ -194,7 +194,17 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
     for i in range(len(order) - 1):  # growing time before enlarging space gives the same numbers for less work
         if isinstance(blocks[i], nn.Upsample) and isinstance(blocks[i + 1], TGrow):
             order[i], order[i + 1] = order[i + 1], order[i]
-    for i, block in order if progress is None else progress(order):
+    # Layers between memory blocks look at single frames (pools: at their own few), so on a CPU without gradients each
+    # stretch of them runs piece by piece: full-size maps of 64 channels then exist for one or two frames, not for all.
+    piecewise = not torch.is_grad_enabled() and x.device.type == "cpu"
+    stretches = []
+    for i, block in order:
+        if stretches and not any(isinstance(b, (MemBlock, SuperMemBlock)) for b in (block, stretches[-1][1][-1])):
+            stretches[-1][1].append(block)
+        else:
+            stretches.append((i, [block]))
+    for i, stretch in stretches if progress is None else progress(stretches):
+        block = stretch[0]
         if isinstance(block, (MemBlock, SuperMemBlock)):
             first = memory.get(i) if memory else None
             if first is None:
@@ -205,7 +215,13 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
                 memory[i] = x[t - 1::t]
             x = checkpoint(block, x, past, use_reentrant=False) if checkpointing else block(x, past)
         else:
-            x = block(x)
+            unit = math.prod(b.stride for b in stretch if isinstance(b, TPool)) if piecewise else len(x)
+            pieces = []
+            for piece in x.split(unit):
+                for block in stretch:
+                    piece = block(piece)
+                pieces.append(piece)
+            x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return x.unflatten(0, (n, -1))
 
 
