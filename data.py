@@ -487,13 +487,6 @@ def make_loader(clips, workers, pin_memory=False, **kwargs):
                           prefetch_factor=4 if workers else None, **kwargs)
 
 
-def default_workers(device_type):
-    """Per rank: on a CPU, where the model needs the cores, one; else the cores are shared out, 16 at most."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device_type == "cpu" else max(1, min(16, cores // ranks))
-
-
 def load_val(clips, rank, world, take_notes):
     """This rank's share of the validation clips, decoded once and kept: [uint8 T 3 H W, ...].
 

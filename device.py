@@ -55,6 +55,17 @@ def pick_precision(name, device):
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+def cores_per_rank():
+    """This process's share of the cores that it and the other ranks on this machine may use, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def default_workers(device):
+    """Data processes per rank: one beside a model on the CPU, which needs the cores itself; else the cores, up to 16."""
+    return 1 if device.type == "cpu" else min(16, cores_per_rank())
+
+
 def tune(device):
     """Process-wide settings that pay: TF32 and cuDNN's search on a GPU, an allocator that keeps its pages on a CPU."""
     if device.type == "cuda":
@@ -62,8 +73,7 @@ def tune(device):
         torch.backends.cudnn.benchmark = True
     elif device.type == "cpu":
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread, however many cores there are
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+            torch.set_num_threads(cores_per_rank())
         if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
             libc = ctypes.CDLL(None)  # large blocks otherwise go back to the kernel, and come again page by page
             libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

@@ -23,7 +23,8 @@ import checkpoint
 import data as datasets
 import metrics
 from config import ConfigError, exit_with_usage, load_config, parse_buckets
-from device import DeviceError, describe, peak_memory, pick_device, pick_precision, synchronize, tune
+from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, synchronize,
+                    tune)
 from logbook import Logbook, count, summary
 from losses import pixel_loss
 from ranks import Gradients, StopSignal, agree, copy_from_rank_0, from_rank_0, gather, start_ranks
@@ -90,7 +91,7 @@ def train(cfg):
         log(f"resumed from {resume_from} at step {step}")
 
     schedule = datasets.TrainSchedule(clips, buckets, cfg.seed, world, rank, cfg.accumulation, step, samples)
-    workers = cfg.workers if cfg.workers >= 0 else datasets.default_workers(device.type)
+    workers = cfg.workers if cfg.workers >= 0 else default_workers(device)
     batches = datasets.endless(datasets.make_loader(clips, workers, device.type == "cuda", batch_sampler=schedule))
     val_clips = datasets.ValClips(val_sources, buckets[0].size, buckets[0].frames, cfg.val_clips_per_video,
                                   cfg.val_clips, cfg.image_sequences)
