@@ -16,6 +16,9 @@ def start_ranks(device, timeout_minutes):
     """(rank, world size, process group for the host's own messages); one rank and no group without torchrun."""
     if "RANK" not in os.environ:
         return 0, 1, None
+    # The optimizers import this later on: it then keeps a reference to the process group, whose threads outlive
+    # destroy_process_group and can abort the interpreter as it ends ("terminate called without an active exception").
+    import torch._dynamo  # noqa: F401
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     # Ranks agree over this group: between CPUs, so that no GPU has to be waited for.

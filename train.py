@@ -373,14 +373,16 @@ def main():
     exit_with_usage(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
+    code = 0
     try:
         train(load_config(sys.argv[1:]))
     except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise these together
             print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
