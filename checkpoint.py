@@ -18,6 +18,7 @@ import torch
 from model_taehv import TAEHV, VARIANTS, adapt_state_dict, load_taehv
 
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
+RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
 
 
 class CheckpointError(Exception):
@@ -183,9 +184,31 @@ def save_run(folder, state, keep_last):
         save(state["ema"], os.path.join(folder, "model.pth"))
         for path in checkpoints(folder)[keep_last:]:
             os.remove(path)
+        kept = {os.path.basename(path).removesuffix(".pt") for path in checkpoints(folder)}
+        for name in os.listdir(folder):
+            if RANK_FILE.fullmatch(name) and name.split(".")[0] not in kept:
+                os.remove(os.path.join(folder, name))
     except OSError as error:
         return f"the checkpoint of step {state['step']} could not be saved: {error}; the run goes on"
     return ""
+
+
+def save_rank(folder, step, rank, state):
+    """Save what one rank alone holds (its replayed samples), beside the step file and before it: step_00001000.rank3.
+    Nothing is written for None. Returns an error message, or ""."""
+    if state is None:
+        return ""
+    try:
+        save(state, os.path.join(folder, f"step_{step:08d}.rank{rank}"))
+    except OSError as error:
+        return f"the checkpoint of step {step} could not be saved: {error}; the run goes on"
+    return ""
+
+
+def read_rank(path, rank):
+    """What `save_rank` left beside the step file `path`; None if there is nothing. CheckpointError if it is damaged."""
+    path = f"{path.removesuffix('.pt')}.rank{rank}"
+    return read(path) if os.path.exists(path) else None
 
 
 def save_best(folder, state):

@@ -28,6 +28,7 @@ class Config:
     # ---- data
     data: str = ""                  # folder (recursive), file, annotation .json; or "demo": synthetic clips
     data_root: str = ""             # folder that an annotation's paths are relative to; empty: the annotation's own
+    latent_cache: str = ""          # folder that latent_cache.py made: its clips and teacher latents instead of data
     val_data: str = ""              # the same for validation; empty: val_fraction of the files of data
     val_fraction: float = 0.05      # part of the files held out, chosen by their names; 0: no validation
     val_clips: int = 64             # validation clips at most
@@ -56,8 +57,22 @@ class Config:
     train_decoder: bool = True      # off: the decoder keeps its weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
-    # ---- loss and optimizer
+    # ---- loss: a term whose weight is 0 costs nothing
+    decoder_input: str = "own"      # latents that the decoder learns from: own (the encoder's) or teacher (the cache's)
+    pixel_weight: float = 1.0       # of the pixel loss
     pixel_loss: str = "l1"          # l1, l2 or charbonnier
+    encoder_weight: float = 0.0     # of the squared error of the encoder's latents against the cache's
+    perceptual_weight: float = 0.0  # of LPIPS
+    perceptual_net: str = "vgg"     # its backbone: vgg or alex
+    perceptual_frames: int = 2      # frames of each clip that it looks at, drawn anew each time; 0: all
+    seraena_weight: float = 0.0     # of the squared distance to Seraena's corrected frames (adversarial sharpness)
+    seraena_frames: int = 3         # consecutive frames that its discriminator sees as one image
+    seraena_lr: float = 3e-4        # its discriminator's learning rate
+    seraena_replay_mb: int = 512    # memory for its replayed samples, MB per rank
+    seraena_replay_device: str = "same"  # where they lie: same (the model's device) or pinned (the host's memory)
+    seraena_save_replay: bool = True     # into the checkpoints, one file per rank; off: refilled after a resume
+
+    # ---- optimizer
     lr: float = 3e-4                # AdamW's peak learning rate
     schedule: str = "cosine"        # constant, cosine (to lr_final at max_steps), exponential (lr_decay)
     warmup_steps: int = 100         # linear from 0
@@ -83,6 +98,12 @@ PRESETS = {
                  ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
     # A TAEHV from scratch on your own videos.
     "taehv": dict(max_steps=50000, batch_size=8),
+    # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
+    # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
+    # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
+    "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0),
+    # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
+    "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, seraena_weight=0.05),
     # Published weights on your own domain: add init_from=taew2_1.pth (and variant=..., see model_taehv.py).
     "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
 }
@@ -149,13 +170,17 @@ def parse_buckets(config):
 CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
     "model": ("taehv",),
+    "decoder_input": ("own", "teacher"),
     "pixel_loss": ("l1", "l2", "charbonnier"),
+    "perceptual_net": ("vgg", "alex"),
+    "seraena_replay_device": ("same", "pinned"),
     "schedule": ("constant", "cosine", "exponential"),
 }
 AT_LEAST = {0: "seed val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps lr_final "
-               "lr_decay beta1 beta2 weight_decay grad_clip ema_decay",
+               "lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight perceptual_weight "
+               "perceptual_frames seraena_weight seraena_lr",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
-               "max_bad_steps log_every val_every save_every keep_last",
+               "max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay", 0.9999: "beta1 beta2 ema_decay",
            2 ** 62: "seed"}
@@ -178,6 +203,8 @@ def check(config):
         raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
     if not (config.train_encoder or config.train_decoder):
         raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
+    if config.latent_cache and config.buckets:
+        raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
     parse_buckets(config)
 
 

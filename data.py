@@ -295,9 +295,10 @@ class Augment(NamedTuple):
 
 
 def finish_clip(frames, size, augment, rng):
-    """Crop, resize, flip, colour, blur: list of H W 3 BGR uint8 -> T size size 3 RGB uint8.
+    """Crop, resize, flip, colour, blur: list of H W 3 BGR uint8 -> (T size size 3 RGB uint8, where it was cut).
 
-    Cropping comes before resizing and resizing before colour conversion: each step then touches fewer pixels.
+    The second is {"crop": (top, left, edge) in pixels of the first frame, "flip": bool}. Cropping comes before resizing
+    and resizing before colour conversion: each step then touches fewer pixels.
     """
     side, y, x = 1.0, 0.5, 0.5  # side as a part of the shorter edge; place as a part of what is left
     if augment.random_crop:
@@ -305,11 +306,12 @@ def finish_clip(frames, size, augment, rng):
         low = min(1.0, max(augment.min_crop, size / shorter))
         side, y, x = rng.uniform(low, 1.0), rng.random(), rng.random()
     flip = augment.flip and rng.random() < 0.5
-    clip = np.empty((len(frames), size, size, 3), np.uint8)
+    clip, cut = np.empty((len(frames), size, size, 3), np.uint8), None
     for out, frame in zip(clip, frames):
         height, width = frame.shape[:2]
         edge = max(1, round(side * min(height, width)))
         top, left = round(y * (height - edge)), round(x * (width - edge))
+        cut = cut or {"crop": (top, left, edge), "flip": bool(flip)}
         frame = frame[top:top + edge, left:left + edge]
         if edge != size:
             frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA if edge > size else cv2.INTER_CUBIC)
@@ -319,7 +321,7 @@ def finish_clip(frames, size, augment, rng):
     if augment.blur > 0 and rng.random() < augment.blur:
         sigma = rng.uniform(0.2, 1.5)
         clip = np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) for frame in clip])
-    return clip
+    return clip, cut
 
 
 def jitter_color(clip, strength, rng):
@@ -336,6 +338,12 @@ def jitter_color(clip, strength, rng):
 
 
 # ---- datasets ----------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, count):
+    """The order in which an epoch takes `count` items."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class TrainClips(Dataset):
@@ -359,29 +367,37 @@ class TrainClips(Dataset):
                             "use frames=1, or image_sequences=true for clips of unrelated images")
 
     def __getitem__(self, key):
-        """{"video": uint8 T 3 H W tensor (memory order T H W 3), "notes": [(path, what was odd)]}"""
+        """{"video": uint8 T 3 H W tensor (memory order T H W 3), "notes": [(path, what was odd)], "origin": {...}}
+
+        The origin names the file (its key), the first frame, the frames' spacing, the crop and the flip.
+        """
         pool, notes = self.pool(key.frames), []
-        order = np.random.default_rng((self.seed, key.epoch)).permutation(len(pool))
+        order = epoch_order(self.seed, key.epoch, len(pool))
         for attempt in range(MAX_REPLACEMENTS):
             rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt))
             source = pool[order[key.index] if attempt == 0 else rng.integers(len(pool))]
             try:
-                frames, odd = self.read(source, key.frames, rng)
+                frames, first, spacing, odd = self.read(source, key.frames, rng)
             except DataError as error:
                 notes.append((source.path, f"{error}; another file took its place"))
                 continue
-            clip = torch.from_numpy(finish_clip(frames, key.size, self.augment, rng))
-            return {"video": clip.permute(0, 3, 1, 2), "notes": notes + [(source.path, note) for note in odd]}
+            clip, cut = finish_clip(frames, key.size, self.augment, rng)
+            return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2),
+                    "notes": notes + [(source.path, note) for note in odd],
+                    "origin": {"file": source.key, "first": first, "spacing": spacing, **cut}}
         raise DataError(f"{MAX_REPLACEMENTS} files in a row could not be read, the last {notes[-1][0]!r}: "
                         f"{notes[-1][1]}")
+
+    def batches(self, schedule, workers, pin_memory=False):
+        """Batches for a TrainSchedule, without end (see `collate`)."""
+        return endless(make_loader(self, workers, pin_memory, batch_sampler=schedule))
 
     def read(self, source, frames, rng):
         delta, place = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
         if not source.is_image:
-            clip, _, _, notes = read_frames(source.path, place, frames, delta)
-            return clip, notes
+            return read_frames(source.path, place, frames, delta)
         more = rng.choice(len(self.images), frames - 1, replace=len(self.images) < frames) if frames > 1 else []
-        return [read_image(source.path), *(read_image(self.images[i].path) for i in more)], []
+        return [read_image(source.path), *(read_image(self.images[i].path) for i in more)], 0, 1, []
 
 
 class ValClips(Dataset):
@@ -411,8 +427,19 @@ class ValClips(Dataset):
         except DataError as error:
             return {"video": torch.empty(0, 3, self.size, self.size, dtype=torch.uint8),
                     "notes": [(source.path, f"{error}; left out of the validation")]}
-        clip = finish_clip(frames, self.size, Augment(random_crop=False, flip=False), None)
+        clip, _ = finish_clip(frames, self.size, Augment(random_crop=False, flip=False), None)
         return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2), "notes": [(source.path, note) for note in notes]}
+
+
+    def share(self, rank, world, take_notes):
+        """This rank's part, decoded once and kept: [{"video": uint8 T 3 H W}, ...].
+
+        `take_notes` gets each clip's [(path, what was odd)].
+        """
+        samples = [self[i] for i in range(rank, len(self), world)]
+        for sample in samples:
+            take_notes(sample["notes"])
+        return [{"video": sample["video"]} for sample in samples if len(sample["video"])]
 
 
 class TrainSchedule(Sampler):
@@ -485,17 +512,3 @@ def make_loader(clips, workers, pin_memory=False, **kwargs):
                           worker_init_fn=start_worker, persistent_workers=False,
                           multiprocessing_context=worker_context() if workers else None,
                           prefetch_factor=4 if workers else None, **kwargs)
-
-
-def load_val(clips, rank, world, take_notes):
-    """This rank's share of the validation clips, decoded once and kept: [uint8 T 3 H W, ...].
-
-    `take_notes` gets each clip's [(path, what was odd)].
-    """
-    share = []
-    for i in range(rank, len(clips), world):
-        sample = clips[i]
-        take_notes(sample["notes"])
-        if len(sample["video"]):
-            share.append(sample["video"])
-    return share

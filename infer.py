@@ -4,18 +4,18 @@
     python infer.py taew2_1.pth a.mp4 b.mkv --out results
     python infer.py runs/mine a.mp4 --save-latents         # writes results/latents/a.latents.npz ...
     python infer.py runs/mine a.latents.npz                # ... and decodes it
+    python infer.py runs/mine a.mp4 --max-frames 48 --teacher taehv:taew2_1.pth    # beside its teacher
 
 Videos of any length and size are streamed: memory does not grow with the length. Writes under --out: metrics.json,
 summary_report.html, comparison_videos/, latent_visualizations/. Audio is not carried.
 """
 import argparse
 import collections
-import json
+import itertools
 import os
 import shlex
 import sys
 import time
-import zipfile
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ import checkpoint
 import data
 import metrics
 import report
+from compare import TeacherPass
 from device import (DeviceError, describe, peak_memory, pick_device, pick_precision, reset_peak_memory, synchronize,
                     tune)
-
-LATENTS = ".latents.npz"
+from latent_file import LATENTS, LatentFileError, LatentReader, LatentWriter
+from teachers import KINDS, TeacherError, load_teacher
 
 
 class InputError(Exception):
@@ -85,9 +86,38 @@ def to_uint8(frame, height, width):
     return (frame[:, :height, :width].float() * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def reconstruct(source, name, model, device, dtype, lpips, options):
-    """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
-    reader = data.VideoReader(source.path)
+def paired_frames(codec, reader, frames, length, see_latents):
+    """(number, original, reconstruction), both H W 3 uint8, of the first `frames` frames, as the model gives them.
+
+    The last frame is repeated until `length` have gone in; see_latents gets all latents, 1 t C h w.
+    """
+    index, waiting, done = codec.model.frame_index(length), collections.deque(), 0
+
+    def latents():
+        for number, frame in enumerate(itertools.islice(reader, frames)):
+            waiting.append((number, frame))
+            yield codec.encode(frame)
+        for _ in range(number + 1, length):
+            yield codec.encode(frame)
+        yield codec.flush_encoder()
+
+    def outputs():
+        for piece in latents():
+            see_latents(piece)
+            yield codec.decode(piece)
+        yield codec.flush_decoder()
+
+    for output in (frame for piece in outputs() for frame in piece[0]):
+        while waiting and done < len(index) and waiting[0][0] < index[done]:
+            waiting.popleft()
+        if waiting and done < len(index) and waiting[0][0] == index[done]:
+            number, original = waiting.popleft()
+            yield number, original, to_uint8(output, reader.height, reader.width)
+        done += 1
+
+
+def plan(source, reader, model, options):
+    """(frames to take, frames to feed, [what is odd about it])."""
     frames = 1 if source.is_image else data.count_frames(source.path)
     notes = [] if frames == reader.frames else [f"the container says {reader.frames} frames, {frames} can be read"]
     if options.max_frames and frames > options.max_frames:
@@ -100,81 +130,106 @@ def reconstruct(source, name, model, device, dtype, lpips, options):
     if reader.height % factor or reader.width % factor:
         notes.append(f"padded from {reader.height}x{reader.width} to {reader.height + -reader.height % factor}x"
                      f"{reader.width + -reader.width % factor} for the model, and cropped back")
+    if min(reader.height, reader.width) < 11:
+        notes.append("no SSIM: it needs 11x11 pixels")
+    return frames, length, notes
+
+
+class Quality:
+    """Sums of each frame's MSE, PSNR, SSIM, LPIPS and detail (variance of the Laplacian; all frames' over the
+    originals' is "sharpness"), of frames H W 3 uint8: what is measured is what is written."""
+
+    def __init__(self, device, lpips):
+        self.device, self.lpips, self.sums, self.counts = device, lpips, collections.Counter(), collections.Counter()
+
+    def add(self, original, output):
+        a, b = (torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float() / 255 for x in (output, original))
+        values = {"mse": metrics.mse(a, b), "psnr": metrics.psnr(a, b).clamp(max=100),
+                  "detail": metrics.laplacian_variance(a), "original_detail": metrics.laplacian_variance(b)}
+        if min(original.shape[:2]) >= 11:
+            values["ssim"] = metrics.ssim(a, b)
+        if self.lpips is not None and min(original.shape[:2]) >= 32:
+            values["lpips"] = self.lpips(a, b)
+        for key, value in values.items():
+            self.sums[key] += value.item()
+            self.counts[key] += 1
+
+    def means(self):
+        means = {key: self.sums[key] / self.counts[key] if self.counts[key] else None
+                 for key in ("mse", "psnr", "ssim", "lpips")}
+        return {**means, "sharpness": self.sums["detail"] / max(self.sums["original_detail"], 1e-12)}
+
+
+def reconstruct(source, name, model, device, dtype, lpips, teacher, options):
+    """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
+    reader = data.VideoReader(source.path)
+    frames, length, notes = plan(source, reader, model, options)
     if options.verbose:
         for note in notes:
             tqdm.write(f"{source.path}: {note}")
+    beside = TeacherPass(teacher, source, frames, model.time_factor, model.space_factor,
+                         options.teacher_frames) if teacher else None
     reset_peak_memory(device)
     total_latents = model.latent_frames(length)
     codec = Codec(model, device, dtype, total_latents)
-    index = model.frame_index(length)
-    kept = {round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))}  # latents for the picture
-    picture, sums, counts = [], collections.Counter(), collections.Counter()
-    waiting = collections.deque()  # original frames that have no reconstruction yet
-    done, seen, latents_done = 0, 0, 0
+    pictured = {round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))}
+    picture, latents_done, latent_errors = [], 0, []
+    quality, teacher_quality = Quality(device, lpips), Quality(device, lpips)
     videos = {kind: f"comparison_videos/{name}_{kind}.webm" for kind in ("original", "reconstructed", "comparison")}
+    latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     with Outputs(options.out, videos, reader, source.is_image) as outputs, \
-            LatentWriter(options, name, model, reader, frames, total_latents) as latent_file, \
+            LatentWriter(latents_path, model, reader, frames, total_latents) as latent_file, \
             tqdm(total=frames, desc=name[:30], unit="frame", dynamic_ncols=True) as bar:
 
-        def take_latents(latents):
+        def see_latents(latents):
             nonlocal latents_done
             latent_file.write(latents)
             for latent in latents[0].float().cpu().numpy():
-                if latents_done in kept:
+                if latents_done in pictured:
                     picture.append(latent)
+                if beside and latents_done < len(beside.latents) and latent.shape == beside.latents.shape[1:]:
+                    latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
                 latents_done += 1
-            return codec.decode(latents)
 
-        def take_frames(video):
-            nonlocal done
-            for frame in video[0]:
-                while waiting and done < len(index) and waiting[0][0] < index[done]:
-                    waiting.popleft()
-                if waiting and waiting[0][0] == index[done]:
-                    original = waiting.popleft()[1]
-                    output = to_uint8(frame, reader.height, reader.width)
-                    measure(original, output, device, lpips, sums, counts)
-                    outputs.write(original, output)
-                    bar.update()
-                done += 1
-
-        for frame in reader:
-            if seen == frames:
-                break
-            waiting.append((seen, frame))
-            seen += 1
-            take_frames(take_latents(codec.encode(frame)))
-        for _ in range(length - seen):
-            take_frames(take_latents(codec.encode(frame)))
-        take_frames(take_latents(codec.flush_encoder()))
-        take_frames(codec.flush_decoder())
+        for number, original, output in paired_frames(codec, reader, frames, length, see_latents):
+            theirs = beside.frame(number) if beside else None
+            quality.add(original, output)
+            if theirs is not None:
+                teacher_quality.add(original, theirs)
+            outputs.write(original, output, theirs, bool(beside))
+            bar.update()
     os.makedirs(os.path.join(options.out, "latent_visualizations"), exist_ok=True)
     latent_picture = f"latent_visualizations/{name}_latents.png"
     data.cv2.imwrite(os.path.join(options.out, latent_picture), report.latent_picture(np.stack(picture))[..., ::-1])
-    count = counts["mse"]
+    count = quality.counts["mse"]
     notes += sorted({writer.note for writer in outputs.writers.values() if writer.note})
-    if min(reader.height, reader.width) < 11:
-        notes.append("no SSIM: it needs 11x11 pixels")
-    return dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
-                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
-                latent_picture=latent_picture, metrics={key: sums[key] / counts[key] if counts[key] else None
-                                                        for key in ("mse", "psnr", "ssim", "lpips")},
-                encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
-                encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
-                peak_memory_mb=peak_memory(device) / 1e6)
+    row = dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
+               latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
+               latent_picture=latent_picture, metrics=quality.means(),
+               encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
+               encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
+               peak_memory_mb=peak_memory(device) / 1e6)
+    if beside:
+        row.update(compare_latents(beside, latent_errors, picture[0].shape))
+        notes += beside.notes
+        row["teacher"] = dict(
+            metrics=teacher_quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
+            encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
+            peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
+    return row
 
 
-def measure(original, output, device, lpips, sums, counts):
-    """Add one frame's quality, both H W 3 uint8, to the sums: what is measured is what is written."""
-    a, b = (torch.from_numpy(x).to(device).permute(2, 0, 1)[None].float() / 255 for x in (output, original))
-    values = {"mse": metrics.mse(a, b), "psnr": metrics.psnr(a, b).clamp(max=100)}
-    if min(original.shape[:2]) >= 11:
-        values["ssim"] = metrics.ssim(a, b)
-    if lpips is not None and min(original.shape[:2]) >= 32:
-        values["lpips"] = lpips(a, b)
-    for key, value in values.items():
-        sums[key] += value.item()
-        counts[key] += 1
+def compare_latents(beside, errors, shape):
+    """{"latent_error": mean squared difference to the teacher's latents or None, "relative_latent_error": the same over
+    the teacher's variance}"""
+    if not errors:
+        beside.notes.append(f"teacher: latents of {beside.latents.shape[1:]} do not compare with ours of {shape}")
+        return {"latent_error": None, "relative_latent_error": None}
+    error = float(np.mean(errors))
+    relative = error / float(max(beside.latents.var(), 1e-12))
+    beside.notes.append(f"latents: mean squared difference {error:.4g} to the teacher's, {100 * relative:.1f} % of "
+                        f"their variance, over {len(errors)}")
+    return {"latent_error": error, "relative_latent_error": relative}
 
 
 class Outputs:
@@ -184,8 +239,13 @@ class Outputs:
         os.makedirs(os.path.join(out, "comparison_videos"), exist_ok=True)
         self.paths, self.out, self.fps, self.writers = videos, out, 1.0 if is_image else reader.fps, {}
 
-    def write(self, original, output):
-        pair = report.side_by_side([original, output], ["original", "reconstruction"], max_width=1920)
+    def write(self, original, output, teacher, with_teacher):
+        """H W 3 uint8 each; a teacher that gave no such frame leaves its panel black."""
+        panels, labels = [original, output], ["original", "reconstruction"]
+        if with_teacher:
+            panels.append(np.zeros_like(original) if teacher is None else teacher)
+            labels.append("teacher")
+        pair = report.side_by_side(panels, labels, max_width=1920)
         for kind, frame in zip(self.paths, (original, output, pair)):
             if kind not in self.writers:
                 path = os.path.join(self.out, self.paths[kind])
@@ -200,97 +260,7 @@ class Outputs:
             writer.__exit__(*error)
 
 
-# ---- latents in files --------------------------------------------------------------------------------------------
-
-
-class LatentWriter:
-    """NAME.latents.npz, written latent by latent: `latents` float32 T C h w, and `about`, a JSON text with what
-    decoding needs. NumPy's ordinary np.load reads it."""
-
-    def __init__(self, options, name, model, reader, frames, total):
-        self.path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else None
-        self.total, self.file = total, None
-        self.about = dict(model_config=model.config, fps=reader.fps, height=reader.height, width=reader.width,
-                          frames=frames)
-
-    def __enter__(self):
-        if self.path:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self.archive = zipfile.ZipFile(self.path + ".tmp", "w")
-        return self
-
-    def write(self, latents):
-        if not self.path or not latents.shape[1]:
-            return
-        array = latents[0].float().cpu().numpy()
-        if self.file is None:
-            self.file = self.archive.open("latents.npy", "w", force_zip64=True)
-            header = dict(descr="<f4", fortran_order=False, shape=(self.total, *array.shape[1:]))
-            np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.write(np.ascontiguousarray(array).tobytes())
-
-    def __exit__(self, error_type, *_):
-        if not self.path:
-            return
-        if self.file is not None:
-            self.file.close()
-        if error_type is None:
-            with self.archive.open("about.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(json.dumps(self.about)))
-        self.archive.close()
-        if error_type is None:
-            os.replace(self.path + ".tmp", self.path)
-        else:
-            os.remove(self.path + ".tmp")
-
-
-class LatentReader:
-    """Reads such a file latent by latent; InputError if it is damaged, foreign, or does not belong to the model."""
-
-    def __init__(self, path, model):
-        self.path = path
-        try:
-            self.archive = zipfile.ZipFile(path)
-            if self.archive.testzip() is not None:
-                raise InputError(f"{path}: damaged (a checksum does not match)")
-            with self.archive.open("about.npy") as file:
-                about = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
-            with self.archive.open("latents.npy") as file:
-                self.shape, dtype = self.header(file)
-            self.fps, self.height, self.width = float(about["fps"]), int(about["height"]), int(about["width"])
-            self.frames, made_by = int(about["frames"]), about["model_config"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, RuntimeError,
-                NotImplementedError) as error:
-            raise InputError(f"{path}: no file of latents, or damaged ({checkpoint.first_line(error)})") from None
-        factor = model.space_factor
-        needed = (-(-self.height // factor), -(-self.width // factor))
-        made_by = made_by if isinstance(made_by, dict) else {}
-        if dtype != np.float32 or len(self.shape) != 4 or self.shape[1:] != (model.latent_channels, *needed) \
-                or made_by.get("encoder_time_downscale") != model.config["encoder_time_downscale"]:
-            raise InputError(f"{path}: latents {self.shape} of a {self.height}x{self.width} video by {made_by} are not "
-                             f"this model's ({model.config})")
-        self.note = ""
-        if made_by.get("variant") != model.variant:
-            self.note = f"{path}: made by variant {made_by.get('variant')}, decoded by {model.variant}"
-
-    @staticmethod
-    def header(file):
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if fortran or dtype.hasobject:
-            raise ValueError("unexpected array layout")
-        return shape, dtype
-
-    def __iter__(self):
-        """float32 arrays C h w."""
-        size = 4 * int(np.prod(self.shape[1:]))
-        with self.archive.open("latents.npy") as file:
-            self.header(file)
-            for _ in range(self.shape[0]):
-                chunk = file.read(size)
-                if len(chunk) != size:
-                    raise InputError(f"{self.path}: ends too early")
-                yield np.frombuffer(chunk, np.float32).reshape(self.shape[1:])
+# ---- latents from a file ------------------------------------------------------------------------------------------
 
 
 def decode_file(reader, name, model, device, dtype, options):
@@ -342,6 +312,7 @@ def run(options):
     dtype = pick_precision(options.precision, device)
     sources, latent_files, refused = find_inputs(options.inputs)
     model, words = checkpoint.load_model(options.checkpoint, options.variant)
+    teacher = load_teacher(options.teacher, device, dtype) if options.teacher else None
     readers = [LatentReader(path, model) for path in latent_files]
     os.makedirs(options.out, exist_ok=True)
     model.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False)
@@ -361,7 +332,7 @@ def run(options):
     for source in sources:
         name = report.safe_name(source.path, names)
         try:
-            rows.append(reconstruct(source, name, model, device, dtype, lpips, options))
+            rows.append(reconstruct(source, name, model, device, dtype, lpips, teacher, options))
         except (OSError, data.DataError, torch.cuda.OutOfMemoryError) as error:  # the others still get their turn
             rows.append(dict(name=name, source=source.path, failed=checkpoint.first_line(error)))
     if all("failed" in row for row in rows):
@@ -372,22 +343,35 @@ def run(options):
         device=str(device), machine=describe(device),
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         precision=str(dtype).removeprefix("torch."), command="python infer.py " + shlex.join(sys.argv[1:]),
+        **({"teacher": f"{teacher.name} ({teacher.spec})"} if teacher else {}),
         created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note))
+    print_rows(rows)
+    if lpips_note:
+        print(lpips_note)
+    print(f"report: {page}")
+
+
+def print_rows(rows):
+    """A table for the terminal."""
     print(f"{'':30} {'frames':>6} {'PSNR dB':>8} {'SSIM':>7} {'LPIPS':>7} {'encode f/s':>11} {'decode f/s':>11} "
           f"{'peak MB':>8}")
     for row in rows:
         if "failed" in row:
             print(f"{row['name'][:30]:30} failed: {row['failed']}")
             continue
-        ssim, distance = ("-" if row["metrics"][k] is None else f"{row['metrics'][k]:.4f}" for k in ("ssim", "lpips"))
-        print(f"{row['name'][:30]:30} {row['frames']:6} {row['metrics']['psnr']:8.2f} {ssim:>7} {distance:>7} "
-              f"{row['encode_fps']:11.1f} {row['decode_fps']:11.1f} {row['peak_memory_mb']:8.0f}")
-    if lpips_note:
-        print(lpips_note)
-    print(f"report: {page}")
+        for name, one in ((row["name"], row), ("  its teacher", row.get("teacher"))):
+            if one:
+                psnr, ssim, lpips = ("-" if one["metrics"][k] is None else f"{one['metrics'][k]:.{digits}f}"
+                                     for k, digits in (("psnr", 2), ("ssim", 4), ("lpips", 4)))
+                print(f"{name[:30]:30} {row['frames']:6} {psnr:>8} {ssim:>7} {lpips:>7} {one['encode_fps']:11.1f} "
+                      f"{one['decode_fps']:11.1f} {one['peak_memory_mb']:8.0f}")
+        if row.get("latent_error") is not None:
+            print(f"  latent error {row['latent_error']:.4g} ({100 * row['relative_latent_error']:.1f} % of the "
+                  "teacher's variance)")
 
 
-def main():
+def parse(arguments=None):
+    """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), or published weights (.pth, .safetensors)")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"videos, images, folders of them, or *{LATENTS}")
@@ -398,15 +382,26 @@ def main():
     parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="only the first N frames of each input")
     parser.add_argument("--save-latents", action="store_true", help="write OUT/latents/NAME.latents.npz too")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
+    parser.add_argument("--teacher", metavar="SPEC", help=f"set it beside the model: {KINDS}")
+    parser.add_argument("--teacher-frames", type=int, default=0, metavar="N",
+                        help="give it N frames at a time (33, say), where a whole video is too much for it")
     parser.add_argument("--quiet", dest="verbose", action="store_false", help="no notes on padding and frame counts")
-    options = parser.parse_args()
-    if options.max_frames < 0:
-        parser.error(f"--max-frames {options.max_frames}: a positive number, or 0 for all, is wanted")
+    options = parser.parse_args(arguments)
+    for name in ("max_frames", "teacher_frames"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: a positive number, or 0 for all, is "
+                         "wanted")
+    return options
+
+
+def main():
+    options = parse()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         run(options)
-    except (InputError, DeviceError, data.DataError, checkpoint.CheckpointError, OSError) as error:
+    except (InputError, LatentFileError, TeacherError, DeviceError, data.DataError, checkpoint.CheckpointError,
+            OSError) as error:
         print(f"infer.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

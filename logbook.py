@@ -56,12 +56,12 @@ class Logbook:
                 self.noted.add(note)
                 self.write(f"data, rank {self.rank}, oddity {len(self.noted)}: {note[0]}: {note[1]}")
 
-    def scalars(self, step, **values):
-        """Curves: train__loss=0.1 is drawn as train/loss."""
+    def scalars(self, step, group, **values):
+        """Curves: group "train", loss=0.1 is drawn as train/loss."""
         if self.board is not None:
             with self.unharmed():
                 for name, value in values.items():
-                    self.board.add_scalar(name.replace("__", "/"), value, step)
+                    self.board.add_scalar(f"{group}/{name}", value, step)
 
     def pictures(self, step, shown):
         """[(original, reconstruction)], T 3 H W in [0, 1]: middle frames side by side, and the first clip moving."""

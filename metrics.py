@@ -1,11 +1,8 @@
-"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, and exact sums of them over clips and ranks.
+"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, sharpness, and exact sums of them over clips and ranks.
 
 All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
-This file works alone: torch, and lpips where LPIPS is asked for.
+This file works alone with torch; LPIPS needs losses.py beside it, and the package lpips.
 """
-import os
-import warnings
-
 import torch
 import torch.nn.functional as F
 
@@ -47,26 +44,24 @@ def ssim(output, target):
     return similarity.mean((-3, -2, -1)).view(output.shape[:-2]).mean(-1)
 
 
-BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
+def laplacian_variance(images):
+    """Variance of the Laplacian (4 neighbours) of each image's grey values: its fine detail. Of a reconstruction over
+    that of its original it is a measure of sharpness: below 1 is blurred, above 1 is oversharp or noisy."""
+    grey = images.float().mean(-3)
+    middle = grey[..., 1:-1, 1:-1]
+    around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    return (around - 4 * middle).var((-2, -1), correction=0)
 
 
 def load_lpips(net="alex", device="cpu"):
-    """(function of (output, target) -> LPIPS per image, "") or (None, why it cannot be had).
-
-    The lpips package brings its own small weights, and downloads its backbone ("alex" or "vgg") on first use.
-    """
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    way_out = f"LPIPS is left out: its backbone is not here. Place {BACKBONES[net]} (torchvision's) in {folder}"
+    """(function of (output, target) -> LPIPS per image, "") or (None, why it cannot be had). Needs losses.py."""
+    from losses import lpips_network
     try:
-        import lpips
+        model = lpips_network(net).to(device)
     except ImportError:
         return None, "LPIPS is left out: pip install lpips"
-    try:
-        with warnings.catch_warnings():  # lpips calls torchvision by an old name
-            warnings.simplefilter("ignore", UserWarning)
-            model = lpips.LPIPS(net=net, verbose=False).to(device).eval().requires_grad_(False)
-    except OSError as error:  # URLError is one: no network
-        return None, f"{way_out} ({error})"
+    except OSError as error:
+        return None, f"LPIPS is left out: {error}"
 
     @torch.no_grad()
     def distance(output, target):

@@ -282,12 +282,13 @@ class TAEHV(nn.Module):
             return H3_LATENTS * math.ceil(frames / H3_FRAMES) - H3_DROPPED
         return math.ceil(frames / self.time_factor)
 
-    def frame_index(self, frames):
+    def frame_index(self, frames, latents=None):
         """For each output frame of a `frames` long clip, the input frame (from 0) it stands for.
 
         Numbers past the clip's end (H3 and CogVideoX give such frames) stand for repetitions of its last frame.
+        `latents`: how many latents are decoded; None: as many as `encode` makes of `frames` frames.
         """
-        latents = self.latent_frames(frames)
+        latents = latents or self.latent_frames(frames)
         places = [self.time_factor * k + p for k in range(latents) for p in self.frame_places]
         if self.is_h3:
             chunk = H3_LATENTS * self.time_factor  # 3 blank frames and 17 of the clip
@@ -301,12 +302,28 @@ class TAEHV(nn.Module):
             return places
         return [p - (self.time_factor - 1) for p in places[self.frames_to_trim:]]
 
-    def targets(self, video):
+    def aligned(self, frames, latents):
+        """How `latents` latents that a teacher made of `frames` frames stand to this model, as two counts.
+
+        The first: so many of the teacher's latents, from the start, are the ones that `encode` should give (latent k of
+        the family ends with input frame k * time_factor, as in causal video VAEs). The second: so many frames of
+        `decode(teacher's latents)`, from the start, stand for input frames; `targets(video)[:, :count]` are these.
+        A teacher may have one latent more than `encode` where it repeats the last frame to fill up a group (12 frames
+        as 13). ValueError for counts that cannot belong together.
+        """
+        own = self.latent_frames(frames)
+        if latents != own and not (latents == own + 1 and own * self.time_factor == frames):
+            raise ValueError(f"the teacher gives {latents} latents for {frames} frames, and variant {self.variant} "
+                             f"{own}: they do not belong together")
+        return own, sum(i < frames for i in self.frame_index(frames, latents))
+
+    def targets(self, video, latents=None):
         """The frames that `forward(video)` reconstructs: N T C H W -> N T' C H' W' (a view where possible).
 
         12 frames give the first 9. A preview decoder gives fewer or smaller frames, and so does this (area average).
+        `latents`: how many latents are decoded; None: as many as `encode` makes of the video.
         """
-        index = self.frame_index(video.shape[1])
+        index = self.frame_index(video.shape[1], latents)
         if index == list(range(len(index))) and len(index) <= video.shape[1]:
             target = video[:, :len(index)]
         else:

@@ -18,6 +18,7 @@ import checkpoint
 import config
 import data
 import infer
+import latent_cache
 import train
 from conftest import ROOT, command, run, write_clip
 from model_taehv import TAEHV
@@ -438,6 +439,9 @@ def test_the_readme_tells_what_there_is():
         words = shlex.split(line.split("#")[0].rstrip("\\ "))
         if "--help" not in words:
             config.load_config([w for w in words if w != "..."])
+    for module in (infer, latent_cache):
+        for line in re.findall(rf"{module.__name__}\.py ([^\n`|&]*)", readme.replace("\\\n", " ")):
+            module.parse(shlex.split(line.split("#")[0]))
     assert config.PRESETS.keys() <= set(re.findall(r"`(\w+)`", readme))
     for name in re.findall(r"`(\w+\.(?:py|txt))`", readme):
         assert os.path.exists(os.path.join(ROOT, name)), f"{name} is in the README only"

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 import checkpoint
 import data as datasets
-import metrics
 from config import ConfigError, exit_with_usage, load_config, parse_buckets
 from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, synchronize,
                     tune)
+from latent_cache import LatentCache
 from logbook import Logbook, count, summary
-from losses import pixel_loss
+from objective import Objective, evaluate, spread
 from ranks import Gradients, StopSignal, agree, copy_from_rank_0, from_rank_0, gather, start_ranks
 from synthetic import make_demo
 
@@ -45,11 +45,12 @@ def train(cfg):
     buckets = [datasets.Bucket(*b) for b in parse_buckets(cfg)]
     torch.manual_seed(cfg.seed)
     model, origin = make_model(cfg, buckets)
+    objective = Objective(cfg, model, device, autocast)
     resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, log))
-    train_sources, val_sources, found = from_rank_0(control, lambda: find_data(cfg, buckets[0].frames))
-    clips = datasets.TrainClips(train_sources, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta,
-                                datasets.Augment(cfg.random_crop, cfg.min_crop, cfg.flip, cfg.color_jitter, cfg.blur),
-                                cfg.image_sequences)
+    if cfg.latent_cache:
+        clips, val_clips, teacher, found = find_cached_clips(cfg, model, rank, world, control)
+    else:
+        clips, val_clips, teacher, found = find_clips(cfg, buckets[0], control)
     for bucket in buckets:
         clips.check(bucket)
 
@@ -60,23 +61,25 @@ def train(cfg):
     model.decoder.requires_grad_(cfg.train_decoder)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = Gradients(parameters, world, extra=2)  # with the step's loss and squared error
+    gradients = Gradients(parameters, world, extra=len(objective.names))  # what is logged is averaged along
     # eps: gradients of 1e-10 are rounding noise, which PyTorch's 1e-8 turns into steps (3e-6 apart on 1 and 2 ranks).
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   eps=1e-7, fused=device.type in ("cuda", "cpu"))
     step, samples, best = 0, 0, -math.inf
-    # Since the last log line: sums of loss and squared error, good steps; and steps skipped, in a row and in all.
-    tally = torch.zeros(5, device=device)
+    # Since the last log line: sums of the objective's scalars, good steps; and steps skipped, in a row and in all.
+    tally = torch.zeros(len(objective.names) + 3, device=device)
     if resume_from:
         state = checkpoint.read(resume_from)
-        restore(state, model, average, optimizer, resume_from)
+        restore(state, model, average, optimizer, teacher, resume_from)
         step, samples, best = state["step"], state["samples"], state["best"]
-        tally.copy_(state["tally"])
+        if len(state["tally"]) == len(tally):
+            tally.copy_(state["tally"])
+        objective.load_state(state.get("objective"))
         if state["world"] == world:
             checkpoint.restore_random_state(state["random"][rank], device)
+            objective.load_rank_state(checkpoint.read_rank(resume_from, rank))
         del state
     copy_from_rank_0([*model.state_dict().values(), *average.state_dict().values()])
-    forward = torch.compile(model) if cfg.compile else model
 
     if step >= cfg.max_steps:
         log(f"nothing to do: step {step} of {cfg.max_steps}; set max_steps higher to go on, or name=... for a new run")
@@ -91,31 +94,25 @@ def train(cfg):
         log(f"resumed from {resume_from} at step {step}")
 
     schedule = datasets.TrainSchedule(clips, buckets, cfg.seed, world, rank, cfg.accumulation, step, samples)
-    workers = cfg.workers if cfg.workers >= 0 else default_workers(device)
-    batches = datasets.endless(datasets.make_loader(clips, workers, device.type == "cuda", batch_sampler=schedule))
-    val_clips = datasets.ValClips(val_sources, buckets[0].size, buckets[0].frames, cfg.val_clips_per_video,
-                                  cfg.val_clips, cfg.image_sequences)
-    val_share = datasets.load_val(val_clips, rank, world, log.notes)
-    if val_sources and not val_clips.items:
-        log(f"no validation: no held-out file gives clips of {buckets[0].frames} frames")
+    batches = clips.batches(schedule, cfg.workers if cfg.workers >= 0 else default_workers(device),
+                            pin_memory=device.type == "cuda")
+    val_share = val_clips.share(rank, world, log.notes)
 
     # ---- one step's forward and backward passes on this rank, and saving ------------------------------------------
     def accumulate(micro_batches, pieces):
-        """Adds up the gradients, loss and squared error of the step's clips on this rank; False if memory ran out."""
+        """Adds up the gradients and the objective's scalars over this rank's clips; False if memory ran out."""
         gradients.all.zero_()
+        objective.begin()
         try:
             for batch in micro_batches:
-                for part in batch.split(math.ceil(len(batch) / pieces)):
-                    video = as_video(part, device)
-                    with autocast:
-                        output = forward(video)[0]
-                    output, target = output.float(), model.targets(video)
-                    loss = pixel_loss(cfg.pixel_loss, output, target)
+                size = math.ceil(len(batch["video"]) / pieces)
+                for start in range(0, len(batch["video"]), size):
+                    part = {k: v[start:start + size].to(device, non_blocking=True).float() for k, v in batch.items()}
                     # The shares of a step add up to 1: its gradient is the mean over its clips, however they are cut.
-                    share = len(part) / len(batch) / len(micro_batches)
-                    (loss * share).backward()
-                    error = (output.detach() - target).square().mean()
-                    gradients.totals += torch.stack([loss.detach(), error]) * share
+                    share = len(part["video"]) / len(batch["video"]) / len(micro_batches)
+                    values = objective(part["video"].div_(255), part.get("latents"), share)
+                    (values["loss"] * share).backward()
+                    gradients.totals += torch.stack([values[name].detach() for name in objective.names]) * share
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -124,13 +121,17 @@ def train(cfg):
 
     def save():
         """Every rank calls this. Returns what went wrong, or an empty string."""
-        states = gather(control, checkpoint.random_state(device))
+        problem = checkpoint.save_rank(folder, step, rank, objective.rank_state())
+        states, problems = zip(*gather(control, (checkpoint.random_state(device), problem)))
         if rank > 0:
             return ""
+        if any(problems):
+            log(next(filter(None, problems)))
+            return next(filter(None, problems))
         problem = checkpoint.save_run(folder, dict(
             model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
-            tally=tally.cpu(), world=world, random=states, model=model.state_dict(), ema=average.state_dict(),
-            optimizer=optimizer.state_dict()), cfg.keep_last)
+            tally=tally.cpu(), world=world, random=list(states), teacher=teacher, model=model.state_dict(),
+            ema=average.state_dict(), optimizer=optimizer.state_dict(), objective=objective.state()), cfg.keep_last)
         log(problem or f"step {step}: saved {folder}/step_{step:08d}.pt")
         return problem
 
@@ -148,8 +149,8 @@ def train(cfg):
         micro_batches, trouble = [], ""
         try:
             for batch in (next(batches) for _ in range(cfg.accumulation)):
-                log.notes(batch["notes"])
-                micro_batches.append(batch["video"])
+                log.notes(batch.pop("notes"))
+                micro_batches.append(batch)
         except datasets.DataError as error:
             trouble = str(error)
         while True:
@@ -159,7 +160,7 @@ def train(cfg):
                 give_up(f"no data ({trouble or 'on another rank'})", "Look at the files that train.log names.")
             if not out_of_memory:
                 break
-            if pieces >= len(micro_batches[0]):
+            if pieces >= len(micro_batches[0]["video"]):
                 give_up("out of memory with one clip at a time",
                         "Set gradient_checkpointing=true, or a smaller size or frames.")
             pieces *= 2  # every rank does the whole step again, in smaller parts
@@ -179,37 +180,38 @@ def train(cfg):
         for mine, other in zip(average.buffers(), model.buffers()):
             mine.copy_(other)
 
-        good = torch.where(bad > 0, torch.zeros(3, device=device), torch.cat([gradients.totals, 1 - bad[None]]))
-        tally = torch.cat([tally[:3] + good, (tally[3:4] + 1) * bad, tally[4:] + bad])
-        step_clips = cfg.accumulation * world * len(micro_batches[0])
+        objective.step()
+        good = torch.cat([gradients.totals, 1 - bad[None]])
+        good = torch.where(bad > 0, torch.zeros_like(good), good)
+        tally = torch.cat([tally[:-2] + good, (tally[-2:-1] + 1) * bad, tally[-1:] + bad])
+        step_clips = cfg.accumulation * world * len(micro_batches[0]["video"])
         step, samples, clips_done = step + 1, samples + step_clips, clips_done + step_clips
         bar.update()
 
         if step % cfg.log_every == 0 or step == cfg.max_steps:
-            loss, error, good, bad_row, bad_all = tally.tolist()
-            loss, error = (loss / good, error / good) if good else (math.nan, math.nan)
+            *sums, good, bad_row, bad_all = tally.tolist()
+            values = spread({name: s / good if good else math.nan for name, s in zip(objective.names, sums)})
             synchronize(device)
-            speed, psnr = clips_done / (time.monotonic() - since), -10 * math.log10(max(error, 1e-10))
-            log.scalars(step, train__loss=loss, train__reconstruction_loss=loss, train__gradient_norm=norm,
-                        train__learning_rate=learning_rate(cfg, step - 1), train__clips_per_second=speed,
-                        train__skipped_steps=bad_all,
-                        train__gpu_memory_gb=peak_memory(device) / 1e9 if device.type == "cuda" else 0.0)
-            bar.set_postfix_str(f"loss {loss:.4f}, {psnr:.2f} dB, {speed:.1f} clips/s", refresh=False)
-            log(f"step {step}: loss {loss:.5f}, psnr {psnr:.2f} dB, gradient norm {norm:.3f}, {speed:.2f} clips/s"
+            speed = clips_done / (time.monotonic() - since)
+            log.scalars(step, "train", **values, gradient_norm=norm, learning_rate=learning_rate(cfg, step - 1),
+                        clips_per_second=speed, skipped_steps=bad_all,
+                        gpu_memory_gb=peak_memory(device) / 1e9 if device.type == "cuda" else 0.0)
+            line = describe_step(values)
+            bar.set_postfix_str(f"{line}, {speed:.1f} clips/s", refresh=False)
+            log(f"step {step}: {line}, gradient norm {norm:.3f}, {speed:.2f} clips/s"
                 + (f", {int(bad_all)} steps skipped (not finite)" if bad_all else ""), screen=bad_row > 0)
-            tally[:3] = 0
+            tally[:-2] = 0
             clips_done, since = 0, time.monotonic()
             if bad_row >= cfg.max_bad_steps:
                 give_up(f"the loss or a gradient was not finite {int(bad_row)} steps in a row",
                         "The weights are those from before. Try a lower lr, precision=fp32, or other data.")
-        if val_clips.items and (step == cfg.max_steps or step % cfg.val_every == 0 and not stopping):
+        if len(val_clips) and (step == cfg.max_steps or step % cfg.val_every == 0 and not stopping):
             result, shown = evaluate(average, val_share, device, autocast, control)
-            log(f"step {step}: validation psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, "
-                f"mse {result['mse']:.5f} over {result['count']} frames")
-            log.scalars(step, val__mse=result["mse"], val__psnr=result["psnr"], val__ssim=result["ssim"])
+            log(f"step {step}: validation {describe_validation(result)}")
+            log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
             log.pictures(step, shown)
-            if result["psnr"] > best:
-                best = result["psnr"]
+            if objective.score(result) > best:
+                best = objective.score(result)
                 if rank == 0:
                     problem = checkpoint.save_best(folder, dict(
                         model_name=cfg.model, model_config=model.config, step=step, val=result,
@@ -279,7 +281,20 @@ def find_resume(cfg, folder, log):
     return path
 
 
-def find_data(cfg, frames):
+def find_clips(cfg, bucket, control):
+    """(training clips, validation clips, "" for no teacher, lines that say what was found), from files; DataError if
+    there are none."""
+    train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))
+    augment = datasets.Augment(cfg.random_crop, cfg.min_crop, cfg.flip, cfg.color_jitter, cfg.blur)
+    clips = datasets.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment, cfg.image_sequences)
+    val_clips = datasets.ValClips(val, bucket.size, bucket.frames, cfg.val_clips_per_video, cfg.val_clips,
+                                  cfg.image_sequences)
+    if val and not len(val_clips):
+        found.append(f"no validation: no held-out file gives clips of {bucket.frames} frames")
+    return clips, val_clips, "", found
+
+
+def find_files(cfg, frames):
     """(training sources, validation sources, lines that say what was found, counting clips of `frames` frames)."""
     data, val_data = cfg.data, cfg.val_data
     if data == "demo":
@@ -311,7 +326,36 @@ def find_data(cfg, frames):
     return train, val, lines
 
 
-def restore(state, model, average, optimizer, path):
+def find_cached_clips(cfg, model, rank, world, control):
+    """(training clips, validation clips, the teacher's fingerprint, lines), from latent caches; DataError if one is not
+    whole, ConfigError if it does not fit the model."""
+    caches = [from_rank_0(control, lambda p=path: LatentCache(p)) for path in (cfg.latent_cache, cfg.val_data) if path]
+    for cache in caches:
+        problems = gather(control, cache.problem(rank, world))
+        if any(problems):
+            raise datasets.DataError(next(filter(None, problems)))
+        latents, channels, height, width = cache.latent_shape
+        if channels != model.latent_channels or height * model.space_factor != cache.size \
+                or width * model.space_factor != cache.size:
+            raise ConfigError(f"latent_cache={cache.path}: latents {cache.latent_shape} of {cache.size} pixels do not "
+                              f"fit variant={cfg.variant} ({model.latent_channels} channels, 1/{model.space_factor})")
+        try:
+            model.aligned(cache.frames, latents)
+        except ValueError as error:
+            raise ConfigError(f"latent_cache={cache.path}: {error}") from None
+        if cache.fingerprint != caches[0].fingerprint:
+            raise ConfigError(f"val_data={cache.path} holds latents of another teacher than {cfg.latent_cache}")
+    clips, val_clips, held_out = caches[0].split(0 if cfg.val_data else cfg.val_fraction, cfg.seed, cfg.val_clips)
+    if cfg.val_data:
+        val_clips = caches[1].all(cfg.seed, cfg.val_clips)
+    lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}",
+             f"training: {len(clips)} clips, validation: {len(val_clips)}"]
+    if held_out:
+        lines.append("held out: " + ", ".join(held_out[:20]) + (" ..." if len(held_out) > 20 else ""))
+    return clips, val_clips, caches[0].fingerprint, lines
+
+
+def restore(state, model, average, optimizer, teacher, path):
     """Put a checkpoint's weights and optimizer state in place; ConfigError if it is another model's."""
     if state.get("model_config") != model.config:
         raise ConfigError(f"{path} is a checkpoint of {state.get('model_config', 'something else')}, "
@@ -320,16 +364,14 @@ def restore(state, model, average, optimizer, path):
         raise ConfigError(f"{path} holds weights only: give it as init_from=, not as resume=")
     if len(state["optimizer"]["param_groups"][0]["params"]) != len(optimizer.param_groups[0]["params"]):
         raise ConfigError(f"{path} trained other parts: keep train_encoder and train_decoder, or give it as init_from=")
+    if state.get("teacher", "") != teacher:
+        raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
+                          "choose another name= for this run, with init_from=")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["ema"])
     settings = {key: optimizer.param_groups[0][key] for key in ("betas", "weight_decay", "eps", "fused")}
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(settings)  # today's settings, not those of the day it was saved
-
-
-def as_video(clips, device):
-    """uint8 N T 3 H W -> float in [0, 1] on the device."""
-    return clips.to(device, non_blocking=True).float().div_(255)
 
 
 def is_out_of_memory(error):
@@ -349,24 +391,23 @@ def learning_rate(cfg, step):
     return cfg.lr
 
 
-@torch.no_grad()
-def evaluate(model, clips, device, autocast, control):
-    """Mean MSE, PSNR (frames at most 100 dB) and SSIM over all ranks' clips, each counted once. All ranks call it.
+def describe_step(values):
+    """The objective's scalars in short: "loss 0.0431, 21.90 dB"."""
+    parts = [f"loss {values['loss']:.5f}"]
+    if "squared_error" in values:
+        parts.append(f"psnr {-10 * math.log10(max(values['squared_error'], 1e-10)):.2f} dB")
+    terms = [name for name in values if name.endswith("_loss")]
+    return ", ".join(parts + [f"{name.removesuffix('_loss')} {values[name]:.4f}" for name in terms if len(terms) > 1])
 
-    `clips`: this rank's share, uint8 T 3 H W each. Returns ({"mse", "psnr", "ssim", "count"}, [up to four (original,
-    reconstruction) of this rank, T 3 H W on the CPU]).
-    """
-    mean, shown = metrics.Mean("mse", "psnr", "ssim"), []
-    for clip in clips:
-        video = as_video(clip[None], device)
-        with autocast:
-            output = model(video)[0]
-        output, target = output.float().clamp(0, 1), model.targets(video)
-        mean.add(mse=metrics.mse(output, target), psnr=metrics.psnr(output, target).clamp(max=100),
-                 ssim=metrics.ssim(output, target))
-        if len(shown) < 4:
-            shown.append((target[0].cpu(), output[0].cpu()))
-    return mean.reduce(control), shown
+
+def describe_validation(result):
+    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness "
+            f"{result['sharpness']:.3f} over {result['count']} frames")
+    if "latent_mse" in result:
+        line += (f"; latents: mse {result['latent_mse']:.5f}, mean and rms {result['latent_mean']:.3f} "
+                 f"{result['latent_square'] ** 0.5:.3f} (teacher's {result['teacher_mean']:.3f} "
+                 f"{result['teacher_square'] ** 0.5:.3f}); psnr from the teacher's {result['teacher_psnr']:.2f} dB")
+    return line
 
 
 def main():

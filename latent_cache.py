@@ -1,0 +1,423 @@
+"""The reference-latent cache: clips with their teacher's latents on disk, so that training needs no teacher.
+
+    python latent_cache.py --teacher taehv:taew2_1.pth --data videos/ --out cache/ --clips 20000 --size 128 --frames 12
+    torchrun --nproc_per_node 8 latent_cache.py --teacher diffusers:AutoencoderKLWan:Wan2.1/vae --data videos/ ...
+    python train.py taehv_distill latent_cache=cache/
+
+The same command again goes on where it stopped, and a larger --clips adds to a finished cache. A cache is a folder of
+shards that NumPy opens: shard_00000.clips.npy (uint8 N T H W 3, RGB), shard_00000.latents.npy (float16, or bfloat16 as
+its 16 bits; N T' C h w), shard_00000.json (where each clip was cut from), and index.json (teacher, shapes, checksums).
+"""
+import argparse
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import sys
+import threading
+import zlib
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import data as datasets
+from data import DataError
+from device import DeviceError, default_workers, describe, pick_device, pick_precision, tune
+from ranks import from_rank_0, gather, start_ranks
+from teachers import KINDS, TeacherError, load_teacher
+
+FORMAT = 1
+STORED = {"float16": np.float16, "bfloat16": np.uint16}
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+class LatentCache:
+    """A finished cache, memory-mapped. DataError, in one line, if it is partial, damaged or no cache.
+
+    `frames`, `size`, `latent_shape` (T', C, h, w), `teacher` (spec, name, fingerprint, precision), `origins` (a dict
+    for each clip: file, first, spacing, crop, flip). `problem` reads everything once and compares checksums.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with open(os.path.join(path, "index.json"), encoding="utf-8") as file:
+                index = json.load(file)
+            if index["format"] != FORMAT:
+                raise DataError(f"latent cache {path}: format {index['format']}, this program reads {FORMAT}: build "
+                                "it again")
+            if index.pop("crc32") != index_crc(index):
+                raise DataError(f"latent cache {path}: index.json is damaged (its checksum does not match): run its "
+                                "latent_cache.py command again with the shards in place")
+            if not index["complete"]:
+                raise DataError(f"latent cache {path}: not finished: run its latent_cache.py command again")
+            self.frames, self.size, self.teacher = int(index["frames"]), int(index["size"]), dict(index["teacher"])
+            self.latent_shape = tuple(int(n) for n in index["latents"])
+            self.dtype = index["latent_dtype"]
+            self.checksums = [(int(s["clips"]), dict(s["crc32"])) for s in index["shards"]]
+            self.starts = np.cumsum([0, *(n for n, _ in self.checksums)])
+            self.clips, self.latents, self.origins = [], [], []
+            for i, (count, _) in enumerate(self.checksums):
+                self.clips.append(self.open(i, "clips", (count, self.frames, self.size, self.size, 3), np.uint8))
+                self.latents.append(self.open(i, "latents", (count, *self.latent_shape), STORED[self.dtype]))
+                with open(shard_path(path, i, "json"), encoding="utf-8") as file:
+                    self.origins += json.load(file)["origins"]
+            self.fingerprint = str(self.teacher["fingerprint"])
+            self.files = [str(origin["file"]) for origin in self.origins]
+        except FileNotFoundError as error:
+            raise DataError(f"latent cache {path}: {os.path.basename(error.filename)} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise DataError(f"latent cache {path}: damaged, or no cache ({type(error).__name__}: "
+                            f"{checkpoint.first_line(error)})") from None
+        if len(self.origins) != len(self) or not len(self):
+            raise DataError(f"latent cache {path}: damaged ({len(self.origins)} origins for {len(self)} clips)")
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def open(self, i, kind, shape, dtype):
+        array = np.load(shard_path(self.path, i, kind + ".npy"), mmap_mode="r", allow_pickle=False)
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"shard {i}: {kind} of shape {array.shape}, {shape} expected")
+        return array
+
+    def problem(self, rank=0, world=1):
+        """Compare the checksums of this rank's share of the shards: "", or one line that names the damaged file."""
+        share = [(i, kind, crcs[kind]) for i, (_, crcs) in enumerate(self.checksums) for kind in sorted(crcs)]
+        size = sum(array.nbytes for array in self.clips + self.latents)
+        for i, kind, crc in tqdm(share[rank::world], desc="checking the latent cache", unit="file", leave=False,
+                                 disable=rank > 0 or size < 4e9):
+            name = shard_path(self.path, i, kind)
+            if file_crc(name) != crc:
+                return (f"latent cache {self.path}: {os.path.basename(name)} is damaged (its checksum does not match): "
+                        f"remove shard_{i:05d}.json and run its latent_cache.py command again")
+        return ""
+
+    def read(self, indices):
+        """{"video": uint8 N T 3 H W (memory order N T H W 3), "latents": N T' C h w, as stored, "notes": []}"""
+        clips = np.empty((len(indices), *self.clips[0].shape[1:]), np.uint8)
+        latents = np.empty((len(indices), *self.latent_shape), STORED[self.dtype])
+        for n, i in enumerate(indices):
+            shard = np.searchsorted(self.starts, i, side="right") - 1
+            clips[n] = self.clips[shard][i - self.starts[shard]]
+            latents[n] = self.latents[shard][i - self.starts[shard]]
+        latents = torch.from_numpy(latents.view(np.int16) if self.dtype == "bfloat16" else latents)
+        return {"video": torch.from_numpy(clips).permute(0, 1, 4, 2, 3), "notes": [],
+                "latents": latents.view(torch.bfloat16) if self.dtype == "bfloat16" else latents}
+
+    def all(self, seed, val_clips):
+        return CachedClips(self, range(len(self)), seed, val_clips)
+
+    def split(self, val_fraction, seed, val_clips):
+        """(training CachedClips, validation CachedClips, [held-out files]): by file, as `data.split_sources` has it."""
+        files = [datasets.Source(f, f) for f in dict.fromkeys(self.files)]
+        held_out = {s.key for s in datasets.split_sources(files, val_fraction)[1]}
+        parts = [[i for i, f in enumerate(self.files) if (f in held_out) == val] for val in (False, True)]
+        train, val = (CachedClips(self, part, seed, val_clips) for part in parts)
+        return train, val, sorted(held_out)
+
+
+class CachedClips:
+    """Some clips of a LatentCache, to train or to validate with: what `data.TrainClips` and `data.ValClips` offer."""
+
+    def __init__(self, cache, indices, seed=0, limit=64):
+        self.cache, self.indices, self.seed, self.limit = cache, np.asarray(indices, np.int64), seed, limit
+
+    def __len__(self):
+        return len(self.indices)
+
+    def pool(self, _):
+        return self.indices
+
+    def check(self, bucket):
+        """DataError if training is to use other shapes than the cache holds."""
+        if (bucket.size, bucket.frames) != (self.cache.size, self.cache.frames):
+            raise DataError(f"size={bucket.size} frames={bucket.frames}, but the latent cache {self.cache.path} holds "
+                            f"clips of size={self.cache.size} frames={self.cache.frames}: set these, or build another")
+
+    def batches(self, schedule, _, pin_memory=False, ahead=2):
+        """Batches for a TrainSchedule, without end, as `LatentCache.read` gives them. One thread reads `ahead`."""
+        def make(keys):
+            places = [datasets.epoch_order(self.seed, key.epoch, len(self))[key.index] for key in keys]
+            batch = self.cache.read(self.indices[places])
+            return {k: v.pin_memory() if pin_memory and torch.is_tensor(v) else v for k, v in batch.items()}
+        return read_ahead(map(make, schedule), ahead)
+
+    def share(self, rank, world, _):
+        """This rank's part of up to `limit` clips, evenly spread: [{"video": uint8 T 3 H W, "latents": T' C h w}]."""
+        count = min(self.limit, len(self))
+        places = np.linspace(0, len(self) - 1, count).round().astype(int) if count else []
+        batches = [self.cache.read(self.indices[[place]]) for place in places[rank::world]]
+        return [{"video": b["video"][0], "latents": b["latents"][0]} for b in batches]
+
+
+def read_ahead(iterator, depth):
+    """The items of an endless iterator, made by a thread that is up to `depth` ahead; its exceptions come through."""
+    ready = queue.Queue(depth)
+
+    def work():
+        try:
+            for item in iterator:
+                ready.put((item, None))
+        except (OSError, ValueError, RuntimeError) as error:
+            ready.put((None, error))
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item, error = ready.get()
+        if error is not None:
+            raise DataError(f"the latent cache cannot be read: {error}")
+        yield item
+
+
+def shard_path(folder, i, kind):
+    return os.path.join(folder, f"shard_{i:05d}.{kind}")
+
+
+def index_crc(index):
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
+
+
+def write_index(folder, index):
+    content = json.dumps({**index, "crc32": index_crc(index)}, indent=1)
+    checkpoint.write_atomically(os.path.join(folder, "index.json"), content.encode())
+
+
+def file_crc(path):
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes one shard batch by batch; it gets its name, and its .json, when the block ends without an exception."""
+
+    def __init__(self, folder, i, count):
+        self.folder, self.i, self.count = folder, i, count
+        self.files, self.crc32, self.origins = {}, {}, []
+
+    def __enter__(self):
+        return self
+
+    def write(self, kind, array):
+        """Append N ... rows to clips or latents."""
+        name = kind + ".npy"
+        if name not in self.files:
+            self.files[name] = open(shard_path(self.folder, self.i, name) + ".tmp", "w+b")
+            header = dict(descr=np.lib.format.dtype_to_descr(array.dtype), fortran_order=False,
+                          shape=(self.count, *array.shape[1:]))
+            np.lib.format.write_array_header_1_0(self.files[name], header)
+            self.files[name].flush()
+            self.crc32[name] = file_crc(self.files[name].name)
+        content = np.ascontiguousarray(array).tobytes()
+        self.files[name].write(content)
+        self.crc32[name] = zlib.crc32(content, self.crc32[name])
+
+    def __exit__(self, error_type, *_):
+        try:
+            for file in self.files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            for file in self.files.values():
+                file.close()
+        if error_type is not None:
+            return
+        for name in self.files:
+            os.replace(shard_path(self.folder, self.i, name + ".tmp"), shard_path(self.folder, self.i, name))
+        about = json.dumps({"clips": self.count, "crc32": self.crc32, "origins": self.origins})
+        checkpoint.write_atomically(shard_path(self.folder, self.i, "json"), about.encode())
+
+
+def plan_cache(options, teacher, dtype, sources):
+    """The index of the cache that is asked for, not yet complete, after one trial of the teacher."""
+    frames, size = options.frames, options.size
+    try:
+        latents = teacher.encode(torch.zeros(1, frames, 3, size, size))
+    except (ValueError, RuntimeError) as error:
+        raise TeacherError(f"teacher {teacher.spec}: {frames} frames of {size}x{size} cannot be encoded "
+                           f"({checkpoint.first_line(error)})") from None
+    keys = "\n".join(f"{s.key} {s.frames}" for s in sources)
+    return dict(
+        format=FORMAT, complete=False, clips=options.clips, shard_clips=options.shard_clips, frames=frames, size=size,
+        teacher=dict(spec=teacher.spec, name=teacher.name, fingerprint=teacher.fingerprint,
+                     precision=str(dtype).removeprefix("torch.")),
+        latents=list(latents.shape[1:]), latent_dtype=options.latent_dtype,
+        sampling=dict(seed=options.seed, min_frame_delta=options.min_frame_delta, flip=options.flip,
+                      max_frame_delta=options.max_frame_delta, random_crop=options.random_crop,
+                      min_crop=options.min_crop, data=hashlib.sha256(keys.encode()).hexdigest()[:16]), shards=[])
+
+
+def prepare_folder(out, plan):
+    """Make the folder, or see that what it holds belongs to this plan; write the plan. DataError otherwise."""
+    path = os.path.join(out, "index.json")
+    try:
+        os.makedirs(out, exist_ok=True)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                old = json.load(file)
+            free = ("complete", "clips", "shards", "teacher")
+            pairs = [(k, old.get(k), plan[k]) for k in plan if k not in free]
+            for k in ("fingerprint", "precision"):
+                pairs.append((f"teacher's {k}", old["teacher"].get(k), plan["teacher"][k]))
+            different = [f"{k} {a} there, {b} asked for" for k, a, b in pairs if a != b]
+            if different:
+                raise DataError(f"--out {out}: holds a cache of another kind ({different[0]}): use another folder")
+            plan["clips"] = max(plan["clips"], int(old["clips"]))
+        elif os.listdir(out):
+            raise DataError(f"--out {out}: is not empty, and no cache: use another folder")
+        for name in os.listdir(out):
+            if re.fullmatch(r"shard_\d+\..*tmp", name):  # what a killed run left behind
+                os.remove(os.path.join(out, name))
+        wanted = plan["clips"] * (plan["frames"] * plan["size"] ** 2 * 3 + 2 * int(np.prod(plan["latents"])))
+        wanted -= sum(os.path.getsize(os.path.join(out, n)) for n in os.listdir(out) if n.endswith(".npy"))
+        free = shutil.disk_usage(out).free
+        if wanted > free:
+            raise DataError(f"--out {out}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        write_index(out, plan)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"--out {out}: {checkpoint.first_line(error)}: use another folder") from None
+    return plan
+
+
+def shard_is_done(out, i, count):
+    """Whether the shard is there, whole, with `count` clips."""
+    try:
+        with open(shard_path(out, i, "json"), encoding="utf-8") as file:
+            about = json.load(file)
+        arrays = [np.load(shard_path(out, i, kind), mmap_mode="r", allow_pickle=False) for kind in about["crc32"]]
+        return about["clips"] == count and len(arrays) == 2 and all(len(a) == count for a in arrays)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def build(options):
+    """Everything from the options to a finished cache. Raises DataError, TeacherError, DeviceError, CheckpointError."""
+    device = pick_device(options.device)
+    tune(device)
+    dtype = pick_precision(options.precision, device)
+    rank, world, control = start_ranks(device, timeout_minutes=24 * 60)  # ranks meet only at the ends
+    say = print if rank == 0 else lambda *_: None
+    teacher = load_teacher(options.teacher, device, dtype)
+    sources, refused = from_rank_0(control, lambda: datasets.probe(datasets.find_sources(options.data,
+                                                                                         options.data_root)))
+    for path, reason in refused:
+        say(f"refused: {path}: {reason}")
+    clips = datasets.TrainClips(sources, options.seed, options.min_frame_delta, options.max_frame_delta,
+                                datasets.Augment(options.random_crop, options.min_crop, options.flip))
+    clips.check(datasets.Bucket(options.size, options.frames, 1.0, 1))
+    plan = plan_cache(options, teacher, dtype, sources)
+    plan = from_rank_0(control, lambda: prepare_folder(options.out, plan))
+    say(f"teacher: {teacher.name}, on {describe(device)}, {plan['teacher']['precision']}; {options.frames} frames of "
+        f"{options.size}x{options.size} give latents {tuple(plan['latents'])}")
+    counts = [min(options.shard_clips, plan["clips"] - start) for start in range(0, plan["clips"], options.shard_clips)]
+    missing = from_rank_0(control, lambda: [i for i, n in enumerate(counts) if not shard_is_done(options.out, i, n)])
+    kept = plan["clips"] - sum(counts[i] for i in missing)
+    say(f"{plan['clips']} clips in {len(counts)} shards" + (f", {kept} of them from before" if kept else ""))
+    if missing[rank::world]:
+        write_shards(options, teacher, device, clips, missing[rank::world], counts, disable=rank > 0)
+    gather(control, None)  # all ranks are done
+    if rank == 0:
+        for i in range(len(counts)):
+            with open(shard_path(options.out, i, "json"), encoding="utf-8") as file:
+                about = json.load(file)
+            crc32 = {**about["crc32"], "json": file_crc(shard_path(options.out, i, "json"))}
+            plan["shards"].append({"clips": about["clips"], "crc32": crc32})
+        write_index(options.out, {**plan, "complete": True})
+    say(f"done: python train.py taehv_distill latent_cache={options.out} size={options.size} frames={options.frames}")
+
+
+def write_shards(options, teacher, device, clips, shards, counts, disable):
+    """Make and encode this rank's clips, shard by shard."""
+    pool, plan = len(clips.pool(options.frames)), []
+    for i in shards:
+        keys = [datasets.Key(*divmod(i * options.shard_clips + k, pool), options.size, options.frames)
+                for k in range(counts[i])]
+        plan += [(i, keys[k:k + options.batch_size]) for k in range(0, len(keys), options.batch_size)]
+    workers = options.workers if options.workers >= 0 else default_workers(device)
+    loader = DataLoader(clips, batch_sampler=[keys for _, keys in plan], num_workers=workers, collate_fn=list,
+                        worker_init_fn=datasets.start_worker, prefetch_factor=2 if workers else None,
+                        multiprocessing_context=datasets.worker_context() if workers else None)
+    batches = datasets.endless(loader)
+    with tqdm(total=sum(counts[i] for i in shards), unit="clip", disable=disable, dynamic_ncols=True) as bar:
+        for i in shards:
+            with ShardWriter(options.out, i, counts[i]) as shard:
+                for _ in range(0, counts[i], options.batch_size):
+                    samples = next(batches)
+                    for note in (note for s in samples for note in s["notes"]):
+                        tqdm.write(f"{note[0]}: {note[1]}")
+                    video = torch.stack([s["video"].permute(0, 2, 3, 1) for s in samples])  # N T H W 3
+                    latents = teacher.encode(video.to(device).permute(0, 1, 4, 2, 3).float().div_(255))
+                    latents = latents.to(getattr(torch, options.latent_dtype)).cpu()
+                    if not latents.isfinite().all():
+                        raise TeacherError(f"teacher {teacher.spec}: its latents of {samples[0]['origin']['file']} are "
+                                           f"not finite as {options.latent_dtype}: try --latent-dtype bfloat16, "
+                                           "--precision fp32")
+                    raw = latents.view(torch.int16).numpy().view(np.uint16)
+                    shard.write("clips", video.numpy())
+                    shard.write("latents", raw if options.latent_dtype == "bfloat16" else latents.numpy())
+                    shard.origins += [s["origin"] for s in samples]
+                    bar.update(len(samples))
+
+
+def parse(arguments=None):
+    """Options from the command line; leaves with code 2 and one line where they make no sense."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, metavar="SPEC", help=KINDS)
+    parser.add_argument("--data", required=True, help="folder, file or annotation .json, as train.py's data=")
+    parser.add_argument("--data-root", default="", help="folder that an annotation's paths are relative to")
+    parser.add_argument("--out", required=True, help="folder of the cache")
+    parser.add_argument("--clips", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument("--size", type=int, default=128, help="height and width, pixels (%(default)s)")
+    parser.add_argument("--frames", type=int, default=12, help="frames per clip (%(default)s)")
+    parser.add_argument("--min-frame-delta", type=int, default=1, help="spacing of frames: from this (%(default)s) ...")
+    parser.add_argument("--max-frame-delta", type=int, default=5, help="... to this (%(default)s)")
+    parser.add_argument("--random-crop", action=argparse.BooleanOptionalAction, default=True,
+                        help="a random square, resized; off: the largest centred one")
+    parser.add_argument("--min-crop", type=float, default=0.0, help="its smallest side, as a part of the shorter edge")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="left-right, half of them")
+    parser.add_argument("--latent-dtype", choices=sorted(STORED), default="float16", help="on disk (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="clips that the teacher sees at once (%(default)s)")
+    parser.add_argument("--shard-clips", type=int, default=256, help="clips per shard, which is done whole (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which clips (%(default)s)")
+    parser.add_argument("--workers", type=int, default=-1, help="data processes per rank; -1: by the number of cores")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the teacher")
+    options = parser.parse_args(arguments)
+    for name, least in dict(clips=1, size=16, frames=1, min_frame_delta=1, batch_size=1, shard_clips=1, seed=0,
+                            max_frame_delta=options.min_frame_delta, workers=-1, min_crop=0).items():
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least} is wanted")
+    if options.min_crop > 1:
+        parser.error(f"--min-crop {options.min_crop}: at most 1 is wanted")
+    return options
+
+
+def main():
+    options, code = parse(), 0
+    try:
+        build(options)
+    except (DataError, TeacherError, DeviceError, checkpoint.CheckpointError, OSError) as error:
+        print(f"latent_cache.py: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        code = 130
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Latents in files: NAME.latents.npz, which NumPy's ordinary np.load reads.
+
+`latents` is float32 T C h w; `about` is a JSON text with what decoding needs: the model's config, frames per second,
+height, width and number of frames of the video. This file works alone with numpy.
+"""
+import json
+import os
+import zipfile
+
+import numpy as np
+
+LATENTS = ".latents.npz"
+
+
+class LatentFileError(Exception):
+    """A file of latents that cannot be used; the message names it."""
+
+
+class LatentWriter:
+    """Writes `path` latent by latent, `total` of them in all; nothing for an empty path. A context manager; the file
+    gets its name when the block ends without an exception."""
+
+    def __init__(self, path, model, reader, frames, total):
+        self.path = path
+        self.total, self.file = total, None
+        self.about = dict(model_config=model.config, fps=reader.fps, height=reader.height, width=reader.width,
+                          frames=frames)
+
+    def __enter__(self):
+        if self.path:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self.archive = zipfile.ZipFile(self.path + ".tmp", "w")
+        return self
+
+    def write(self, latents):
+        if not self.path or not latents.shape[1]:
+            return
+        array = latents[0].float().cpu().numpy()
+        if self.file is None:
+            self.file = self.archive.open("latents.npy", "w", force_zip64=True)
+            header = dict(descr="<f4", fortran_order=False, shape=(self.total, *array.shape[1:]))
+            np.lib.format.write_array_header_1_0(self.file, header)
+        self.file.write(np.ascontiguousarray(array).tobytes())
+
+    def __exit__(self, error_type, *_):
+        if not self.path:
+            return
+        if self.file is not None:
+            self.file.close()
+        if error_type is None:
+            with self.archive.open("about.npy", "w") as file:
+                np.lib.format.write_array(file, np.array(json.dumps(self.about)))
+        self.archive.close()
+        if error_type is None:
+            os.replace(self.path + ".tmp", self.path)
+        else:
+            os.remove(self.path + ".tmp")
+
+
+class LatentReader:
+    """Reads such a file latent by latent. LatentFileError if it is damaged, foreign, or not the model's."""
+
+    def __init__(self, path, model):
+        self.path = path
+        try:
+            self.archive = zipfile.ZipFile(path)
+            if self.archive.testzip() is not None:
+                raise LatentFileError(f"{path}: damaged (a checksum does not match)")
+            with self.archive.open("about.npy") as file:
+                about = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
+            with self.archive.open("latents.npy") as file:
+                self.shape, dtype = self.header(file)
+            self.fps, self.height, self.width = float(about["fps"]), int(about["height"]), int(about["width"])
+            self.frames, made_by = int(about["frames"]), about["model_config"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, RuntimeError,
+                NotImplementedError) as error:
+            raise LatentFileError(f"{path}: no file of latents, or damaged ({error})") from None
+        factor = model.space_factor
+        needed = (-(-self.height // factor), -(-self.width // factor))
+        made_by = made_by if isinstance(made_by, dict) else {}
+        if dtype != np.float32 or len(self.shape) != 4 or self.shape[1:] != (model.latent_channels, *needed) \
+                or made_by.get("encoder_time_downscale") != model.config["encoder_time_downscale"]:
+            raise LatentFileError(f"{path}: latents {self.shape} of a {self.height}x{self.width} video by "
+                                  f"{made_by} are not this model's ({model.config})")
+        self.note = ""
+        if made_by.get("variant") != model.variant:
+            self.note = f"{path}: made by variant {made_by.get('variant')}, decoded by {model.variant}"
+
+    @staticmethod
+    def header(file):
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if fortran or dtype.hasobject:
+            raise ValueError("unexpected array layout")
+        return shape, dtype
+
+    def __iter__(self):
+        """float32 arrays C h w."""
+        size = 4 * int(np.prod(self.shape[1:]))
+        with self.archive.open("latents.npy") as file:
+            self.header(file)
+            for _ in range(self.shape[0]):
+                chunk = file.read(size)
+                if len(chunk) != size:
+                    raise LatentFileError(f"{self.path}: ends too early")
+                yield np.frombuffer(chunk, np.float32).reshape(self.shape[1:])

@@ -1,0 +1,387 @@
+"""Seraena: an adversarial corrector. Its targets, "the output, a little more real", are trained towards with plain L2.
+
+    seraena = Seraena(c_im=9, c_ctx=16, seed=0).to(device)   # groups of 3 RGB frames, latents of 16 channels
+    for step in range(steps):
+        seraena.begin()                                      # again, if the step has to be done again
+        for video, latents, share in micro_batches:          # the shares of a step add up to 1
+            with autocast:
+                output = model.decode(latents)
+                corrected = seraena.targets(video, output, latents, share)
+            loss = (output - video).abs().mean() + 0.05 * (output.float() - corrected).square().mean()
+            (loss * share).backward()
+        figures = seraena.step()                             # all ranks together; the model's own step beside it
+
+A patch discriminator learns to tell groups of frames from their reconstructions, given the latents; the correction is
+the direction that brings its scores of the reconstruction to those of the original. Method, state_dict names and
+results are those of github.com/madebyollin/seraena (seraena.py), whose own call, `step_and_make_correction_targets`,
+is here too. What differs: it works on several ranks, the replayed samples have a byte budget, a step that is not finite
+changes nothing, and it can be saved and resumed exactly.
+
+This file works alone: torch only. Only `begin` (once) and `step` talk to the other ranks: `targets`, which may run out
+of memory on one rank alone, never waits for another. Nothing here waits for the GPU, but saving.
+"""
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+def group_frames(video, n):
+    """N T C H W -> (N ceil(T / n)) (n C) H W: each n consecutive frames, from the clip's start on, as one image.
+
+    The last group of a clip is filled up with the clip's last frame. Any T from 1.
+    """
+    missing = -video.shape[1] % n
+    if missing:
+        video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
+    return video.unflatten(1, (-1, n)).flatten(0, 1).flatten(1, 2)
+
+
+def ungroup_frames(images, frames, n):
+    """The inverse of group_frames for clips of `frames` frames: (N groups) (n C) H W -> N T C H W, the filling gone."""
+    groups = math.ceil(frames / n)
+    return images.unflatten(0, (-1, groups)).unflatten(2, (n, -1)).flatten(1, 2)[:, :frames]
+
+
+class PatchDiscriminator(nn.Module):
+    """Scores patches of images at six depths: N c_im H W in [0, 1], context N c_ctx h w -> N 6 H/8 W/8.
+
+    The context (latents, of any size) is enlarged to the images' size, nearest. Fakes score 1, originals -1. Names and
+    shapes as PatchDiscWithContext of the published seraena.py.
+    """
+
+    def __init__(self, c_im, c_ctx):
+        super().__init__()
+        widths, strides = (c_im + c_ctx, 64, 128, 256, 512, 512, 512), (1, 2, 2, 2, 1, 1)
+        self.blocks = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(n_in, n_out, 4 if stride == 2 else 3, stride, 1, bias=False),
+                          nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
+            for n_in, n_out, stride in zip(widths, widths[1:], strides)))
+        self.proj = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in widths[1:])
+
+    def forward(self, images, context):
+        height, width = images.shape[-2:]
+        x = torch.cat([images * 2 - 1, F.interpolate(context, (height, width))], 1)
+        scores = []
+        for block, proj in zip(self.blocks, self.proj):
+            x = block(x)
+            scores.append(F.adaptive_avg_pool2d(proj(x), (height // 8, width // 8)))
+        return torch.cat(scores, 1)
+
+
+class ReplayBuffer:
+    """Samples of past steps, as rows in one piece of memory of at most `limit` bytes that is taken once and kept.
+
+    The shapes that occur share it equally. A full part loses random rows to new ones, as published: old samples grow
+    rare but some stay, so the discriminator keeps knowing faults that the model had long ago; oldest-first would forget
+    them at a stroke. `bytes` is the memory taken, `counts` the number of rows for each shape. `pinned`: in the host's
+    page-locked memory rather than on the GPU.
+    """
+
+    def __init__(self, limit, dtype=torch.bfloat16, pinned=False):
+        self.limit, self.dtype, self.pinned = limit, dtype, pinned
+        self.memory, self.parts, self.counts = None, {}, {}
+
+    @property
+    def bytes(self):
+        return 0 if self.memory is None else self.memory.numel() * self.dtype.itemsize
+
+    def reserve(self, shapes, device):
+        """Make room for samples of these shapes, ((c_im, H, W), (c_ctx, h, w)) each, beside those known.
+
+        A new shape divides the memory anew, and empties it. ValueError if a part cannot hold a single sample.
+        """
+        shapes = list(dict.fromkeys([*self.parts, *shapes]))
+        if len(shapes) == len(self.parts):
+            return
+        part = self.limit // self.dtype.itemsize // len(shapes)  # numbers
+        lengths = [sum(math.prod(s) for s in shape) for shape in shapes]
+        if max(lengths) > part:
+            (channels, height, width), _ = shapes[lengths.index(max(lengths))]
+            size = max(lengths) * self.dtype.itemsize
+            raise ValueError(f"replay_bytes={self.limit} cannot hold one sample of each of {len(shapes)} shapes: one "
+                             f"of {channels} channels of {height}x{width} with its context takes {size} bytes, so give "
+                             f"{size * len(shapes)} bytes at least, better room for hundreds")
+        if self.memory is None:
+            pin = self.pinned and device.type == "cuda"
+            self.memory = torch.empty(self.limit // self.dtype.itemsize, dtype=self.dtype, pin_memory=pin,
+                                      device="cpu" if self.pinned else device)
+        self.counts = dict.fromkeys(shapes, 0)
+        self.parts = {shape: self.memory[i * part:(i + 1) * part][:part // length * length].view(-1, length)
+                      for i, (shape, length) in enumerate(zip(shapes, lengths))}
+
+    def add(self, shape, rows, generator):
+        """rows: (n, length), of the buffer's dtype. Which rows they replace is drawn from `generator` (CPU)."""
+        part, count = self.parts[shape], self.counts[shape]
+        rows = rows[:len(part)]
+        free = min(len(rows), len(part) - count)
+        slots = list(range(count, count + free))
+        if free < len(rows):
+            slots += torch.randperm(count, generator=generator)[:len(rows) - free].tolist()  # no slot twice
+        torch._foreach_copy_([part[slot] for slot in slots], list(rows), non_blocking=True)
+        self.counts[shape] = count + free
+
+    def draw(self, shape, n, device, generator):
+        """n random rows of this shape, as ([image c_im H W, ...], [context c_ctx h w, ...]), float32 on `device`."""
+        if n == 0:
+            return [], []
+        slots = torch.randint(self.counts[shape], (n,), generator=generator).tolist()
+        rows = torch.stack([self.parts[shape][slot].to(device, non_blocking=True) for slot in slots]).float()
+        return [list(x.unflatten(1, s)) for x, s in zip(rows.split([math.prod(s) for s in shape], 1), shape)]
+
+    def state(self):
+        """[{"shape", "rows"}] on the CPU. Waits for the GPU."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # rows may still be on their way into pinned memory
+        return [{"shape": shape, "rows": part[:self.counts[shape]].to("cpu", copy=True)}
+                for shape, part in self.parts.items()]
+
+    def load(self, state, device):
+        """What `state` gave; of more rows than there is room for now, the first."""
+        self.parts, self.counts = {}, {}
+        self.reserve([s["shape"] for s in state], device)
+        for (shape, part), saved in zip(self.parts.items(), state):
+            rows = saved["rows"][:len(part)]
+            part[:len(rows)].copy_(rows)
+            self.counts[shape] = len(rows)
+
+
+class Seraena(nn.Module):
+    """The discriminator with everything that trains it. See the top of this file for the loop.
+
+    c_im: channels of one image that the discriminator sees; 3 n for groups of n RGB frames. c_ctx: channels of the
+    latents. lr, betas: of AdamW. replay_bytes: at most so much memory on each rank for replayed samples, all of it
+    taken at the first step, stored as replay_dtype, on the "same" device or in "pinned" host memory (replay_device).
+    seed: of the initial weights and, with the rank, of everything random; PyTorch's global generators are not touched.
+    Make it after init_process_group. Frames are 16x16 pixels or more.
+
+    Each sample that the discriminator learns from is an original with probability 1/2, else a fresh or a replayed fake
+    with equal probability. (Published: fresh ones are the first half of the batch. With a clip's groups in a row, those
+    would be the starts of clips.) Replayed samples come from earlier steps.
+
+    Ranks: gradients and BatchNorm's running statistics are averaged, so the discriminator stays equal to the bit. In
+    training mode BatchNorm normalises by the micro-batch.
+    """
+
+    def __init__(self, c_im, c_ctx, lr=3e-4, betas=(0.9, 0.99), replay_bytes=512 << 20, replay_dtype=torch.bfloat16,
+                 replay_device="same", seed=0):
+        super().__init__()
+        if replay_device not in ("same", "pinned"):
+            raise ValueError(f"replay_device is {replay_device!r}: it is 'same' (as the discriminator) or 'pinned'")
+        self.c_im, self.c_ctx = c_im, c_ctx
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.disc = PatchDiscriminator(c_im, c_ctx)
+        self.optimizer = torch.optim.AdamW(self.disc.parameters(), lr=lr, betas=betas, fused=True)
+        self.replay = ReplayBuffer(replay_bytes, replay_dtype, replay_device == "pinned")
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.generator = torch.Generator().manual_seed((seed * 65536 + rank) % 2 ** 63)
+        self.together = False  # whether all ranks are known to have rank 0's discriminator
+        self.before = None  # BatchNorm's statistics as they were before the step
+
+    def reserve(self, *sizes):
+        """Optional, before training: divide the replay memory among all sizes (H, W, h, w), of frames and of latents,
+        that will come. Otherwise each size does so when it first occurs, and empties the buffer.
+
+        ValueError if the budget is too small for one sample of each; without this call, `targets` raises it.
+        """
+        self.replay.reserve([((self.c_im, *size[:2]), (self.c_ctx, *size[2:])) for size in sizes], self.device())
+
+    def device(self):
+        return self.disc.proj[0].weight.device
+
+    # ---- one step: begin, targets for each micro-batch, step -------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self):
+        """Start a step, or start it again: of what `targets` did since, only the random numbers stay consumed.
+
+        All ranks call it; the first time, and after loading, rank 0's discriminator is copied to all.
+        """
+        if not self.together:
+            self.to_all_ranks()
+        parameters, buffers = list(self.disc.parameters()), list(self.disc.buffers())
+        if self.before is None:
+            self.before = [b.clone() for b in buffers]
+        torch._foreach_copy_(buffers, self.before)
+        self.pending = []
+        # One flat piece for all that the ranks average: gradients, which .grad looks into, sums, and statistics.
+        count, statistics = (sum(x.numel() for x in tensors) for tensors in (parameters, buffers))
+        self.flat = torch.zeros(count + 5 + statistics, device=self.device())
+        self.gradients, self.sums, self.statistics = self.flat.split([count, 5, statistics])
+        start = 0
+        for p in parameters:
+            p.grad = self.flat.as_strided(p.shape, p.stride(), start)
+            start += p.numel()
+
+    def targets(self, real, fake, latents, share=1.0):
+        """fake + correction, N T C H W, float32, detached; also adds up the discriminator's gradient.
+
+        real, fake: N T C H W in [0, 1] (fake may exceed it), T from 1; C divides c_im. latents: N T' c_ctx h w, any T',
+        h and w; every group of frames (group_frames) of a clip gets the mean over all its latents as context, as in the
+        published notebook. share: this micro-batch's part of the step. Call it within autocast to have the convolutions
+        in bf16; scores, loss and correction are float32 all the same. ValueError for shapes that do not fit.
+
+        The correction is from the discriminator as it was before this step's update (published: after it), for the
+        update waits for all ranks, which must not happen before each has got through its own backward passes. Its eps
+        is the published one for frames of 64x64 pixels, as in the published notebook.
+        """
+        if real.ndim != 5 or real.shape != fake.shape or self.c_im % real.shape[2]:
+            raise ValueError(f"real {tuple(real.shape)} and fake {tuple(fake.shape)} should have one shape, N T C H W, "
+                             f"with a C that divides c_im={self.c_im}")
+        if latents.ndim != 5 or len(latents) != len(real):
+            raise ValueError(f"latents {tuple(latents.shape)}: N T' C h w with N={len(real)} is needed")
+        frames, n = real.shape[1], self.c_im // real.shape[2]
+        real, fake = (group_frames(video.detach().float(), n) for video in (real, fake))
+        context = latents.detach().float().mean(1, keepdim=True)
+        context = context.expand(-1, math.ceil(frames / n), -1, -1, -1).flatten(0, 1)
+        # A pixel's gradient is inverse to the number of pixels: so the correction is equally strong at all sizes.
+        eps = 1e-5 * 64 ** 2 / math.prod(real.shape[-2:])
+        corrected = fake + self.correction(real, fake, context, eps)
+        self.learn(real, fake, context, share)
+        return ungroup_frames(corrected, frames, n)
+
+    @torch.no_grad()
+    def step(self, limit=0.0):
+        """End the step; all ranks call it. The gradient's norm is held to `limit` if that is above 0.
+
+        A gradient, score or statistic that is not finite on any rank: no rank's discriminator changes. The step's fakes
+        become replayable either way, held to a sane range. Returns scalars on the device, means over the ranks:
+        "disc_loss" (1 from ignorance, 0 from certainty), "score_real" and "score_fake" (0 if none was drawn), and
+        "skipped", 1 if the step was not finite.
+        """
+        buffers = list(self.disc.buffers())
+        sizes = [b.numel() for b in buffers]
+        torch._foreach_copy_(list(self.statistics.split(sizes)), [b.flatten() for b in buffers])
+        if dist.is_initialized():
+            dist.all_reduce(self.flat)  # one rank's NaN is in the sum, so all ranks see it
+            self.flat.div_(dist.get_world_size())
+        norm = torch.linalg.vector_norm(self.gradients)
+        bad = 1.0 - (norm.isfinite() & self.sums.isfinite().all() & self.statistics.isfinite().all()).float()
+        if limit > 0:
+            self.gradients.mul_((limit / (norm + 1e-6)).clamp(max=1))
+        if self.flat.device.type in ("cpu", "cuda"):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # the kernel itself skips a bad step
+            self.optimizer.step()
+        elif not bad:
+            self.optimizer.step()
+        for buffer, before, mean in zip(buffers, self.before, self.statistics.split(sizes)):
+            buffer.copy_(torch.where(bad > 0, before, mean.view(before.shape)))
+        self.before = None
+        for shape, rows in self.pending:
+            self.replay.add(shape, rows, self.generator)
+        self.pending = []
+        loss, real, fake, reals, fakes = self.sums
+        return {"disc_loss": loss, "score_real": real / reals.clamp(min=1e-6),
+                "score_fake": fake / fakes.clamp(min=1e-6), "skipped": bad}
+
+    def step_and_make_correction_targets(self, real, fake, ctx):
+        """The published call, a whole step at once: real, fake N c_im H W in [0, 1], ctx N c_ctx h w ->
+        (fake + correction, debug).
+
+        The discriminator is updated first. All ranks call it together, and none can leave it alone: a loop that must
+        survive running out of memory uses begin, targets and step. debug, tensors on the device: "disc_loss", and what
+        the discriminator was given and gave: "disc_in", "disc_in_ctx", "disc_pred", "disc_targets".
+        """
+        real, fake, ctx = (x.detach().float() for x in (real, fake, ctx))
+        self.begin()
+        debug = self.learn(real, fake, ctx, 1.0)
+        self.step()
+        return fake + self.correction(real, fake, ctx), debug
+
+    # ---- its parts -------------------------------------------------------------------------------------------------
+
+    def scores(self, images, context):
+        """The discriminator's, float32, within the caller's autocast but without its cache of bf16 weights: a copy made
+        where no gradient is recorded has none later on (PyTorch below 2.10), and misses the optimizer's step."""
+        kind = images.device.type
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            return self.disc(images, context).float()
+
+    def correction(self, real, fake, context, eps=1e-5):
+        """What brings the scores of `fake` to those of `real`: minus the gradient of their squared distance, divided by
+        (its deviation over the batch + eps). real, fake: N c_im H W, context: N c_ctx h w, float32. N c_im H W.
+
+        eps matters: it is about as large as the deviation, so corrections grow as the discriminator learns to tell.
+        """
+        self.disc.eval()
+        with torch.no_grad():
+            wanted = self.scores(real, context)
+        with torch.enable_grad():
+            fake = fake.detach().requires_grad_()
+            distance = (self.scores(fake, context) - wanted).square().mean((1, 2, 3)).sum()
+            gradient, = torch.autograd.grad(distance, fake)
+        return -gradient / (gradient.std(correction=0) + eps)
+
+    def learn(self, real, fake, context, share):
+        """Adds up the gradient of the discriminator's loss * share, and keeps the fakes for `step` to store."""
+        shape = (tuple(fake.shape[1:]), tuple(context.shape[1:]))
+        if shape[0][0] != self.c_im or shape[1][0] != self.c_ctx or min(shape[0][1:]) < 16:
+            raise ValueError(f"images {shape[0]} and context {shape[1]} should have c_im={self.c_im} and c_ctx="
+                             f"{self.c_ctx} channels, and 16x16 pixels or more")
+        self.replay.reserve([shape], fake.device)
+        # In range and without NaN: a bad step must not come back as a replayed sample.
+        rows = [x.nan_to_num().clamp(*limits).flatten(1) for x, limits in ((fake, (-1, 2)), (context, (-1e3, 1e3)))]
+        self.pending.append((shape, torch.cat(rows, 1).to(self.replay.dtype)))
+        # Chance is the host's, and so is the choice: on the device it would be a mask, and unused samples to fetch.
+        chance = torch.rand(len(real), generator=self.generator).tolist()
+        fresh = [i for i, x in enumerate(chance) if x < (0.25 if self.replay.counts[shape] else 0.5)]
+        kept = [i for i, x in enumerate(chance) if x >= 0.5]
+        replayed = self.replay.draw(shape, len(chance) - len(fresh) - len(kept), fake.device, self.generator)
+        images = torch.stack([*(fake[i] for i in fresh), *replayed[0], *(real[i] for i in kept)])
+        contexts = torch.stack([*(context[i] for i in fresh), *replayed[1], *(context[i] for i in kept)])
+        fakes = len(chance) - len(kept)
+        wanted = images.new_ones(len(images), 1, 1, 1)
+        wanted[fakes:] = -1
+        self.disc.train()
+        with torch.enable_grad():
+            scores = self.scores(images, contexts)
+            loss = (scores - wanted).square().mean()
+            (loss * share).backward(inputs=list(self.disc.parameters()))
+        scores, loss = scores.detach(), loss.detach()
+        each = scores.mean((1, 2, 3))
+        self.sums[:3] += torch.stack([loss * share, each[fakes:].sum(), each[:fakes].sum()])
+        self.sums[3] += len(kept)
+        self.sums[4] += fakes
+        return {"disc_loss": loss, "disc_in": images, "disc_in_ctx": contexts, "disc_pred": scores,
+                "disc_targets": wanted.expand(scores.shape)}
+
+    # ---- ranks and checkpoints -------------------------------------------------------------------------------------
+
+    def to_all_ranks(self):
+        """Rank 0's weights and statistics on every rank; `begin` does this by itself where needed."""
+        if dist.is_initialized():
+            for tensor in self.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        self.together = True
+
+    def training_state(self):
+        """Discriminator and optimizer, the same on all ranks, in a dict that torch.load(weights_only=True) reads."""
+        return {"seraena": self.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_training_state(self, state):
+        """What training_state gave; today's learning rate and betas stay. ValueError for another discriminator's."""
+        own, given = self.state_dict(), state["seraena"]
+        different = [k for k in own.keys() | given.keys() if k not in own or k not in given
+                     or own[k].shape != given[k].shape]
+        if different:
+            raise ValueError(f"the state is of another discriminator ({min(different)} differs): keep its c_im (frames "
+                             "in a group) and c_ctx, or start without it")
+        self.load_state_dict(given)
+        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0].update(settings)
+        self.together, self.before = False, None
+
+    def rank_state(self, with_replay=True):
+        """What only this rank has, between two steps: its generator and, if asked for, its replayed samples (up to
+        replay_bytes, on the CPU). Without them a resumed run goes on, but not exactly: the buffer fills anew."""
+        return {"generator": self.generator.get_state(), "replay": self.replay.state() if with_replay else None}
+
+    def load_rank_state(self, state):
+        """What rank_state gave. Call it after moving the module to its device."""
+        self.generator.set_state(state["generator"].cpu())
+        if state["replay"] is not None:
+            self.replay.load(state["replay"], self.device())

@@ -1,0 +1,164 @@
+"""Teachers: the video autoencoders whose latents a small one learns to speak.
+
+    taehv:FILE                 weights of the TAEHV family, a checkpoint or a run folder of ours
+    torchscript:FILE           a torch.jit file whose module has encode(video) and decode(latents)
+    python:FILE.py:FUNCTION    FUNCTION() returns an object with encode(video) and decode(latents)
+    diffusers:CLASS:FOLDER     say diffusers:AutoencoderKLWan:Wan2.1-T2V-1.3B-Diffusers (needs the package diffusers)
+
+    teacher = load_teacher("taehv:taew2_1.pth", device, dtype)
+    latents = teacher.encode(video)                        # N T 3 H W in [0, 1] -> N T' C h w, float32
+    video = teacher.decode(latents)                        # -> N T" 3 H W in [0, 1], float32
+
+Latents are what the diffusion model consumes: a diffusers class's own scale and shift are applied here.
+"""
+import difflib
+import hashlib
+import importlib.util
+import os
+import warnings
+
+import torch
+
+import checkpoint
+
+KINDS = "taehv:FILE, torchscript:FILE, python:FILE.py:FUNCTION or diffusers:CLASS:FOLDER"
+
+
+class TeacherError(Exception):
+    """A teacher that cannot be used; the message says what and the way out."""
+
+
+class Teacher:
+    """An autoencoder behind two calls that check what comes out. `spec` is how it was asked for, `name` what it is,
+    `fingerprint` a hash of its weights (of its source, where it shows none)."""
+
+    def __init__(self, spec, name, source, encode, decode, fingerprint, device, dtype):
+        self.spec, self.name, self.fingerprint = spec, name, fingerprint
+        self.source, self._encode, self._decode, self.device, self.dtype = source, encode, decode, device, dtype
+
+    @torch.no_grad()
+    def encode(self, video):
+        """N T 3 H W in [0, 1] -> latents N T' C h w, float32. TeacherError if what comes out is something else."""
+        latents = self._encode(video.to(self.device, self.dtype))
+        if not torch.is_tensor(latents) or latents.ndim != 5 or len(latents) != len(video):
+            shape = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
+            raise TeacherError(f"teacher {self.spec}: encode gave {shape} for a video of shape {tuple(video.shape)}; "
+                               "latents N T C h w are wanted")
+        return latents.float()
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents as `encode` gives them -> video N T 3 H W in [0, 1], float32. TeacherError as above."""
+        if self._decode is None:
+            raise TeacherError(f"teacher {self.spec} has no decode")
+        video = self._decode(latents.to(self.device, self.dtype))
+        if not torch.is_tensor(video) or video.ndim != 5 or video.shape[2] != 3:
+            shape = tuple(video.shape) if torch.is_tensor(video) else type(video).__name__
+            raise TeacherError(f"teacher {self.spec}: decode gave {shape}; a video N T 3 H W is wanted")
+        return video.float().clamp(0, 1)
+
+
+def load_teacher(spec, device="cpu", dtype=torch.float32):
+    """A Teacher from its specification (see above). TeacherError or CheckpointError with one line otherwise."""
+    kind, _, rest = spec.partition(":")
+    loaders = {"taehv": load_taehv, "torchscript": load_torchscript, "python": load_python,
+               "diffusers": load_diffusers}
+    if kind not in loaders or not rest:
+        raise TeacherError(f"teacher {spec!r}: {KINDS} is wanted")
+    name, model, encode, decode, source = loaders[kind](spec, rest)
+    digest = fingerprint(model, source)
+    if isinstance(model, torch.nn.Module):
+        model.to(device, dtype).eval()
+    return Teacher(spec, name, model, encode, decode, digest, torch.device(device), dtype)
+
+
+def fingerprint(model, source):
+    """Hash of a module's class and weights, or of `source` where there are none."""
+    digest = hashlib.sha256(source.encode())
+    if isinstance(model, torch.nn.Module):
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_taehv(_, path):
+    model, words = checkpoint.load_model(path)
+    return words, model, model.encode, model.decode, str(model.config)
+
+
+def load_torchscript(spec, path):
+    if not os.path.isfile(path):
+        raise TeacherError(f"teacher {spec}: {path!r} does not exist")
+    try:
+        with warnings.catch_warnings():  # that torch.jit is deprecated
+            warnings.simplefilter("ignore")
+            model = torch.jit.load(path, map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise TeacherError(f"teacher {spec}: no TorchScript file ({checkpoint.first_line(error)})") from None
+    if not hasattr(model, "encode"):
+        raise TeacherError(f"teacher {spec}: its module has no encode: export it with @torch.jit.export")
+    return f"TorchScript {model.original_name}", model, model.encode, getattr(model, "decode", None), "torchscript"
+
+
+def load_python(spec, rest):
+    path, _, function = rest.rpartition(":")
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise TeacherError(f"teacher {spec}: python:FILE.py:FUNCTION is wanted, and {path or rest!r} is no such file")
+    module_spec = importlib.util.spec_from_file_location("teacher_file", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise TeacherError(f"teacher {spec}: {path} cannot be imported ({checkpoint.first_line(error)})") from None
+    if not callable(getattr(module, function, None)):
+        raise TeacherError(f"teacher {spec}: {path} has no function {function!r}")
+    model = getattr(module, function)()
+    if not hasattr(model, "encode"):
+        raise TeacherError(f"teacher {spec}: what {function}() returns has no encode")
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    return f"{type(model).__name__} of {os.path.basename(path)}", model, model.encode, getattr(model, "decode", None), \
+        source
+
+
+def load_diffusers(spec, rest):
+    name, _, folder = rest.partition(":")
+    try:
+        import diffusers
+    except ImportError:
+        raise TeacherError(f"teacher {spec} needs a package: pip install diffusers") from None
+    if not hasattr(diffusers, name):
+        close = difflib.get_close_matches(name, [n for n in dir(diffusers) if n.startswith("Autoencoder")], n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise TeacherError(f"teacher {spec}: diffusers {diffusers.__version__} has no class {name!r}{meant}")
+    if os.path.isfile(os.path.join(folder, "vae", "config.json")):  # a whole pipeline's folder
+        folder = os.path.join(folder, "vae")
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise TeacherError(f"teacher {spec}: {folder!r} holds no config.json: download the model's vae folder first")
+    diffusers.utils.logging.set_verbosity_error()  # advice on packages that nothing here needs
+    try:
+        model = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise TeacherError(f"teacher {spec}: {folder!r} cannot be loaded ({checkpoint.first_line(error)})") from None
+    config = model.config
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    mean, std = (getattr(config, key, None) for key in ("latents_mean", "latents_std"))
+    mean = mean if mean is not None else getattr(config, "shift_factor", None) or 0.0
+
+    def channels(values, like):
+        return torch.as_tensor(values, device=like.device, dtype=like.dtype).reshape(1, -1, 1, 1, 1)
+
+    def encode(video):
+        posterior = model.encode(video.transpose(1, 2) * 2 - 1)
+        latents = posterior.latent_dist.mode() if hasattr(posterior, "latent_dist") else posterior.latent
+        latents = (latents - channels(mean, latents)) * scale
+        return (latents if std is None else latents / channels(std, latents)).transpose(1, 2)
+
+    def decode(latents):
+        latents = latents.transpose(1, 2)
+        latents = (latents if std is None else latents * channels(std, latents)) / scale
+        video = model.decode(latents + channels(mean, latents)).sample
+        return (video.transpose(1, 2) + 1) / 2
+
+    return f"diffusers {name}", model, encode, decode, f"{name} {mean} {std} {scale}"

@@ -1,0 +1,494 @@
+"""Teachers, the latent cache, and training from it."""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import config
+import data
+import infer
+import latent_cache
+import objective
+import train
+from conftest import ROOT, run, write_clip
+from model_taehv import TAEHV
+from teachers import TeacherError, load_teacher
+
+CACHE, TRAIN = os.path.join(ROOT, "latent_cache.py"), os.path.join(ROOT, "train.py")
+SMALL = ["--size", "32", "--frames", "12", "--clips", "10", "--shard-clips", "4", "--batch-size", "2", "--workers", "0"]
+DISTILL = [
+    "taehv_distill",
+    "size=32",
+    "batch_size=1",
+    "warmup_steps=2",
+    "schedule=constant",
+    "precision=fp32",
+    "device=cpu",
+    "log_every=1",
+    "save_every=100",
+    "val_every=100",
+    "val_fraction=0.3",
+    "seraena_replay_mb=1",
+]
+# Latent k is the brightness of input frame 4 k; with LATENTS = 4, frame 11 is repeated to make a frame 12.
+REVEALING = """
+import torch
+import torch.nn.functional as F
+class Revealing:
+    def encode(self, video):
+        video = torch.cat([video, video[:, -1:]], 1)[:, ::4][:, :LATENTS].mean(2)
+        return F.avg_pool2d(video, 8)[:, :, None].expand(-1, -1, 16, -1, -1)
+    def decode(self, latents):
+        video = latents[:, :, :3].repeat_interleave(4, 1)[:, 3:].flatten(0, 1)
+        return F.interpolate(video, scale_factor=8).unflatten(0, (len(latents), -1))
+def make():
+    return Revealing()
+"""
+
+
+def build(folder, monkeypatch, *arguments):
+    """latent_cache.py in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["latent_cache.py", *map(str, arguments), "--out", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        latent_cache.main()
+    return end.value.code
+
+
+def revealing(folder, latents):
+    path = folder / f"revealing{latents}.py"
+    path.write_text(REVEALING.replace("LATENTS", str(latents)))
+    return f"python:{path}:make"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Weights of a TAEHV."""
+    path = tmp_path_factory.mktemp("teacher") / "taehv.pth"
+    torch.manual_seed(3)
+    torch.save(TAEHV().state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def cache(clips, teacher, tmp_path_factory):
+    """A finished cache: 10 clips in 3 shards."""
+    folder = tmp_path_factory.mktemp("caches") / "cache"
+    run(CACHE, "--teacher", f"taehv:{teacher}", "--data", clips, "--out", folder, *SMALL, cwd=folder.parent)
+    return str(folder)
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_holds_clips_latents_and_where_they_are_from(cache, clips, teacher):
+    kept = latent_cache.LatentCache(cache)
+    assert len(kept) == 10 and kept.latent_shape == (3, 16, 4, 4) and kept.problem() == ""
+    batch = kept.read([1, 9])
+    with torch.no_grad():
+        latents = load_teacher(f"taehv:{teacher}").encode(batch["video"].float() / 255)
+    assert (latents - batch["latents"].float()).abs().max() < 2e-3 * latents.abs().max()
+    for i, clip in zip((1, 9), batch["video"]):
+        origin = kept.origins[i]
+        frames = list(data.VideoReader(os.path.join(clips, origin["file"])))
+        top, left, edge = origin["crop"]
+        for t in (0, 11):
+            frame = frames[origin["first"] + t * origin["spacing"]][top : top + edge, left : left + edge]
+            how = data.cv2.INTER_AREA if edge > 32 else data.cv2.INTER_CUBIC
+            frame = data.cv2.resize(frame, (32, 32), interpolation=how) if edge != 32 else frame
+            frame = frame[:, ::-1] if origin["flip"] else frame
+            assert np.abs(frame.astype(int) - clip[t].permute(1, 2, 0).numpy()).max() <= 1
+    assert {o["flip"] for o in kept.origins} == {True, False} and len({o["file"] for o in kept.origins}) == 6
+
+
+def test_an_interrupted_build_goes_on_and_two_ranks_build_the_same(cache, clips, teacher, tmp_path):
+    index = json.load(open(os.path.join(cache, "index.json")))
+    asked = [CACHE, "--teacher", f"taehv:{teacher}", "--data", clips, *SMALL, "--out"]
+    run(*asked, tmp_path / "two", ranks=2, cwd=tmp_path)
+    assert json.load(open(tmp_path / "two" / "index.json"))["shards"] == index["shards"]
+    shutil.copytree(cache, tmp_path / "cut")
+    os.remove(tmp_path / "cut" / "shard_00001.json")  # as if it was stopped in shard 1
+    os.remove(tmp_path / "cut" / "shard_00001.latents.npy")
+    before = os.stat(tmp_path / "cut" / "shard_00000.clips.npy").st_mtime_ns
+    output = run(*asked, tmp_path / "cut", cwd=tmp_path)
+    assert "6 of them from before" in output
+    assert json.load(open(tmp_path / "cut" / "index.json")) == index
+    assert os.stat(tmp_path / "cut" / "shard_00000.clips.npy").st_mtime_ns == before
+
+
+def test_growing_keeps_what_is_there(clips, tmp_path, monkeypatch):
+    asked = ["--teacher", revealing(tmp_path, 3), "--data", clips, *SMALL]
+    assert build(tmp_path / "c", monkeypatch, *asked) == 0
+    before = latent_cache.LatentCache(tmp_path / "c").read(range(10))
+    assert build(tmp_path / "c", monkeypatch, *asked, "--clips", "13") == 0
+    after = latent_cache.LatentCache(tmp_path / "c").read(range(13))
+    assert torch.equal(after["video"][:10], before["video"]) and torch.equal(after["latents"][:10], before["latents"])
+
+
+def test_bfloat16_latents_and_their_limits(clips, tmp_path, monkeypatch, capsys):
+    spec = revealing(tmp_path, 3)
+    large = tmp_path / "large.py"
+    large.write_text(REVEALING.replace("LATENTS", "3").replace("expand(-1", "mul(1e6).expand(-1"))
+    assert build(tmp_path / "c", monkeypatch, "--teacher", spec, "--data", clips, *SMALL, "--latent-dtype",
+                 "bfloat16") == 0
+    kept = latent_cache.LatentCache(tmp_path / "c").read([0, 5])
+    expected = load_teacher(spec).encode(kept["video"].float() / 255)
+    assert kept["latents"].dtype == torch.bfloat16
+    assert (kept["latents"].float() - expected).abs().max() <= expected.abs().max() / 128
+    capsys.readouterr()
+    asked = ["--teacher", f"python:{large}:make", "--data", clips, *SMALL]
+    assert build(tmp_path / "d", monkeypatch, *asked) == 2
+    assert "not finite as float16: try --latent-dtype bfloat16" in capsys.readouterr().err
+    assert build(tmp_path / "d2", monkeypatch, *asked, "--latent-dtype", "bfloat16") == 0
+
+
+def damaged(cache, folder, name):
+    """A copy of the cache in which one byte of a file differs."""
+    shutil.copytree(cache, folder)
+    with open(folder / name, "r+b") as file:
+        file.seek(os.path.getsize(folder / name) * 2 // 3)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 4]))
+    return folder
+
+
+def refused(folder, monkeypatch, capsys, *more):
+    """The one line with which train.py refuses the cache."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *DISTILL, f"latent_cache={folder}", "max_steps=1", *more])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    error = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and error.count("\n") == 0 and error.startswith("train.py: ")
+    return error
+
+
+def test_a_cache_that_is_not_whole_is_refused(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = sorted(os.listdir(cache))
+    assert len(names) == 10
+    for name in names:
+        error = refused(damaged(cache, tmp_path / f"damaged_{name}", name), monkeypatch, capsys)
+        assert "damaged" in error and (name in error or "index" in name or ".json" in name), (name, error)
+        shutil.copytree(cache, tmp_path / f"without_{name}")
+        os.remove(tmp_path / f"without_{name}" / name)
+        assert f"{name} is missing" in refused(tmp_path / f"without_{name}", monkeypatch, capsys)
+        shutil.copytree(cache, tmp_path / f"cut_{name}")
+        os.truncate(tmp_path / f"cut_{name}" / name, os.path.getsize(os.path.join(cache, name)) // 2)
+        assert "damaged" in refused(tmp_path / f"cut_{name}", monkeypatch, capsys)
+    shutil.copytree(cache, tmp_path / "partial")
+    index = json.load(open(tmp_path / "partial" / "index.json"))
+    index.pop("crc32")
+    latent_cache.write_index(tmp_path / "partial", {**index, "complete": False})
+    assert "not finished" in refused(tmp_path / "partial", monkeypatch, capsys)
+    assert "size=64 frames=12, but the latent cache" in refused(cache, monkeypatch, capsys, "size=64")
+    assert "do not fit variant=taew2_2" in refused(cache, monkeypatch, capsys, "variant=taew2_2")
+    assert "index.json is missing" in refused(tmp_path / "nowhere", monkeypatch, capsys)
+    assert not os.path.exists(tmp_path / "runs" / "taehv_distill" / "model.pth")
+
+
+def test_building_refuses_what_does_not_belong(cache, clips, teacher, tmp_path, monkeypatch, capsys):
+    def line(folder, *arguments):
+        assert build(folder, monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.count("\n") == 0 and "Traceback" not in error
+        return error
+
+    asked = ["--data", clips, *SMALL]
+    assert "of another kind (teacher's fingerprint" in line(cache, "--teacher", revealing(tmp_path, 3), *asked)
+    assert "of another kind (size 32 there, 64 asked for)" in line(cache, "--teacher", f"taehv:{teacher}", *asked,
+                                                                   "--size", "64")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("dear")
+    assert "is not empty, and no cache" in line(tmp_path / "other", "--teacher", f"taehv:{teacher}", *asked)
+    new = tmp_path / "new"
+    assert "does not exist" in line(new, "--teacher", "taehv:nowhere.pth", *asked)
+    assert "is wanted" in line(new, "--teacher", "vae:x", *asked)
+    error = line(new, "--teacher", "diffusers:AutoencoderKLWam:x", *asked)
+    assert ("did you mean AutoencoderKLWan?" if importlib.util.find_spec("diffusers") else "pip install") in error
+    assert "has no function 'made'" in line(new, "--teacher", revealing(tmp_path, 3).replace(":make", ":made"), *asked)
+    error = line(new, "--teacher", f"taehv:{teacher}", *asked, "--size", "36")
+    assert "12 frames of 36x36 cannot be encoded (height and width must be multiples of 8" in error
+    assert "does not exist" in line(new, "--teacher", f"taehv:{teacher}", "--data", "nowhere", *SMALL)
+    bad = tmp_path / "bad.py"
+    bad.write_text("class A:\n    def encode(self, video): return video[0]\ndef make(): return A()\n")
+    assert "latents N T C h w are wanted" in line(new, "--teacher", f"python:{bad}:make", *asked)
+    assert not new.exists()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_teachers(tmp_path, teacher):
+    class Halving(torch.nn.Module):
+        @torch.jit.export
+        def encode(self, video: torch.Tensor):
+            return video[:, ::4, :, ::8, ::8]
+
+        @torch.jit.export
+        def decode(self, latents: torch.Tensor):
+            return latents.repeat_interleave(4, 1).repeat_interleave(8, 3).repeat_interleave(8, 4)
+
+        def forward(self, video: torch.Tensor):
+            return self.decode(self.encode(video))
+
+    torch.jit.script(Halving()).save(tmp_path / "halving.pt")
+    video = torch.rand(2, 8, 3, 16, 16)
+    scripted = load_teacher(f"torchscript:{tmp_path / 'halving.pt'}")
+    assert torch.equal(scripted.encode(video), video[:, ::4, :, ::8, ::8])
+    assert scripted.decode(scripted.encode(video)).shape == video.shape
+    with pytest.raises(TeacherError, match="no TorchScript file"):
+        load_teacher(f"torchscript:{teacher}")
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLWan"])
+def test_diffusers_teachers(name, clips, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    small = {
+        "AutoencoderKLCogVideoX": dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+                                       scaling_factor=0.7),
+        "AutoencoderKLHunyuanVideo": dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),
+        "AutoencoderKLWan": dict(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+    }[name]
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**small).eval()
+    model.save_pretrained(tmp_path / "pipeline" / "vae")
+    spec = f"diffusers:{name}:{tmp_path / 'pipeline'}"
+    assert build(tmp_path / "c", monkeypatch, "--teacher", spec, "--data", clips, *SMALL, "--clips", "2") == 0
+    kept = latent_cache.LatentCache(tmp_path / "c")
+    batch = kept.read([0, 1])
+    assert kept.latent_shape == (3, 16, 4, 4)
+    video = batch["video"].float() / 255
+    with torch.no_grad():  # what the pipelines do before they hand latents to the diffusion model
+        raw = model.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
+        if name == "AutoencoderKLWan":
+            mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1)
+                         for v in (model.config.latents_mean, model.config.latents_std))
+            expected = (raw - mean) / std
+        else:
+            expected = raw * model.config.scaling_factor
+        decoded = (model.decode(raw).sample.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+    scale = expected.abs().max()
+    assert (batch["latents"].float() - expected.transpose(1, 2)).abs().max() < 2e-3 * scale
+    again = load_teacher(spec).decode(expected.transpose(1, 2))
+    assert again.shape[1] == 9 and (again - decoded).abs().max() < 1e-4
+
+
+# ---- alignment ---------------------------------------------------------------------------------------------------
+
+
+def test_counts_that_belong_together():
+    model = TAEHV()
+    assert model.aligned(12, 3) == (3, 9) and model.aligned(12, 4) == (3, 12)
+    assert model.aligned(13, 4) == (4, 13) and model.aligned(1, 1) == (1, 1)
+    for frames, latents in ((12, 2), (12, 5), (13, 5), (9, 2)):
+        with pytest.raises(ValueError, match="do not belong together"):
+            model.aligned(frames, latents)
+    assert TAEHV("taecvx").aligned(8, 2) == (2, 8)
+    assert TAEHV("taeltx_2").aligned(9, 2) == (2, 9)
+
+
+@pytest.mark.parametrize("latents", [3, 4])
+def test_latents_that_reveal_their_frame_stand_beside_it(latents, tmp_path, monkeypatch):
+    """From the files through the cache to the pair of frames that a loss compares."""
+    write_clip(str(tmp_path / "videos" / "a.mp4"), frames=30)
+    spec = revealing(tmp_path, latents)
+    asked = ["--teacher", spec, "--data", tmp_path / "videos", *SMALL, "--max-frame-delta", "2"]
+    assert build(tmp_path / "c", monkeypatch, *asked) == 0
+    batch = latent_cache.LatentCache(tmp_path / "c").read([0, 1])
+    video, kept = batch["video"].float() / 255, batch["latents"].float()
+    assert kept.shape[1] == latents
+    cfg = config.load_config([*DISTILL, f"latent_cache={tmp_path}", "pixel_loss=l2", "train_encoder=false"])
+    model = TAEHV().train()
+    goal = objective.Objective(cfg, model, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    seen = {}
+
+    def decode(given):  # latent k gives frames 4 k - 3 to 4 k, as the family's decoder does
+        return load_teacher(spec).decode(given)
+
+    def compare(kind, output, target):
+        seen.update(output=output, target=target)
+        return (output - target).square().mean()
+
+    goal.decode = decode
+    monkeypatch.setattr(objective, "pixel_loss", compare)
+    goal(video, kept, 1.0)
+    output, target = (seen[k].mean((0, 2, 3, 4)) for k in ("output", "target"))
+    assert len(output) == len(target) == (9 if latents == 3 else 12)
+    assert torch.equal(seen["target"], video[:, : len(target)])
+    assert (output - target)[::4].abs().max() < 2e-3  # frames 0, 4 and 8 are the very ones
+    assert (output - target)[1::4].abs().min() > 0.01  # and their neighbours are not
+
+
+# ---- losses and training -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backbones(tmp_path_factory, monkeypatch):
+    """Random weights in the place of LPIPS's backbone, which cannot be downloaded everywhere."""
+    from torchvision.models import alexnet
+
+    home = tmp_path_factory.mktemp("torch_home")
+    os.makedirs(home / "hub" / "checkpoints")
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), home / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+    monkeypatch.setenv("TORCH_HOME", str(home))
+
+
+def test_perceptual_loss(backbones):
+    from losses import PerceptualLoss
+
+    loss = PerceptualLoss("alex", frames=2).train()
+    assert not any(m.training for m in loss.modules()) and not any(p.requires_grad for p in loss.parameters())
+    target = torch.rand(2, 5, 3, 64, 64)
+    output = (target + 0.2 * torch.randn_like(target)).clamp(0, 1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(output, target)
+    value.backward()
+    touched = output.grad.abs().amax((0, 2, 3, 4)) > 0
+    assert value.dtype == torch.float32 and value > 0 and touched.sum() == 2 and output.grad.isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(target, target).abs() < 1e-6
+    every = PerceptualLoss("alex", frames=0)
+    by_frame = torch.stack([every(output[:, t : t + 1], target[:, t : t + 1]) for t in range(5)])
+    assert torch.allclose(every(output, target), by_frame.mean(), rtol=1e-4)
+
+
+def values_of(*settings, video=None, latents=None):
+    """(the objective's scalars for random clips, the model, the objective)."""
+    torch.manual_seed(0)
+    cfg = config.load_config([*DISTILL, "latent_cache=somewhere", *settings])
+    model = TAEHV().train()
+    model.encoder.requires_grad_(cfg.train_encoder)
+    model.decoder.requires_grad_(cfg.train_decoder)
+    goal = objective.Objective(cfg, model, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    goal.begin()
+    values = goal(torch.rand(1, 12, 3, 32, 32), torch.randn(1, 3, 16, 4, 4), 1.0)
+    values["loss"].backward()
+    return values, model, goal
+
+
+def test_each_switch_removes_its_cost(backbones, monkeypatch):
+    everything = ["perceptual_weight=1", "perceptual_net=alex", "seraena_weight=0.1"]
+    values, _, goal = values_of(*everything)
+    assert set(goal.names) == set(values) and {"encoder_loss", "perceptual_loss", "seraena_loss"} < set(values)
+    total = values["reconstruction_loss"] + values["encoder_loss"] + values["perceptual_loss"]
+    assert torch.allclose(values["loss"], total + 0.1 * values["seraena_loss"])
+
+    def never(*_, **__):
+        raise AssertionError("this was to be switched off")
+
+    values, model, goal = values_of()
+    assert goal.perceptual is None and goal.seraena is None
+    assert not {"perceptual_loss", "seraena_loss"} & set(values)
+    assert all(p.grad is not None for p in model.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(TAEHV, "encode", never)
+        values, model, _ = values_of("train_encoder=false")
+        assert "encoder_loss" not in values and all(p.grad is None for p in model.encoder.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(TAEHV, "decode", never)
+        values, model, _ = values_of("train_decoder=false")
+        assert set(values) >= {"encoder_loss", "loss"} and "squared_error" not in values
+        assert all(p.grad is None for p in model.decoder.parameters())
+    for settings in (["encoder_weight=0"], ["pixel_weight=0"], ["train_encoder=false", "pixel_weight=0"]):
+        with pytest.raises(config.ConfigError, match="no term of the loss trains"):
+            values_of(*settings)
+
+
+def test_terms_that_need_what_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
+    with pytest.raises(config.ConfigError, match="Place alexnet.*or set perceptual_weight=0"):
+        values_of("perceptual_weight=1", "perceptual_net=alex")
+    with pytest.raises(config.ConfigError, match="set latent_cache=FOLDER"):
+        values_of("latent_cache=")
+    with pytest.raises(config.ConfigError, match="buckets with latent_cache"):
+        values_of("buckets=32x12:1:1")
+
+
+def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones):
+    """And the split is by file, terms are logged, a resumed run is the uninterrupted one to the bit, on two ranks."""
+    path = tmp_path / "teacher.pth"
+    torch.save(TAEHV().state_dict(), path)
+    run(CACHE, "--teacher", f"taehv:{path}", "--data", clips, "--out", tmp_path / "c", *SMALL, cwd=tmp_path)
+    os.remove(path)
+    (tmp_path / "diffusers.py").write_text("raise ImportError('diffusers is not to be imported')\n")
+    common = [TRAIN, *DISTILL, f"latent_cache={tmp_path / 'c'}", "perceptual_weight=0.1", "perceptual_net=alex",
+              "seraena_weight=0.1"]
+    output = run(*common, "max_steps=6", "name=whole", "val_every=6", ranks=2, cwd=tmp_path)
+    assert "psnr from the teacher's" in output and "held out: " in output
+    held_out = next(line for line in output.splitlines() if line.startswith("held out: "))[10:].split(", ")
+    train_clips, val_clips, names = latent_cache.LatentCache(tmp_path / "c").split(0.3, 0, 64)
+    files = [{part.cache.files[i] for i in part.indices} for part in (train_clips, val_clips)]
+    assert not files[0] & files[1] and files[1] == set(held_out) == set(names)
+    run(*common, "max_steps=3", "name=parts", ranks=2, cwd=tmp_path)
+    run(*common, "max_steps=6", "name=parts", ranks=2, cwd=tmp_path)
+    a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000006.pt")) for name in ("whole", "parts"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    flat_a, flat_b = (torch.utils._pytree.tree_leaves(state["objective"]) for state in (a, b))
+    assert len(flat_a) == len(flat_b) > 100
+    assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(flat_a, flat_b))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs" / "whole"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/encoder_loss", "train/seraena_loss", "train/perceptual_loss", "train/reconstruction_loss",
+            "train/latent_rms", "train/teacher_rms", "val/latent_mse", "val/teacher_psnr", "val/psnr"} <= tags
+    other = tmp_path / "other"
+    run(CACHE, "--teacher", revealing(tmp_path, 3), "--data", clips, "--out", other, *SMALL, cwd=tmp_path)
+    arguments = [f"latent_cache={other}" if a.startswith("latent_cache=") else a for a in common]
+    output = run(*arguments, "max_steps=9", "name=parts", cwd=tmp_path, expect=2)
+    assert "learnt from another teacher" in output
+
+
+def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path):
+    common = [TRAIN, *DISTILL, f"latent_cache={cache}", "max_steps=3"]
+    run(*common, "name=two", ranks=2, cwd=tmp_path)
+    run(*common, "name=one", "accumulation=2", cwd=tmp_path)
+    a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000003.pt"))["model"] for name in ("two", "one"))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+
+
+def test_distilling_brings_the_latents_nearer(cache, teacher, tmp_path, monkeypatch):
+    """A student learns one teacher's latents and frames, and infer.py sets the two side by side."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *DISTILL, f"latent_cache={cache}", "max_steps=40", "lr=1e-3",
+                                      "batch_size=2", "ema_decay=0.9", "val_every=1", "name=s", "val_clips=2",
+                                      "val_every=39"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 0
+    lines = [line for line in open("runs/s/train.log") if "latents: mse" in line]
+    first, last = (float(line.split("latents: mse ")[1].split(",")[0]) for line in (lines[0], lines[-1]))
+    assert len(lines) == 2
+    start = TAEHV()
+    torch.manual_seed(0)
+    kept = latent_cache.LatentCache(cache)
+    batch = kept.read(range(len(kept)))
+    with torch.no_grad():
+        untrained = (start.encode(batch["video"].float() / 255) - batch["latents"].float()).square().mean().item()
+    assert last < 0.8 * untrained, (untrained, first, last)
+
+    write_clip("clip.mp4", frames=10, height=48, width=64)
+    monkeypatch.setattr(sys, "argv", ["infer.py", "runs/s", "clip.mp4", "--teacher", f"taehv:{teacher}", "--lpips",
+                                      "none", "--precision", "fp32"])
+    infer.main()
+    page = open("inference_results/summary_report.html", encoding="utf-8").read()
+    row = json.load(open("inference_results/metrics.json"))["rows"][0]
+    assert "ours vs teacher" in page and row["frames"] == 10 and row["latent_error"] > 0
+    assert {"psnr", "ssim", "mse"} <= {k for k, v in row["teacher"]["metrics"].items() if v is not None}
+    assert row["teacher"]["encode_seconds"] > 0 and row["teacher"]["peak_memory_mb"] > 0
+    reader = data.VideoReader("inference_results/comparison_videos/clip_comparison.webm")
+    assert reader.width >= 3 * 64 or reader.height >= 2 * 48
+    monkeypatch.setattr(sys, "argv", ["infer.py", teacher, "clip.mp4", "--teacher", f"taehv:{teacher}", "--lpips",
+                                      "none", "--precision", "fp32", "--out", "same"])
+    infer.main()
+    row = json.load(open("same/metrics.json"))["rows"][0]  # a model beside itself: no difference at all
+    assert row["latent_error"] < 1e-10 and abs(row["metrics"]["psnr"] - row["teacher"]["metrics"]["psnr"]) < 0.01
