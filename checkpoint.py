@@ -4,6 +4,8 @@ A run folder holds step_00001000.pt (everything a run needs to go on), best.pt (
 best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json.
 Nothing is loaded that could run code: all loading is weights_only.
 """
+import hashlib
+import inspect
 import io
 import json
 import os
@@ -15,7 +17,10 @@ import zipfile
 
 import torch
 
+from model_dcae import DCAE, load_dcae
 from model_taehv import TAEHV, VARIANTS, adapt_state_dict, load_taehv
+from model_vqgan import VQGAN, load_vqgan
+from model_vqvae import VQVAE2, VqVae2, load_vqvae
 
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
@@ -28,55 +33,104 @@ class CheckpointError(Exception):
 # ---- models ------------------------------------------------------------------------------------------------------
 
 
+MODELS = {"taehv": TAEHV, "vqgan": VQGAN, "vqvae2": VQVAE2, "vqvae_video": VqVae2, "dcae": DCAE}
+
+
 def build_model(name, config):
     """A model from its name and the dict that its `config` attribute gave. ValueError for arguments that do not fit."""
-    if name == "taehv":
-        return TAEHV(**config)
-    raise ValueError(f"unknown model {name!r}; there is taehv")
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+    try:
+        return MODELS[name](**config)
+    except TypeError as error:
+        raise ValueError(f"model {name}: {first_line(error)}; it takes "
+                         f"{', '.join(list(inspect.signature(MODELS[name]).parameters))}") from None
 
 
-def model_config(config):
-    """The arguments of `build_model` that a training Config asks for."""
-    return dict(variant=config.variant, patch_size=config.patch_size or None,
-                latent_channels=config.latent_channels or None)
+def model_config(model, net, variant, patch_size, latent_channels, **_):
+    """The arguments of `build_model` that a training Config, given as its fields, asks for."""
+    if model != "taehv":
+        return dict(net)
+    return dict(variant=variant, patch_size=patch_size or None, latent_channels=latent_channels or None, **net)
+
+
+def fingerprint(model, about=""):
+    """16 hexadecimal digits that differ for other weights (or, for what is no module, another text `about`)."""
+    digest = hashlib.sha256(about.encode())
+    if isinstance(model, torch.nn.Module):
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_model(path, variant=None, **overrides):
     """(model in eval mode, what was loaded in words) from a run folder, a checkpoint of ours, or published weights.
 
-    `variant` and `overrides` as in `load_taehv`. CheckpointError if that is not possible.
+    `variant` and `overrides` as in `load_taehv` (or, for another family, in its own function). CheckpointError if that
+    is not possible.
     """
     path = str(path)
     if os.path.isdir(path):
         path = newest_weights(path)
     if not os.path.isfile(path):
         raise CheckpointError(f"checkpoint: {path!r} does not exist")
-    if not path.endswith(".safetensors"):
+    if not path.endswith((".safetensors", ".ckpt")):
         state = read(path)
         if "model_config" in state:
-            arguments = {**state["model_config"], **({"variant": variant} if variant else {}), **overrides}
-            try:
-                model = build_model(state["model_name"], arguments)
-                weights = state["ema"]
-                model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
-            except (ValueError, TypeError, RuntimeError, KeyError) as error:
-                raise CheckpointError(f"checkpoint: {path!r} does not fit its own model: {first_line(error)}") from None
-            return model.eval(), f"{state['model_name']} ({arguments['variant']}), step {state['step']}"
+            return load_own(path, state, variant, overrides)
     try:
-        beside = os.path.join(os.path.dirname(path), "config.json")
-        if variant is None and os.path.basename(path) == "model.pth" and os.path.isfile(beside):
-            with open(beside, encoding="utf-8") as file:
-                variant = json.load(file).get("variant")
-        model = load_taehv(path, variant, **overrides)
+        return load_foreign(path, variant, overrides)
     except ImportError:
         raise CheckpointError(f"checkpoint: {path!r} needs a package: pip install safetensors") from None
     except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"checkpoint: {path!r}: {first_line(error)}") from None
     except safetensors_errors() as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no safetensors file: {first_line(error)}") from None
+
+
+def load_own(path, state, variant, overrides):
+    """From a checkpoint of ours: its averaged weights."""
+    arguments = {**state["model_config"], **({"variant": variant} if variant else {}), **overrides}
+    try:
+        model = build_model(state["model_name"], arguments)
+        weights = state["ema"]
+        model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint: {path!r} does not fit its own model: {first_line(error)}") from None
+    words = f"{state['model_name']}{' (' + arguments['variant'] + ')' if 'variant' in arguments else ''}"
+    return model.eval(), f"{words}, step {state['step']}"
+
+
+def load_foreign(path, variant, overrides):
+    """From weights alone: the family is told by their names, but for .ckpt, which is taming's VQGAN or OptVQ."""
+    beside, about = os.path.join(os.path.dirname(path), "config.json"), {}
+    if os.path.basename(path) == "model.pth" and os.path.isfile(beside):  # model.pth of a run folder of ours
+        with open(beside, encoding="utf-8") as file:
+            about = json.load(file)
+    if path.endswith(".ckpt"):
+        return load_vqgan(path, **overrides)
+    names = " ".join(tensor_names(path))
+    if "quantize." in names:
+        return load_vqgan(path, **{**about.get("net", {}), **overrides})
+    if "codebooks.0." in names or "blocks_tempo" in names:
+        return load_vqvae(path, **{**about.get("net", {}), **overrides})
+    if "encoder.project_out." in names:
+        return load_dcae(path), "Video DC-AE"
+    model = load_taehv(path, variant or about.get("variant"), **overrides)
     others = [v for v, row in VARIANTS.items() if row == VARIANTS[model.variant] and v != model.variant]
     doubt = f" (by name or default: {', '.join(others)} look alike)" if others and not variant else ""
     return model, f"weights of variant {model.variant}{doubt}"
+
+
+def tensor_names(path):
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    state = read(path)
+    state = state.get("state_dict", state)
+    return [str(name) for name in state] if isinstance(state, dict) else []
 
 
 def safetensors_errors():

@@ -4,6 +4,7 @@
     python train.py taehv data=videos/       # a preset and overrides
     python train.py --help                   # every setting
 """
+import ast
 import dataclasses
 import difflib
 import inspect
@@ -49,12 +50,13 @@ class Config:
     workers: int = -1               # data processes per rank; -1: by the number of cores
 
     # ---- model
-    model: str = "taehv"            # taehv
-    variant: str = "taehv"          # row of VARIANTS in model_taehv.py
-    patch_size: int = 0             # pixels folded into channels at the border; 0: the variant's
-    latent_channels: int = 0        # 0: the variant's
-    train_encoder: bool = True      # off: the encoder keeps its weights
-    train_decoder: bool = True      # off: the decoder keeps its weights
+    model: str = "taehv"            # taehv, vqgan, vqvae2, vqvae_video or dcae
+    net: dict = dataclasses.field(default_factory=dict)  # arguments of the model's class; one of them: net.NAME=VALUE
+    variant: str = "taehv"          # taehv: row of VARIANTS in model_taehv.py
+    patch_size: int = 0             # taehv: pixels folded into channels at the border; 0: the variant's
+    latent_channels: int = 0        # taehv: 0: the variant's
+    train_encoder: bool = True      # off: the encoder keeps its weights (taehv)
+    train_decoder: bool = True      # off: the decoder keeps its weights (taehv)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     # ---- loss: a term whose weight is 0 costs nothing
@@ -62,6 +64,7 @@ class Config:
     pixel_weight: float = 1.0       # of the pixel loss
     pixel_loss: str = "l1"          # l1, l2 or charbonnier
     encoder_weight: float = 0.0     # of the squared error of the encoder's latents against the cache's
+    vq_weight: float = 1.0          # of a tokenizer's codebook and commitment loss
     perceptual_weight: float = 0.0  # of LPIPS
     perceptual_net: str = "vgg"     # its backbone: vgg or alex
     perceptual_frames: int = 2      # frames of each clip that it looks at, drawn anew each time; 0: all
@@ -71,6 +74,16 @@ class Config:
     seraena_replay_mb: int = 512    # memory for its replayed samples, MB per rank
     seraena_replay_device: str = "same"  # where they lie: same (the model's device) or pinned (the host's memory)
     seraena_save_replay: bool = True     # into the checkpoints, one file per rank; off: refilled after a resume
+    gan_weight: float = 0.0         # of a PatchGAN's term; with gan_adaptive, relative to the other terms' gradient
+    gan_adaptive: bool = True       # scale it by the gradients at the decoder's last layer, as VQGAN does
+    gan_start: int = 0              # step at which it begins; before, it costs nothing
+    gan_ramp: int = 1000            # steps over which its weight then grows
+    gan_every: int = 1              # the discriminator learns in every n-th step
+    gan_dims: int = 2               # 2: it sees frames; 3: clips
+    gan_loss: str = "hinge"         # hinge or vanilla
+    gan_norm: str = "batch"         # its normalisation: batch, group or none
+    gan_lr: float = 1e-5            # its learning rate (Adam)
+    gan_lecam: float = 0.0          # weight of the LeCam regulariser
 
     # ---- optimizer
     lr: float = 3e-4                # AdamW's peak learning rate
@@ -92,6 +105,13 @@ class Config:
     keep_last: int = 3              # newest checkpoints kept, besides the best
 
 
+# What several presets share: the field's settings (taming-transformers, OptVQ, vvvm23/vqvae-2, Open-Sora).
+VQGAN = dict(model="vqgan", frames=1, size=256, batch_size=8, max_steps=200000, lr=1e-4, schedule="exponential",
+             perceptual_weight=1.0, gan_weight=0.8, gan_start=30000)
+VQVAE2 = dict(model="vqvae2", frames=1, size=256, batch_size=16, max_steps=100000, lr=3e-4, pixel_loss="l2")
+DCAE = dict(model="dcae", size=256, frames=32, batch_size=1, buckets="256x32:0.8:1, 256x1:0.2:8", lr=5e-5, beta2=0.98,
+            max_steps=100000, perceptual_weight=0.5)
+
 PRESETS = {
     # Synthetic clips, a few minutes on two cores.
     "demo": dict(data="demo", size=64, max_steps=120, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=1e-3,
@@ -103,7 +123,24 @@ PRESETS = {
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
     "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0),
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
-    "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, seraena_weight=0.05),
+    # Its weight: 0.05 changed nothing within 240 steps; at 0.5 its gradient is about as large as that of l1.
+    "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, seraena_weight=0.5),
+    # Tokenizers of single frames (f16, 1024 codes), of videos or of images. LPIPS from the start, the PatchGAN later.
+    "vqgan": dict(VQGAN, net=dict(quantizer="vq")),
+    "vqgan_ema": dict(VQGAN, net=dict(quantizer="ema", kmeans_init=True, restart_below=0.1)),
+    "vqgan_optvq": dict(VQGAN, net=dict(quantizer="optvq", num_head=4, n_embed=16384)),
+    "vqvae2": dict(VQVAE2),
+    "vqvae2_optvq": dict(VQVAE2, net=dict(quantizer="optvq")),
+    # A clip of 16 frames in one map of codes.
+    "vqvae_video": dict(model="vqvae_video", net=dict(sequence_length=16), frames=16, size=128, lr=3e-4,
+                        max_steps=50000, pixel_loss="l2"),
+    # Video DC-AE, stage one; on a CPU, in minutes: dcae_small. Stage two: add init_from=runs/dcae.
+    "dcae": dict(DCAE),
+    "dcae_disc": dict(DCAE, gan_weight=0.05, gan_dims=3, gan_lr=1e-4, gradient_checkpointing=True),
+    "dcae_small": dict(model="dcae", data="demo", size=64, frames=8, batch_size=2, lr=5e-4, max_steps=150,
+                       warmup_steps=20, ema_decay=0.95, log_every=5, val_every=50, save_every=50, workers=1,
+                       net=dict(width_list=(32, 32, 64, 64, 64, 64), encoder_depth_list=(1,) * 6,
+                                decoder_depth_list=(1,) * 6, latent_channels=64)),
     # Published weights on your own domain: add init_from=taew2_1.pth (and variant=..., see model_taehv.py).
     "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
 }
@@ -127,7 +164,10 @@ def load_config(arguments):
         key = key.removeprefix("--").replace("-", "_")
         if not separator:
             raise ConfigError(f"{item!r} is no key=value")
-        if key not in kinds:
+        if key.startswith("net."):
+            values["net"] = {**values.get("net", {}), key[4:]: parse_literal(key, text)}
+            continue
+        if key not in kinds or kinds[key] is dict:
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
     config = Config(**values)
@@ -145,6 +185,18 @@ def parse(key, text, kind):
     except (ValueError, KeyError):
         meant = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise ConfigError(f"{key}={text}: {meant} is wanted") from None
+
+
+def parse_literal(key, text):
+    """A number, boolean, tuple of numbers or word: 32, true, 1,2,4, ema."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if re.fullmatch(r"[A-Za-z_]\w*", text):
+            return text
+        raise ConfigError(f"{key}={text}: a number, true, false, a word, or numbers like 1,2,4 are wanted") from None
 
 
 def nearest(word, words):
@@ -169,7 +221,10 @@ def parse_buckets(config):
 
 CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
-    "model": ("taehv",),
+    "model": ("taehv", "vqgan", "vqvae2", "vqvae_video", "dcae"),
+    "gan_loss": ("hinge", "vanilla"),
+    "gan_norm": ("batch", "group", "none"),
+    "gan_dims": (2, 3),
     "decoder_input": ("own", "teacher"),
     "pixel_loss": ("l1", "l2", "charbonnier"),
     "perceptual_net": ("vgg", "alex"),
@@ -178,9 +233,10 @@ CHOICES = {
 }
 AT_LEAST = {0: "seed val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps lr_final "
                "lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight perceptual_weight "
-               "perceptual_frames seraena_weight seraena_lr",
+               "perceptual_frames seraena_weight seraena_lr vq_weight gan_weight gan_start gan_ramp gan_lr gan_lecam",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
-               "max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb",
+               "max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
+               "gan_every",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay", 0.9999: "beta1 beta2 ema_decay",
            2 ** 62: "seed"}
@@ -201,6 +257,11 @@ def check(config):
         raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
     if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
         raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
+    if config.model != "taehv" and not (config.train_encoder and config.train_decoder):
+        raise ConfigError(f"train_encoder=false or train_decoder=false with model={config.model}: only taehv can be "
+                          "trained by halves")
+    if config.model != "taehv" and config.latent_cache:
+        raise ConfigError(f"latent_cache with model={config.model}: only taehv learns from a teacher")
     if not (config.train_encoder or config.train_decoder):
         raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
     if config.latent_cache and config.buckets:
@@ -215,7 +276,8 @@ def usage():
     for line in inspect.getsource(Config).splitlines()[2:]:
         field = re.match(r"    (\w+): (\w+) = (\S+)\s+# (.*)", line)
         if field:
-            lines.append(f"  {field[1] + '=' + field[3].strip(chr(34)):30} {field[4]}")
+            default = "" if field[2] == "dict" else field[3].strip('"')
+            lines.append(f"  {field[1] + '=' + default:30} {field[4]}")
         elif "# ----" in line:
             lines += ["", line.split("----")[1].strip() + ":"]
     return "\n".join(lines)

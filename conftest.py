@@ -56,3 +56,12 @@ def run(*arguments, ranks=0, cwd, expect=0, timeout=240):
     )
     assert done.returncode == expect, done.stdout[-4000:]
     return done.stdout
+
+
+def mistake(capsys, monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        module.main()
+    output = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and len(output) == 1, output
+    return output[0]

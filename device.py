@@ -62,7 +62,7 @@ def cores_per_rank():
 
 
 def default_workers(device):
-    """Data processes per rank: one beside a model on the CPU, which needs the cores itself; else the cores, up to 16."""
+    """Data processes per rank: one beside a model on the CPU, which needs the cores; else the cores, up to 16."""
     return 1 if device.type == "cpu" else min(16, cores_per_rank())
 
 
@@ -78,6 +78,16 @@ def tune(device):
             libc = ctypes.CDLL(None)  # large blocks otherwise go back to the kernel, and come again page by page
             libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def place(model, device, dtype=None):
+    """Move a model to its device, the weights of 2D and 3D convolutions channels-last. Returns it."""
+    model.to(device, dtype)
+    for parameter in model.parameters():
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.ndim)
+        if layout:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return model
 
 
 def synchronize(device):

@@ -4,6 +4,8 @@
     python infer.py taew2_1.pth a.mp4 b.mkv --out results
     python infer.py runs/mine a.mp4 --save-latents         # writes results/latents/a.latents.npz ...
     python infer.py runs/mine a.latents.npz                # ... and decodes it
+    python infer.py runs/vqgan a.mp4 --save-tokens         # compresses: writes results/tokens/a.tokens ...
+    python infer.py runs/vqgan a.tokens                    # ... and restores it
     python infer.py runs/mine a.mp4 --max-frames 48 --teacher taehv:taew2_1.pth    # beside its teacher
 
 Videos of any length and size are streamed: memory does not grow with the length. Writes under --out: metrics.json,
@@ -11,6 +13,7 @@ summary_report.html, comparison_videos/, latent_visualizations/. Audio is not ca
 """
 import argparse
 import collections
+import contextlib
 import itertools
 import os
 import shlex
@@ -19,81 +22,32 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
 import data
 import metrics
 import report
+from codec import TOKENS, Codec, InputError, Job, decode_file, open_codes, padded_length, to_uint8
 from compare import TeacherPass
-from device import (DeviceError, describe, peak_memory, pick_device, pick_precision, reset_peak_memory, synchronize,
-                    tune)
-from latent_file import LATENTS, LatentFileError, LatentReader, LatentWriter
+from device import DeviceError, describe, peak_memory, pick_device, pick_precision, place, reset_peak_memory, tune
+from latent_file import LATENTS, LatentFileError, LatentWriter
 from teachers import KINDS, TeacherError, load_teacher
+from token_file import TokenError, TokenWriter
 
-
-class InputError(Exception):
-    """An input that cannot be used; the message names it."""
 
 
 # ---- one video ---------------------------------------------------------------------------------------------------
 
 
-class Codec:
-    """A model on its device, fed with uint8 frames of any size, with the time it takes."""
-
-    def __init__(self, model, device, dtype, total_latents):
-        self.model, self.device, self.dtype = model, device, dtype
-        # A GPU wants several latents at a time; a CPU is fastest with one.
-        self.stream = model.stream(memory_limit=1 << 31 if device.type == "cuda" else None, total_latents=total_latents)
-        self.seconds = {"encode": 0.0, "decode": 0.0}
-
-    def timed(self, kind, call, *arguments):
-        start = time.perf_counter()
-        result = call(*arguments)
-        synchronize(self.device)
-        self.seconds[kind] += time.perf_counter() - start
-        return result
-
-    def encode(self, frame):
-        """H W 3 uint8 -> latents 1 t C h w. The frame is padded at the right and bottom by repeating its edge."""
-        x = torch.from_numpy(frame).permute(2, 0, 1)[None].to(self.device).to(self.dtype).div_(255)
-        factor = self.model.space_factor
-        x = F.pad(x, (0, -x.shape[-1] % factor, 0, -x.shape[-2] % factor), mode="replicate")
-        return self.timed("encode", self.stream.encode, x[None])
-
-    def decode(self, latents):
-        return self.timed("decode", self.stream.decode, latents)
-
-    def flush_encoder(self):
-        return self.timed("encode", self.stream.flush_encoder)
-
-    def flush_decoder(self):
-        return self.timed("decode", self.stream.flush_decoder)
-
-
-def padded_length(model, frames):
-    """The least number of input frames, at least `frames`, from which all of the first `frames` come back."""
-    length = frames
-    while not model.frame_index(length) or model.frame_index(length)[-1] < frames - 1:
-        length += 1
-    return length
-
-
-def to_uint8(frame, height, width):
-    """3 H W in [0, 1] -> height width 3 uint8: the padding is cropped away."""
-    return (frame[:, :height, :width].float() * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
-
-
-def paired_frames(codec, reader, frames, length, see_latents):
+def paired_frames(codec, reader, frames, length, see):
     """(number, original, reconstruction), both H W 3 uint8, of the first `frames` frames, as the model gives them.
 
-    The last frame is repeated until `length` have gone in; see_latents gets all latents, 1 t C h w.
+    The last frame is repeated until `length` have gone in; `see` gets all pieces (see Codec).
     """
     index, waiting, done = codec.model.frame_index(length), collections.deque(), 0
 
-    def latents():
+    def pieces():
         for number, frame in enumerate(itertools.islice(reader, frames)):
             waiting.append((number, frame))
             yield codec.encode(frame)
@@ -102,8 +56,8 @@ def paired_frames(codec, reader, frames, length, see_latents):
         yield codec.flush_encoder()
 
     def outputs():
-        for piece in latents():
-            see_latents(piece)
+        for piece in pieces():
+            see(piece)
             yield codec.decode(piece)
         yield codec.flush_decoder()
 
@@ -160,38 +114,48 @@ class Quality:
         return {**means, "sharpness": self.sums["detail"] / max(self.sums["original_detail"], 1e-12)}
 
 
-def reconstruct(source, name, model, device, dtype, lpips, teacher, options):
+def reconstruct(source, name, job):
     """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
+    model, device, options = job.model, job.device, job.options
     reader = data.VideoReader(source.path)
     frames, length, notes = plan(source, reader, model, options)
     if options.verbose:
         for note in notes:
             tqdm.write(f"{source.path}: {note}")
-    beside = TeacherPass(teacher, source, frames, model.time_factor, model.space_factor,
-                         options.teacher_frames) if teacher else None
+    beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor,
+                         options.teacher_frames) if job.teacher else None
     reset_peak_memory(device)
     total_latents = model.latent_frames(length)
-    codec = Codec(model, device, dtype, total_latents)
+    codec = Codec(job, total_latents)
     pictured = {round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))}
     picture, latents_done, latent_errors = [], 0, []
-    quality, teacher_quality = Quality(device, lpips), Quality(device, lpips)
+    statistics = metrics.CodeStatistics(model.codebook_sizes) if codec.tokens else None
+    quality, teacher_quality = Quality(device, job.lpips), Quality(device, job.lpips)
     videos = {kind: f"comparison_videos/{name}_{kind}.webm" for kind in ("original", "reconstructed", "comparison")}
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
+    tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
+    about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
     with Outputs(options.out, videos, reader, source.is_image) as outputs, \
             LatentWriter(latents_path, model, reader, frames, total_latents) as latent_file, \
+            open_tokens(tokens_path, model, about) as token_file, \
             tqdm(total=frames, desc=name[:30], unit="frame", dynamic_ncols=True) as bar:
 
-        def see_latents(latents):
+        def see(piece):
             nonlocal latents_done
-            latent_file.write(latents)
-            for latent in latents[0].float().cpu().numpy():
+            if codec.tokens:
+                statistics.add(piece, 0)
+                if token_file and len(piece[0][0]):
+                    token_file.write([codes[0].cpu().numpy() for codes in piece])
+            else:
+                latent_file.write(piece)
+            for latent in (piece[0][0, :, None] if codec.tokens else piece[0]).float().cpu().numpy():
                 if latents_done in pictured:
                     picture.append(latent)
                 if beside and latents_done < len(beside.latents) and latent.shape == beside.latents.shape[1:]:
                     latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
                 latents_done += 1
 
-        for number, original, output in paired_frames(codec, reader, frames, length, see_latents):
+        for number, original, output in paired_frames(codec, reader, frames, length, see):
             theirs = beside.frame(number) if beside else None
             quality.add(original, output)
             if theirs is not None:
@@ -209,6 +173,8 @@ def reconstruct(source, name, model, device, dtype, lpips, teacher, options):
                encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
                encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
                peak_memory_mb=peak_memory(device) / 1e6)
+    if codec.tokens:
+        row["metrics"].update(describe_codes(statistics, row, tokens_path, options.out))
     if beside:
         row.update(compare_latents(beside, latent_errors, picture[0].shape))
         notes += beside.notes
@@ -217,6 +183,28 @@ def reconstruct(source, name, model, device, dtype, lpips, teacher, options):
             encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
             peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
     return row
+
+
+def open_tokens(path, model, about):
+    """A TokenWriter for the path; a context without one for an empty path."""
+    if not path:
+        return contextlib.nullcontext()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return TokenWriter(path, about, model.codebook_sizes)
+
+
+def describe_codes(statistics, row, tokens_path, out):
+    """{"codebook_use", "bits_per_pixel", "kbit_per_s"} of a row: as the token file has them, or by the entropy."""
+    pixels = row["frames"] * row["height"] * row["width"]
+    statistics.pixels += pixels
+    found = statistics.reduce()
+    bits, what = found["entropy_bits_per_pixel"] * pixels, "by the entropy of its codes"
+    if tokens_path:
+        bits, what = 8 * os.path.getsize(tokens_path), os.path.relpath(tokens_path, out)
+    rate = bits / row["frames"] * row["fps"] / 1000
+    row["notes"].append(f"tokens: {bits / 8:,.0f} bytes, {rate:.1f} kbit/s, {bits / pixels:.4f} bits per pixel "
+                        f"({what}); written plainly {found['bits_per_pixel']:.4f}")
+    return {"codebook_use": found["codebook_use"], "bits_per_pixel": bits / pixels, "kbit_per_s": rate}
 
 
 def compare_latents(beside, errors, shape):
@@ -260,37 +248,15 @@ class Outputs:
             writer.__exit__(*error)
 
 
-# ---- latents from a file ------------------------------------------------------------------------------------------
-
-
-def decode_file(reader, name, model, device, dtype, options):
-    """Write comparison_videos/NAME_reconstructed.webm from a file of latents; returns its path."""
-    codec = Codec(model, device, dtype, reader.shape[0])
-    path = os.path.join(options.out, "comparison_videos", f"{name}_reconstructed.webm")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    left = reader.frames
-    with report.VideoWriter(path, reader.fps, reader.width, reader.height) as writer, \
-            tqdm(total=reader.frames, desc=name[:30], unit="frame", dynamic_ncols=True) as bar:
-        def take(video):
-            nonlocal left
-            for frame in video[0][:left]:
-                writer.write(to_uint8(frame, reader.height, reader.width))
-                bar.update()
-                left -= 1
-        for latent in reader:
-            take(codec.decode(torch.from_numpy(latent.copy()).to(device, dtype)[None, None]))
-        take(codec.flush_decoder())
-    return path
-
-
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
 def find_inputs(inputs):
-    """([video and image sources], [latent files], [(path, reason)] refused in folders). InputError for a bad file."""
+    """([video and image sources], [latent and token files], [(path, reason)] refused in folders). InputError for a bad
+    file."""
     sources, latents, refused = [], [], []
     for path in inputs:
-        if path.endswith(LATENTS):
+        if path.endswith((LATENTS, TOKENS)):
             if not os.path.isfile(path):
                 raise InputError(f"{path!r} does not exist")
             latents.append(path)
@@ -313,26 +279,32 @@ def run(options):
     sources, latent_files, refused = find_inputs(options.inputs)
     model, words = checkpoint.load_model(options.checkpoint, options.variant)
     teacher = load_teacher(options.teacher, device, dtype) if options.teacher else None
-    readers = [LatentReader(path, model) for path in latent_files]
+    model_hash = checkpoint.fingerprint(model)
+    readers = [open_codes(path, model, model_hash) for path in latent_files]
+    if options.save_tokens and not hasattr(model, "tokenize"):
+        raise InputError(f"--save-tokens: {options.checkpoint} is {words}, which has no tokens; try --save-latents")
+    if options.save_latents and hasattr(model, "tokenize"):
+        raise InputError(f"--save-latents: {options.checkpoint} is a tokenizer; try --save-tokens")
     os.makedirs(options.out, exist_ok=True)
-    model.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False)
+    place(model, device, dtype).requires_grad_(False)
     print(f"{options.checkpoint}: {words}; {describe(device)}, {str(dtype).removeprefix('torch.')}")
+    lpips, lpips_note = None, "LPIPS was not asked for"
+    if options.lpips != "none" and sources:
+        lpips, lpips_note = metrics.load_lpips(options.lpips, device)
+    job = Job(model, model_hash, device, dtype, lpips, teacher, options)
     names = set()
     for path, reader in zip(latent_files, readers):
         if reader.note:
             print(reader.note)
-        name = report.safe_name(path.removesuffix(".npz"), names)
-        print("wrote", decode_file(reader, name, model, device, dtype, options))
+        name = report.safe_name(path.removesuffix(".npz").removesuffix(TOKENS), names)
+        print("wrote", decode_file(reader, name, job))
     if not sources:
         return
-    lpips, lpips_note = None, "LPIPS was not asked for"
-    if options.lpips != "none":
-        lpips, lpips_note = metrics.load_lpips(options.lpips, device)
     rows = []
     for source in sources:
         name = report.safe_name(source.path, names)
         try:
-            rows.append(reconstruct(source, name, model, device, dtype, lpips, teacher, options))
+            rows.append(reconstruct(source, name, job))
         except (OSError, data.DataError, torch.cuda.OutOfMemoryError) as error:  # the others still get their turn
             rows.append(dict(name=name, source=source.path, failed=checkpoint.first_line(error)))
     if all("failed" in row for row in rows):
@@ -374,13 +346,15 @@ def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), or published weights (.pth, .safetensors)")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=f"videos, images, folders of them, or *{LATENTS}")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT",
+                        help=f"videos, images, folders of them, *{LATENTS}, *{TOKENS}")
     parser.add_argument("--out", default="inference_results", help="folder to write to (default: %(default)s)")
     parser.add_argument("--variant", help="what the weights are, where their shapes do not tell (say taecvx)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
     parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="only the first N frames of each input")
     parser.add_argument("--save-latents", action="store_true", help="write OUT/latents/NAME.latents.npz too")
+    parser.add_argument("--save-tokens", action="store_true", help=f"write OUT/tokens/NAME{TOKENS} too (tokenizers)")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
     parser.add_argument("--teacher", metavar="SPEC", help=f"set it beside the model: {KINDS}")
     parser.add_argument("--teacher-frames", type=int, default=0, metavar="N",
@@ -400,8 +374,8 @@ def main():
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         run(options)
-    except (InputError, LatentFileError, TeacherError, DeviceError, data.DataError, checkpoint.CheckpointError,
-            OSError) as error:
+    except (InputError, LatentFileError, TokenError, TeacherError, DeviceError, data.DataError,
+            checkpoint.CheckpointError, OSError) as error:
         print(f"infer.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

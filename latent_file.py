@@ -1,13 +1,14 @@
 """Latents in files: NAME.latents.npz, which NumPy's ordinary np.load reads.
 
 `latents` is float32 T C h w; `about` is a JSON text with what decoding needs: the model's config, frames per second,
-height, width and number of frames of the video. This file works alone with numpy.
+height, width and number of frames of the video. This file works alone with numpy and torch.
 """
 import json
 import os
 import zipfile
 
 import numpy as np
+import torch
 
 LATENTS = ".latents.npz"
 
@@ -79,12 +80,12 @@ class LatentReader:
         needed = (-(-self.height // factor), -(-self.width // factor))
         made_by = made_by if isinstance(made_by, dict) else {}
         if dtype != np.float32 or len(self.shape) != 4 or self.shape[1:] != (model.latent_channels, *needed) \
-                or made_by.get("encoder_time_downscale") != model.config["encoder_time_downscale"]:
+                or made_by.get("encoder_time_downscale") != model.config.get("encoder_time_downscale"):
             raise LatentFileError(f"{path}: latents {self.shape} of a {self.height}x{self.width} video by "
                                   f"{made_by} are not this model's ({model.config})")
-        self.note = ""
-        if made_by.get("variant") != model.variant:
-            self.note = f"{path}: made by variant {made_by.get('variant')}, decoded by {model.variant}"
+        self.note, self.total = "", self.shape[0]
+        if made_by.get("variant") != model.config.get("variant"):
+            self.note = f"{path}: made by variant {made_by.get('variant')}, decoded by {model.config.get('variant')}"
 
     @staticmethod
     def header(file):
@@ -95,7 +96,7 @@ class LatentReader:
         return shape, dtype
 
     def __iter__(self):
-        """float32 arrays C h w."""
+        """float32 tensors 1 1 C h w."""
         size = 4 * int(np.prod(self.shape[1:]))
         with self.archive.open("latents.npy") as file:
             self.header(file)
@@ -103,4 +104,4 @@ class LatentReader:
                 chunk = file.read(size)
                 if len(chunk) != size:
                     raise LatentFileError(f"{self.path}: ends too early")
-                yield np.frombuffer(chunk, np.float32).reshape(self.shape[1:])
+                yield torch.frombuffer(bytearray(chunk), dtype=torch.float32).view(1, 1, *self.shape[1:])

@@ -94,14 +94,19 @@ class Logbook:
 def summary(model, size, frames, device):
     """Parameters and output shape of every layer, and of the whole, for one clip of `frames` x `size` x `size`."""
     lines, hooks = ["layer                          parameters  output (frames, channels, height, width)"], []
-    for part in ("encoder", "decoder"):
-        for i, layer in enumerate(getattr(model, part)):
-            def note(layer, _, output, name=f"{part}.{i} {type(layer).__name__}"):
-                lines.append(f"{name:30} {count(layer):10,}  {tuple(output.shape)}")
+    for part, module in model.named_children():
+        blocks = module.named_children() if isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList)) else []
+        for name, layer in [(f"{part}.{i}", block) for i, block in blocks] or [(part, module)]:
+            def note(layer, _, output, name=name):
+                output = output[0] if isinstance(output, tuple) else output
+                if torch.is_tensor(output):
+                    lines.append(f"{name + ' ' + type(layer).__name__:30} {count(layer):10,}  {tuple(output.shape)}")
             hooks.append(layer.register_forward_hook(note))
     video = torch.zeros(1, frames, 3, size, size, device=device)
+    training = model.training
     with torch.no_grad():
-        output, info = model(video)
+        output, info = model.eval()(video)
+    model.train(training)
     for hook in hooks:
         hook.remove()
     return "\n".join([*lines, f"{'all':30} {count(model):10,}  video {tuple(video.shape)} -> "

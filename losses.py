@@ -41,7 +41,8 @@ def lpips_network(net):
             return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
     except OSError as error:  # URLError is one: no network
         folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-        raise OSError(f"its backbone is not here. Place {BACKBONES[net]} (torchvision's) in {folder} ({error})") from None
+        raise OSError(f"its backbone is not here. Place {BACKBONES[net]} (torchvision's) in {folder} "
+                      f"({error})") from None
 
 
 class PerceptualLoss(nn.Module):

@@ -3,6 +3,8 @@
 All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
 This file works alone with torch; LPIPS needs losses.py beside it, and the package lpips.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -68,6 +70,38 @@ def load_lpips(net="alex", device="cpu"):
         a, b = (v.float().reshape(-1, *v.shape[-3:]) * 2 - 1 for v in (output, target))
         return model(a, b).view(output.shape[:-3])
     return distance, ""
+
+
+class CodeStatistics:
+    """How tokens use their codebooks, over all videos added on all ranks.
+
+    codebook_sizes: of each tensor in a model's list of codes.
+    """
+
+    def __init__(self, codebook_sizes):
+        self.counts = [torch.zeros(size, dtype=torch.float64) for size in codebook_sizes]
+        self.pixels = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, codes, pixels):
+        """codes: a list of int64 tensors; pixels: how many they stand for."""
+        for counts, c in zip(self.counts, codes):
+            counts += torch.bincount(c.flatten().cpu(), minlength=len(counts))
+        self.pixels += pixels
+
+    def reduce(self, group=None):
+        """{"codebook_use": share of the codes that occurred, "perplexity" (both means over the code tensors),
+        "bits_per_pixel": of codes written plainly, "entropy_bits_per_pixel": by their order-0 entropy}"""
+        if group is not None:
+            for tensor in (*self.counts, self.pixels):
+                torch.distributed.all_reduce(tensor, group=group)
+        totals = [counts.sum() for counts in self.counts]
+        entropies = [torch.special.entr(c / n.clamp(min=1)).sum() for c, n in zip(self.counts, totals)]  # nats
+        pixels = self.pixels.clamp(min=1)
+        plain = sum(n * math.log2(len(c)) for c, n in zip(self.counts, totals))
+        coded = sum(n * e for e, n in zip(entropies, totals)) / math.log(2)
+        return {"codebook_use": torch.stack([(c > 0).double().mean() for c in self.counts]).mean().item(),
+                "perplexity": torch.stack(entropies).exp().mean().item(),
+                "bits_per_pixel": (plain / pixels).item(), "entropy_bits_per_pixel": (coded / pixels).item()}
 
 
 class Mean:

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import metrics
+from adversary import Adversary
 from config import ConfigError, parse_buckets
 from losses import PerceptualLoss, pixel_loss
+from quantize import quantizers
 from seraena import Seraena
 
 LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
@@ -25,7 +27,7 @@ class Objective:
     """
 
     def __init__(self, cfg, model, device, autocast):
-        self.cfg, self.model, self.autocast = cfg, model, autocast
+        self.cfg, self.model, self.autocast, self.together = cfg, model, autocast, False
         teacher, from_teacher = bool(cfg.latent_cache), cfg.decoder_input == "teacher"
         if not teacher and (from_teacher or cfg.encoder_weight > 0):
             name = "decoder_input=teacher" if from_teacher else f"encoder_weight={cfg.encoder_weight}"
@@ -47,14 +49,29 @@ class Objective:
             self.weights["encoder_loss"] = cfg.encoder_weight
         self.perceptual = make_perceptual(cfg, device) if "perceptual_loss" in self.weights else None
         self.seraena = make_seraena(cfg, model, device) if "seraena_loss" in self.weights else None
+        self.adversary = make_adversary(cfg, model, device) if cfg.gan_weight > 0 and self.pixels else None
+        self.quantizers = quantizers(model)
+        for quantizer in self.quantizers:
+            quantizer.deferred = True  # learns in step(), where all ranks are, and not in the forward pass
+        if self.quantizers:
+            self.weights["vq_loss"] = cfg.vq_weight
         self.names = ["loss", *self.weights, *(["squared_error"] if self.pixels else []),
+                      *(["adversarial_loss"] if self.adversary else []),
+                      *(["perplexity", "codebook_use"] if self.quantizers else []),
                       *(LATENT_FACTS[:2] if self.runs_encoder else []), *(LATENT_FACTS[2:] if teacher else [])]
-        self.encode, self.decode = (torch.compile(f) if cfg.compile else f for f in (model.encode, model.decode))
+        calls = (model.encode, model.decode, model)
+        self.encode, self.decode, self.forward = (torch.compile(f) if cfg.compile else f for f in calls)
 
-    def begin(self):
+    def begin(self, step):
         """Before a step's micro-batches; a step may begin again after memory ran out."""
-        if self.seraena:
-            self.seraena.begin()
+        for part in (self.seraena, *self.quantizers):
+            if part:
+                part.begin()
+        if self.adversary:
+            if not self.together:
+                self.adversary.to_all_ranks()
+                self.together = True
+            self.adversary.begin(step)
 
     def __call__(self, video, latents, share):
         """{name: scalar} of a micro-batch that is `share` of its step.
@@ -63,9 +80,15 @@ class Objective:
         """
         cfg, model, values = self.cfg, self.model, {}
         with self.autocast:
-            own = self.encode(video) if self.runs_encoder else None
-            source = latents if cfg.decoder_input == "teacher" else own
-            output = self.decode(source) if self.pixels else None
+            if latents is None:
+                output, info = self.forward(video)
+                own = source = info["latents"]
+            else:
+                own = self.encode(video) if self.runs_encoder else None
+                source = latents if cfg.decoder_input == "teacher" else own
+                output = self.decode(source) if self.pixels else None
+        if self.quantizers:
+            values.update(vq_loss=info["vq_loss"], perplexity=info["perplexity"], codebook_use=info["usage"])
         if latents is not None:
             latents_count, frames_count = model.aligned(video.shape[1], latents.shape[1])
             values.update(teacher_mean=latents.mean(), teacher_square=latents.square().mean())
@@ -75,9 +98,12 @@ class Objective:
         if self.latents:
             values["encoder_loss"] = F.mse_loss(own[:, :latents_count], latents[:, :latents_count])
         if self.pixels:
-            output, target = output.float(), model.targets(video, source.shape[1])
+            output = output.float()
             if source is latents:
-                output, target = output[:, :frames_count], target[:, :frames_count]
+                output = output[:, :frames_count]
+                target = model.targets(video, latents.shape[1])[:, :frames_count]
+            else:
+                target = model.targets(video)
             values["squared_error"] = F.mse_loss(output.detach(), target)
             if cfg.pixel_weight > 0:
                 values["reconstruction_loss"] = pixel_loss(cfg.pixel_loss, output, target)
@@ -88,20 +114,45 @@ class Objective:
                     corrected = self.seraena.targets(target, output.detach(), source.detach().float(), share)
                 values["seraena_loss"] = F.mse_loss(output, corrected)
         values["loss"] = sum(weight * values[name] for name, weight in self.weights.items())
+        if self.adversary:
+            with self.autocast:
+                # A compiled graph can be walked once only: there the gradients are weighed at the pixels instead.
+                last = output if cfg.compile else self.last_layer()
+                term = self.adversary.generator_term(target, output, values["loss"], last, share)
+            values["adversarial_loss"] = torch.as_tensor(term, device=video.device)
+            values["loss"] = values["loss"] + term
         return values
 
-    def step(self):
-        """After the model's own step, on all ranks together: the discriminator's."""
-        if self.seraena:
-            self.seraena.step()
+    def last_layer(self):
+        """The weight of the decoder's last layer."""
+        return self.model.last_layer if hasattr(self.model, "last_layer") else self.model.decoder[-1].weight
+
+    @torch.no_grad()
+    def step(self, bad):
+        """After the model's own step, on all ranks together: discriminators and codebooks learn. `bad`: 1.0 on the
+        device if the model's step was not finite, and then no codebook learns."""
+        for part in (self.seraena, self.adversary):
+            if part:
+                part.step()
+        for quantizer in self.quantizers:
+            before = [buffer.clone() for buffer in quantizer.buffers()]
+            quantizer.update()
+            for now, old in zip(quantizer.buffers(), before):
+                now.copy_(torch.where(bad > 0, old, now))
 
     def state(self):
         """What a checkpoint keeps of it, the same on all ranks."""
-        return self.seraena.training_state() if self.seraena else None
+        parts = {"seraena": self.seraena, "adversary": self.adversary}
+        return {name: part.training_state() for name, part in parts.items() if part}
 
     def load_state(self, state):
-        if self.seraena and state:
-            self.seraena.load_training_state(state)
+        """ConfigError if the state is of other discriminators."""
+        for name, part in {"seraena": self.seraena, "adversary": self.adversary}.items():
+            if part and name in state:
+                try:
+                    part.load_training_state(state[name])
+                except ValueError as error:
+                    raise ConfigError(f"resume: {error}") from None
 
     def rank_state(self):
         """What a checkpoint keeps of it for this rank."""
@@ -140,24 +191,35 @@ def make_seraena(cfg, model, device):
     return seraena
 
 
+def make_adversary(cfg, model, device):
+    for size, *_ in parse_buckets(cfg):
+        if cfg.gan_dims == 2 and size < 24:
+            raise ConfigError(f"gan_weight={cfg.gan_weight}: its discriminator needs 24 pixels, size is {size}")
+    return Adversary(dims=cfg.gan_dims, loss=cfg.gan_loss, norm=cfg.gan_norm, weight=cfg.gan_weight, lr=cfg.gan_lr,
+                     start=cfg.gan_start, ramp=cfg.gan_ramp, every=cfg.gan_every, adaptive=cfg.gan_adaptive,
+                     lecam=cfg.gan_lecam, device=device)
+
+
 @torch.no_grad()
 def evaluate(model, samples, device, autocast, control):
     """Means over all ranks' clips, each counted once. All ranks call it.
 
-    samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns
-    ({"mse", "psnr" (frames at most 100 dB), "ssim", "sharpness" (variance of the Laplacian, all frames' over the
-    originals'), "count"}, [up to four (original, reconstruction) of this rank, T 3
-    H W on the CPU]); with teacher latents also "latent_mse", the mean and mean square of both latents, and
-    "teacher_psnr", of decoding the teacher's.
+    samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
+    dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
+    (frames at most 100 dB), "ssim", "sharpness" (variance of the Laplacian, all frames' over the originals'), "count";
+    for a tokenizer what `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
+    latents, and "teacher_psnr", of decoding the teacher's.
     """
     mean, shown = metrics.Mean("mse", "psnr", "ssim", "detail", "original_detail"), []
+    statistics = metrics.CodeStatistics(model.codebook_sizes) if hasattr(model, "tokenize") else None
     latents_mean, teacher_mean = metrics.Mean("latent_mse", *LATENT_FACTS), metrics.Mean("teacher_psnr")
     for sample in samples:
         video = sample["video"][None].to(device).float().div_(255)
         with autocast:
-            own = model.encode(video)
-            output = model.decode(own)
-        own, output, target = own.float(), output.float().clamp(0, 1), model.targets(video)
+            output, info = model(video)
+        own, output, target = info["latents"].float(), output.float().clamp(0, 1), model.targets(video)
+        if statistics:
+            statistics.add(info["codes"], video[:, :, 0].numel())
         mean.add(mse=metrics.mse(output, target), psnr=metrics.psnr(output, target).clamp(max=100),
                  ssim=metrics.ssim(output, target), detail=metrics.laplacian_variance(output),
                  original_detail=metrics.laplacian_variance(target))
@@ -181,6 +243,8 @@ def evaluate(model, samples, device, autocast, control):
         more = more.reduce(control)
         if more.pop("count"):
             result.update(more)
+    if statistics:
+        result.update(statistics.reduce(control))
     return result, shown
 
 

@@ -49,11 +49,12 @@ class PatchDiscriminator(nn.Module):
     """Scores patches of images at six depths: N c_im H W in [0, 1], context N c_ctx h w -> N 6 H/8 W/8.
 
     The context (latents, of any size) is enlarged to the images' size, nearest. Fakes score 1, originals -1. Names and
-    shapes as PatchDiscWithContext of the published seraena.py.
+    shapes as PatchDiscWithContext of the published seraena.py. ValueError for other channels, or below 16x16 pixels.
     """
 
     def __init__(self, c_im, c_ctx):
         super().__init__()
+        self.c_im, self.c_ctx = c_im, c_ctx
         widths, strides = (c_im + c_ctx, 64, 128, 256, 512, 512, 512), (1, 2, 2, 2, 1, 1)
         self.blocks = nn.Sequential(*(
             nn.Sequential(nn.Conv2d(n_in, n_out, 4 if stride == 2 else 3, stride, 1, bias=False),
@@ -63,6 +64,9 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images, context):
         height, width = images.shape[-2:]
+        if images.shape[1] != self.c_im or context.shape[1] != self.c_ctx or min(height, width) < 16:
+            raise ValueError(f"images {tuple(images.shape)} and context {tuple(context.shape)} should have c_im="
+                             f"{self.c_im} and c_ctx={self.c_ctx} channels, and 16x16 pixels or more")
         x = torch.cat([images * 2 - 1, F.interpolate(context, (height, width))], 1)
         scores = []
         for block, proj in zip(self.blocks, self.proj):
@@ -120,7 +124,8 @@ class ReplayBuffer:
         slots = list(range(count, count + free))
         if free < len(rows):
             slots += torch.randperm(count, generator=generator)[:len(rows) - free].tolist()  # no slot twice
-        torch._foreach_copy_([part[slot] for slot in slots], list(rows), non_blocking=True)
+        for slot, row in zip(slots, rows):
+            part[slot].copy_(row, non_blocking=True)
         self.counts[shape] = count + free
 
     def draw(self, shape, n, device, generator):
@@ -155,7 +160,7 @@ class Seraena(nn.Module):
     latents. lr, betas: of AdamW. replay_bytes: at most so much memory on each rank for replayed samples, all of it
     taken at the first step, stored as replay_dtype, on the "same" device or in "pinned" host memory (replay_device).
     seed: of the initial weights and, with the rank, of everything random; PyTorch's global generators are not touched.
-    Make it after init_process_group. Frames are 16x16 pixels or more.
+    Make it after init_process_group.
 
     Each sample that the discriminator learns from is an original with probability 1/2, else a fresh or a replayed fake
     with equal probability. (Published: fresh ones are the first half of the batch. With a clip's groups in a row, those
@@ -205,7 +210,9 @@ class Seraena(nn.Module):
         parameters, buffers = list(self.disc.parameters()), list(self.disc.buffers())
         if self.before is None:
             self.before = [b.clone() for b in buffers]
-        torch._foreach_copy_(buffers, self.before)
+        else:
+            for now, before in zip(buffers, self.before):
+                now.copy_(before)
         self.pending = []
         # One flat piece for all that the ranks average: gradients, which .grad looks into, sums, and statistics.
         count, statistics = (sum(x.numel() for x in tensors) for tensors in (parameters, buffers))
@@ -250,11 +257,11 @@ class Seraena(nn.Module):
         A gradient, score or statistic that is not finite on any rank: no rank's discriminator changes. The step's fakes
         become replayable either way, held to a sane range. Returns scalars on the device, means over the ranks:
         "disc_loss" (1 from ignorance, 0 from certainty), "score_real" and "score_fake" (0 if none was drawn), and
-        "skipped", 1 if the step was not finite.
+        "skipped", 1 if the step was not finite (then the others may not be either).
         """
         buffers = list(self.disc.buffers())
         sizes = [b.numel() for b in buffers]
-        torch._foreach_copy_(list(self.statistics.split(sizes)), [b.flatten() for b in buffers])
+        self.statistics.copy_(torch.cat([b.flatten() for b in buffers]))
         if dist.is_initialized():
             dist.all_reduce(self.flat)  # one rank's NaN is in the sum, so all ranks see it
             self.flat.div_(dist.get_world_size())
@@ -295,7 +302,7 @@ class Seraena(nn.Module):
 
     def scores(self, images, context):
         """The discriminator's, float32, within the caller's autocast but without its cache of bf16 weights: a copy made
-        where no gradient is recorded has none later on (PyTorch below 2.10), and misses the optimizer's step."""
+        where no gradient is recorded has none later on (PyTorch issue 112583), and misses the optimizer's step."""
         kind = images.device.type
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
             return self.disc(images, context).float()
@@ -318,9 +325,6 @@ class Seraena(nn.Module):
     def learn(self, real, fake, context, share):
         """Adds up the gradient of the discriminator's loss * share, and keeps the fakes for `step` to store."""
         shape = (tuple(fake.shape[1:]), tuple(context.shape[1:]))
-        if shape[0][0] != self.c_im or shape[1][0] != self.c_ctx or min(shape[0][1:]) < 16:
-            raise ValueError(f"images {shape[0]} and context {shape[1]} should have c_im={self.c_im} and c_ctx="
-                             f"{self.c_ctx} channels, and 16x16 pixels or more")
         self.replay.reserve([shape], fake.device)
         # In range and without NaN: a bad step must not come back as a replayed sample.
         rows = [x.nan_to_num().clamp(*limits).flatten(1) for x, limits in ((fake, (-1, 2)), (context, (-1e3, 1e3)))]

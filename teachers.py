@@ -12,7 +12,6 @@
 Latents are what the diffusion model consumes: a diffusers class's own scale and shift are applied here.
 """
 import difflib
-import hashlib
 import importlib.util
 import os
 import warnings
@@ -66,28 +65,20 @@ def load_teacher(spec, device="cpu", dtype=torch.float32):
     if kind not in loaders or not rest:
         raise TeacherError(f"teacher {spec!r}: {KINDS} is wanted")
     name, model, encode, decode, source = loaders[kind](spec, rest)
-    digest = fingerprint(model, source)
+    digest = checkpoint.fingerprint(model, source)
     if isinstance(model, torch.nn.Module):
         model.to(device, dtype).eval()
     return Teacher(spec, name, model, encode, decode, digest, torch.device(device), dtype)
 
 
-def fingerprint(model, source):
-    """Hash of a module's class and weights, or of `source` where there are none."""
-    digest = hashlib.sha256(source.encode())
-    if isinstance(model, torch.nn.Module):
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def load_taehv(_, path):
+    """FILE: what `checkpoint.load_model` takes."""
     model, words = checkpoint.load_model(path)
     return words, model, model.encode, model.decode, str(model.config)
 
 
 def load_torchscript(spec, path):
+    """FILE: a module with `encode` and, for comparisons, `decode`."""
     if not os.path.isfile(path):
         raise TeacherError(f"teacher {spec}: {path!r} does not exist")
     try:
@@ -102,6 +93,7 @@ def load_torchscript(spec, path):
 
 
 def load_python(spec, rest):
+    """FILE.py:FUNCTION. The file's own errors come through as they are; it is the user's program."""
     path, _, function = rest.rpartition(":")
     if not path.endswith(".py") or not os.path.isfile(path):
         raise TeacherError(f"teacher {spec}: python:FILE.py:FUNCTION is wanted, and {path or rest!r} is no such file")
@@ -123,6 +115,7 @@ def load_python(spec, rest):
 
 
 def load_diffusers(spec, rest):
+    """CLASS:FOLDER. Scale, shift, mean and deviation as the class's config has them, as the pipelines apply them."""
     name, _, folder = rest.partition(":")
     try:
         import diffusers

@@ -366,7 +366,7 @@ def values_of(*settings, video=None, latents=None):
     model.encoder.requires_grad_(cfg.train_encoder)
     model.decoder.requires_grad_(cfg.train_decoder)
     goal = objective.Objective(cfg, model, torch.device("cpu"), torch.autocast("cpu", enabled=False))
-    goal.begin()
+    goal.begin(0)
     values = goal(torch.rand(1, 12, 3, 32, 32), torch.randn(1, 3, 16, 4, 4), 1.0)
     values["loss"].backward()
     return values, model, goal

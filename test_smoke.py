@@ -20,7 +20,7 @@ import data
 import infer
 import latent_cache
 import train
-from conftest import ROOT, command, run, write_clip
+from conftest import ROOT, command, mistake, run, write_clip
 from model_taehv import TAEHV
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
@@ -298,15 +298,6 @@ def test_starting_from_weights_and_training_one_half(trained, clips, tmp_path):
 # ---- mistakes: one line, exit code 2, no traceback ---------------------------------------------------------------
 
 
-def mistake(capsys, monkeypatch, module, *arguments):
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        module.main()
-    output = capsys.readouterr().err.strip().splitlines()
-    assert caught.value.code == 2 and len(output) == 1, output
-    return output[0]
-
-
 def test_mistakes_get_one_line_and_code_2(trained, clips, tmp_path, capsys, monkeypatch):
     folder, run_folder, _ = trained
     monkeypatch.chdir(tmp_path)
@@ -430,6 +421,30 @@ def test_one_bad_input_does_not_cost_the_others(trained, tmp_path):
 
 
 # ---- the README --------------------------------------------------------------------------------------------------
+
+
+LEAVING = """
+import os
+import torch
+import torch.distributed as dist
+import ranks
+rank, world, control = ranks.start_ranks(torch.device("cpu"), 5)
+weight = torch.nn.Parameter(torch.zeros(3))
+weight.grad = torch.ones(3)
+torch.optim.AdamW([weight], fused=True).step()
+ranks.gather(control, {"rank": rank})
+del control
+dist.destroy_process_group()
+threads = [open(f"/proc/self/task/{t}/comm").read().strip() for t in os.listdir("/proc/self/task")]
+assert not any("gloo" in t for t in threads), threads
+print("left nothing behind")
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+def test_ranks_end_without_threads_that_could_abort_them(tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    assert run(tmp_path / "leaving.py", ranks=2, cwd=tmp_path).count("left nothing behind") == 2
 
 
 def test_the_readme_tells_what_there_is():

@@ -22,8 +22,8 @@ from tqdm import tqdm
 import checkpoint
 import data as datasets
 from config import ConfigError, exit_with_usage, load_config, parse_buckets
-from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, synchronize,
-                    tune)
+from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, place,
+                    synchronize, tune)
 from latent_cache import LatentCache
 from logbook import Logbook, count, summary
 from objective import Objective, evaluate, spread
@@ -55,10 +55,11 @@ def train(cfg):
         clips.check(bucket)
 
     # ---- model, its average, optimizer, and their state in the run that goes on -----------------------------------
-    model.to(device, memory_format=torch.channels_last).train()
+    place(model, device).train()
     model.gradient_checkpointing = cfg.gradient_checkpointing
-    model.encoder.requires_grad_(cfg.train_encoder)
-    model.decoder.requires_grad_(cfg.train_decoder)
+    if cfg.model == "taehv":
+        model.encoder.requires_grad_(cfg.train_encoder)
+        model.decoder.requires_grad_(cfg.train_decoder)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = Gradients(parameters, world, extra=len(objective.names))  # what is logged is averaged along
@@ -74,7 +75,7 @@ def train(cfg):
         step, samples, best = state["step"], state["samples"], state["best"]
         if len(state["tally"]) == len(tally):
             tally.copy_(state["tally"])
-        objective.load_state(state.get("objective"))
+        objective.load_state(state.get("objective") or {})
         if state["world"] == world:
             checkpoint.restore_random_state(state["random"][rank], device)
             objective.load_rank_state(checkpoint.read_rank(resume_from, rank))
@@ -86,7 +87,8 @@ def train(cfg):
         return
     log(summary(model, buckets[0].size, buckets[0].frames, device), screen=False)
     log.start(asdict(cfg), step)
-    log(f"{cfg.model} {cfg.variant}: {count(model) / 1e6:.1f} M parameters, {origin}; {describe(device)}, "
+    title = " ".join(filter(None, [cfg.model, model.config.get("variant")]))
+    log(f"{title}: {count(model) / 1e6:.1f} M parameters, {origin}; {describe(device)}, "
         f"{str(dtype).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}")
     for line in found:
         log(line)
@@ -102,7 +104,7 @@ def train(cfg):
     def accumulate(micro_batches, pieces):
         """Adds up the gradients and the objective's scalars over this rank's clips; False if memory ran out."""
         gradients.all.zero_()
-        objective.begin()
+        objective.begin(step)
         try:
             for batch in micro_batches:
                 size = math.ceil(len(batch["video"]) / pieces)
@@ -180,7 +182,7 @@ def train(cfg):
         for mine, other in zip(average.buffers(), model.buffers()):
             mine.copy_(other)
 
-        objective.step()
+        objective.step(bad)
         good = torch.cat([gradients.totals, 1 - bad[None]])
         good = torch.where(bad > 0, torch.zeros_like(good), good)
         tally = torch.cat([tally[:-2] + good, (tally[-2:-1] + 1) * bad, tally[-1:] + bad])
@@ -237,12 +239,13 @@ def train(cfg):
 def make_model(cfg, buckets):
     """(model on the CPU, where its weights come from); ConfigError if settings, buckets and weights do not fit."""
     try:
-        model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
+        model = checkpoint.build_model(cfg.model, checkpoint.model_config(**asdict(cfg)))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for bucket in buckets:
         if bucket.size % model.space_factor:
-            raise ConfigError(f"size {bucket.size}: {cfg.model} {cfg.variant} takes multiples of {model.space_factor}")
+            raise ConfigError(f"size {bucket.size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
+                              f"{model.space_factor}")
     if not cfg.init_from:
         return model, "from scratch"
     source, words = checkpoint.load_model(cfg.init_from)
@@ -250,9 +253,9 @@ def make_model(cfg, buckets):
     different = [k for k in own.keys() | given.keys()
                  if k not in own or k not in given or own[k].shape != given[k].shape]
     if different:
-        raise ConfigError(f"init_from={cfg.init_from} is {words}, which does not fit model={cfg.model} "
-                          f"variant={cfg.variant} ({min(different)} differs): set variant, patch_size and "
-                          "latent_channels to match")
+        fit = "variant, patch_size and latent_channels" if cfg.model == "taehv" else "net.NAME=VALUE"
+        raise ConfigError(f"init_from={cfg.init_from} is {words}, which does not fit model={cfg.model} {model.config} "
+                          f"({min(different)} differs): set {fit} to match")
     model.load_state_dict(given)
     return model, f"from {cfg.init_from}"
 
@@ -401,8 +404,11 @@ def describe_step(values):
 
 
 def describe_validation(result):
-    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness "
-            f"{result['sharpness']:.3f} over {result['count']} frames")
+    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, "
+            f"sharpness {result['sharpness']:.3f} over {result['count']} frames")
+    if "codebook_use" in result:
+        line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "
+                 f"per pixel {result['bits_per_pixel']:.4f} ({result['entropy_bits_per_pixel']:.4f} entropy-coded)")
     if "latent_mse" in result:
         line += (f"; latents: mse {result['latent_mse']:.5f}, mean and rms {result['latent_mean']:.3f} "
                  f"{result['latent_square'] ** 0.5:.3f} (teacher's {result['teacher_mean']:.3f} "

@@ -1,0 +1,130 @@
+"""A model at work on uint8 frames of any size: encoding, decoding, and decoding from files of latents or tokens.
+
+Used by infer.py.
+"""
+import argparse
+import itertools
+import os
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import report
+from device import synchronize
+from latent_file import LatentReader
+from token_file import TokenReader
+
+TOKENS = ".tokens"
+
+
+class InputError(Exception):
+    """An input that cannot be used; the message names it."""
+
+
+class Job(NamedTuple):
+    """What all inputs of a command share. model_hash: of the weights as they were loaded, whatever the precision."""
+    model: torch.nn.Module
+    model_hash: str
+    device: torch.device
+    dtype: torch.dtype
+    lpips: object
+    teacher: object
+    options: argparse.Namespace
+
+
+class Codec:
+    """A model on its device, fed with uint8 frames of any size, with the time it takes.
+
+    What it passes from encoder to decoder is a `piece`: latents 1 t C h w, or a tokenizer's codes, [int64 1 t h w].
+    """
+
+    def __init__(self, job, total_latents):
+        self.model, self.device, self.dtype = job.model, job.device, job.dtype
+        self.tokens = hasattr(job.model, "tokenize")
+        # A GPU wants several latents at a time; a CPU is fastest with one.
+        limit = 1 << 31 if job.device.type == "cuda" else None
+        self.stream = job.model.stream(memory_limit=limit, total_latents=total_latents)
+        self.seconds = {"encode": 0.0, "decode": 0.0}
+
+    def timed(self, kind, call, *arguments):
+        start = time.perf_counter()
+        result = call(*arguments)
+        synchronize(self.device)
+        self.seconds[kind] += time.perf_counter() - start
+        return result
+
+    def encode(self, frame):
+        """H W 3 uint8 -> a piece. The frame is padded at the right and bottom by repeating its edge."""
+        x = torch.from_numpy(frame).permute(2, 0, 1)[None].to(self.device).to(self.dtype).div_(255)
+        factor = self.model.space_factor
+        x = F.pad(x, (0, -x.shape[-1] % factor, 0, -x.shape[-2] % factor), mode="replicate")
+        return self.timed("encode", self.stream.tokenize if self.tokens else self.stream.encode, x[None])
+
+    def decode(self, piece):
+        return self.timed("decode", self.stream.detokenize if self.tokens else self.stream.decode, piece)
+
+    def flush_encoder(self):
+        return self.timed("encode", self.stream.flush_encoder)
+
+    def flush_decoder(self):
+        return self.timed("decode", self.stream.flush_decoder)
+
+
+def padded_length(model, frames):
+    """The least number of input frames, at least `frames`, from which all of the first `frames` come back."""
+    length = frames
+    while not model.frame_index(length) or model.frame_index(length)[-1] < frames - 1:
+        length += 1
+    return length
+
+
+def to_uint8(frame, height, width):
+    """3 H W in [0, 1] -> height width 3 uint8: the padding is cropped away."""
+    return (frame[:, :height, :width].float() * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+class TokenSource:
+    """A token file, as decode_file reads it; InputError if it is another model's."""
+
+    def __init__(self, path, model, model_hash):
+        reader = TokenReader(path)
+        if reader.about.get("model") != model_hash:
+            raise InputError(f"{path}: its tokens are of another model ({reader.about.get('model')}); this one is "
+                             f"{model_hash}")
+        try:
+            self.fps = float(reader.about["fps"])
+            self.height, self.width, self.frames = (int(reader.about[k]) for k in ("height", "width", "frames"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: no tokens of a video ({error} in its header)") from None
+        self.reader, self.total, self.note = reader, model.latent_frames(padded_length(model, self.frames)), ""
+
+    def __iter__(self):
+        for piece in self.reader:
+            yield [torch.from_numpy(codes)[None] for codes in piece]
+
+
+def open_codes(path, model, model_hash):
+    """What decode_file reads: fps, height, width, frames, total (latents), note, and iterating gives pieces."""
+    return TokenSource(path, model, model_hash) if path.endswith(TOKENS) else LatentReader(path, model)
+
+
+def decode_file(reader, name, job):
+    """Write comparison_videos/NAME_reconstructed.webm from a file of latents or tokens; returns its path."""
+    codec = Codec(job, reader.total)
+    path = os.path.join(job.options.out, "comparison_videos", f"{name}_reconstructed.webm")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+
+    def frames():
+        for piece in reader:
+            piece = [c.to(job.device) for c in piece] if codec.tokens else piece.to(job.device, job.dtype)
+            yield from codec.decode(piece)[0]
+        yield from codec.flush_decoder()[0]
+
+    with report.VideoWriter(path, reader.fps, reader.width, reader.height) as writer:
+        for frame in tqdm(itertools.islice(frames(), reader.frames), total=reader.frames, desc=name[:30], unit="frame",
+                          dynamic_ncols=True):
+            writer.write(to_uint8(frame, reader.height, reader.width))
+    return path

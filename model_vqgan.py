@@ -1,0 +1,487 @@
+"""VQGAN: a convolutional image tokenizer in the layout of taming-transformers, applied to every frame of a video.
+
+    model, words = load_vqgan("last.ckpt")           # taming, OptVQ or own weights; the architecture is recognised
+    codes = model.tokenize(video)                    # N T 3 H W in [0, 1]  ->  [int64 N T H/16 W/16]
+    video = model.detokenize(codes)                  # ... and back, clamped to [0, 1]
+
+This file works with torch and quantize.py beside it. State_dict names, shapes and results are those of
+github.com/CompVis/taming-transformers (VQModel and EMAVQ; Esser et al. 2021) and github.com/zbr17/OptVQ. What differs:
+frames are folded into the batch, attention is one fused call, and videos are in [0, 1] (the networks see [-1, 1]).
+
+Conventions: video is N T C H W, RGB, in [0, 1]; latents are the quantized vectors, N T C h w.
+"""
+import pickle
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from quantize import FSQ, EMAQuantizer, ResidualQuantizer, SinkhornQuantizer, VectorQuantizer
+
+QUANTIZERS = {"vq": VectorQuantizer, "ema": EMAQuantizer, "optvq": SinkhornQuantizer, "rvq": ResidualQuantizer,
+              "fsq": FSQ}
+FOREIGN = ("loss.", "discriminator.", "colorize", "quantize.started", "quantize.usage_count")  # training's
+INERT = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "typing")  # packages, see `read_weights`
+
+
+# ---- the network -------------------------------------------------------------------------------------------------
+
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.norm1, self.conv1 = norm(n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.norm2, self.conv2 = norm(n_out), nn.Conv2d(n_out, n_out, 3, padding=1)
+        if n_in != n_out:
+            self.nin_shortcut = nn.Conv2d(n_in, n_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over the positions of a frame, one head. (B, C, H, W) -> the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # B 1 HW C
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+class Resample(nn.Module):
+    """Half or twice the size. Halving sees zeros at the right and bottom only, as published."""
+
+    def __init__(self, channels, down):
+        super().__init__()
+        self.down, self.conv = down, nn.Conv2d(channels, channels, 3, **({"stride": 2} if down else {"padding": 1}))
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; the encoder and the decoder add a change of size behind them."""
+
+    def __init__(self, n_in, n_out, blocks, attention):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(n_out if j else n_in, n_out) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(n_out) for _ in range(blocks if attention else 0))
+
+    def forward(self, x, run):
+        for j, block in enumerate(self.block):
+            x = run(block, x)
+            if self.attn:
+                x = run(self.attn[j], x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.block_1, self.attn_1 = ResnetBlock(channels, channels), AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x, run):
+        return run(self.block_2, run(self.attn_1, run(self.block_1, x)))
+
+
+class Encoder(nn.Module):
+    """Frames (B, 3, H, W) in [-1, 1] -> (B, z_channels, H/s, W/s)."""
+
+    def __init__(self, widths, num_res_blocks, attention, z_channels):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, (n_in, n_out) in enumerate(zip(widths, widths[1:])):
+            level = Level(n_in, n_out, num_res_blocks, attention[i])
+            if i < len(attention) - 1:
+                level.downsample = Resample(n_out, down=True)
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x, run):
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x, run)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x, run))))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) -> frames (B, 3, s*h, s*w), about [-1, 1]."""
+
+    def __init__(self, widths, num_res_blocks, attention, z_channels):
+        super().__init__()
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        levels, n_in = [], widths[-1]
+        for i in reversed(range(len(attention))):
+            level = Level(n_in, widths[i + 1], num_res_blocks + 1, attention[i])
+            n_in = widths[i + 1]
+            if i > 0:
+                level.upsample = Resample(n_in, down=False)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out, self.conv_out = norm(n_in), nn.Conv2d(n_in, 3, 3, padding=1)
+
+    def forward(self, z, run):
+        x = self.mid(self.conv_in(z), run)
+        for level in reversed(self.up):
+            x = level(x, run)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # outside `run`: the adaptive GAN weight needs its gradient
+
+
+class VQGAN(nn.Module):
+    """One per-frame tokenizer.
+
+    ch, ch_mult, num_res_blocks: widths and depth of the levels, each half the size of the one before. attn_resolutions:
+    at which sizes blocks attend, for frames of `resolution` pixels (other sizes work as well). z_channels, embed_dim:
+    channels before and behind the 1x1 convolution that leads to the quantizer. n_embed, beta: codes and the weight of
+    the commitment. quantizer: a key of QUANTIZERS; quantizer_options go to its class in quantize.py: "rvq" needs
+    depth=..., "fsq" takes levels=... instead of n_embed and beta, and "optvq" gets eval_nearest=True unless told
+    otherwise (as published, a frame's codes would depend on the other frames of the batch). ValueError for what does
+    not fit.
+    """
+
+    def __init__(self, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256,
+                 z_channels=256, embed_dim=256, n_embed=1024, quantizer="vq", beta=0.25, **quantizer_options):
+        super().__init__()
+        self.space_factor, self.time_factor = 2 ** (len(ch_mult) - 1), 1
+        self.latent_channels, self.image_channels = embed_dim, 3
+        if ch % 32 or min(ch_mult) < 1:
+            raise ValueError("ch must be a multiple of 32 (GroupNorm has 32 groups) and ch_mult positive, got "
+                             f"ch={ch}, ch_mult={tuple(ch_mult)}")
+        if resolution % self.space_factor:
+            raise ValueError(f"resolution {resolution} is no multiple of {self.space_factor}, which {len(ch_mult)} "
+                             "levels (ch_mult) divide by")
+        sizes = [resolution >> i for i in range(len(ch_mult))]
+        if not set(attn_resolutions) <= set(sizes):
+            raise ValueError(f"attn_resolutions {tuple(attn_resolutions)}: the levels of resolution {resolution} have "
+                             f"sizes {sizes}; choose some of these")
+        attention, widths = [size in attn_resolutions for size in sizes], [ch, *(ch * m for m in ch_mult)]
+        self.encoder = Encoder(widths, num_res_blocks, attention, z_channels)
+        self.decoder = Decoder(widths, num_res_blocks, attention, z_channels)
+        if quantizer == "optvq" or quantizer_options.get("kind") == "sinkhorn":
+            quantizer_options.setdefault("eval_nearest", True)
+        self.quantize = make_quantizer(quantizer, embed_dim, n_embed, beta, quantizer_options)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(z_channels, embed_dim, 1), nn.Conv2d(embed_dim, z_channels, 1)
+        # For each tensor in the list that `tokenize` gives: how many codes there are, and the width of one in pixels.
+        self.codebook_sizes = [self.quantize.num_codes] * self.quantize.codes_per_position
+        self.code_strides = [self.space_factor] * self.quantize.codes_per_position
+        self.gradient_checkpointing = False
+        self.numbers_per_pixel = 6 * max(widths[:3])  # about what a frame's activations hold at a time, for streams
+        self.config = dict(ch=ch, ch_mult=list(ch_mult), num_res_blocks=num_res_blocks,
+                           attn_resolutions=list(attn_resolutions), resolution=resolution, z_channels=z_channels,
+                           embed_dim=embed_dim, n_embed=n_embed, quantizer=quantizer, beta=beta, **quantizer_options)
+
+    @property
+    def last_layer(self):
+        """The weights that make the pixels, for the adaptive GAN weight."""
+        return self.decoder.conv_out.weight
+
+    # ---- frame counts and alignment: every frame is a latent and comes back ---------------------------------------
+
+    def latent_frames(self, frames):
+        return frames
+
+    def frame_index(self, frames, latents=None):
+        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for."""
+        return list(range(latents or frames))
+
+    def targets(self, video, latents=None):
+        """The frames that `forward(video)` reconstructs: all of them."""
+        return video[:, :latents]
+
+    # ---- whole clips ----------------------------------------------------------------------------------------------
+
+    def encode(self, video):
+        """Video N T 3 H W in [0, 1] -> latents N T embed_dim H/s W/s. ValueError if s does not divide H and W."""
+        return self._quantized(video)[0]
+
+    def decode(self, latents):
+        """Latents N T embed_dim h w -> video N T 3 s*h s*w, clamped to [0, 1] except in training mode."""
+        if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
+            raise ValueError(f"expected latents as N T {self.latent_channels} H W, got shape {tuple(latents.shape)}")
+        frames = self.decoder(self.post_quant_conv(latents.flatten(0, 1).to(self.last_layer.dtype)), self._run)
+        video = (frames.unflatten(0, latents.shape[:2]) + 1) / 2
+        return video if self.training else video.clamp(0, 1)
+
+    def forward(self, video):
+        """Returns (reconstruction N T 3 H W, {"latents", "vq_loss", "perplexity", "usage", "codes"})."""
+        latents, info = self._quantized(video)
+        return self.decode(latents), {"latents": latents, **info}
+
+    @torch.no_grad()
+    def tokenize(self, video):
+        """Video -> [int64 N T h w], one tensor for each head or residual depth of the quantizer. In eval mode."""
+        return self._quantized(video)[1]["codes"]
+
+    @torch.no_grad()
+    def detokenize(self, codes):
+        """What `tokenize` gave -> video, bit for bit that of `decode(encode(video))`."""
+        return self.decode(self.quantize.codes_to_vectors(codes).transpose(1, 2))
+
+    def stream(self, memory_limit=None, total_latents=None):
+        """A TokenizerStream: the same results, piece by piece. memory_limit: bytes for activations (see there);
+        total_latents: not needed here."""
+        return TokenizerStream(self, memory_limit)
+
+    def _quantized(self, video):
+        latents, info = self.quantize(self._features(video).transpose(1, 2))  # N C T H W
+        return latents.transpose(1, 2), info
+
+    def _features(self, video):
+        if video.ndim != 5 or video.shape[2] != 3 or not video.shape[1]:
+            raise ValueError(f"expected video as N T 3 H W with at least one frame, got shape {tuple(video.shape)}")
+        if any(size % self.space_factor for size in video.shape[-2:]):
+            raise ValueError(f"height and width must be multiples of {self.space_factor}, got "
+                             f"{video.shape[-2]}x{video.shape[-1]}: crop, or pad with torch.nn.functional.pad")
+        frames = (video.flatten(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        return self.quant_conv(self.encoder(frames, self._run)).unflatten(0, video.shape[:2])
+
+    def _run(self, block, x):
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+
+def make_quantizer(kind, dim, n_embed, beta, options):
+    """A quantizer of quantize.py by its short name. ValueError for an unknown name, or options that do not fit."""
+    if kind not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {kind!r}; there are {', '.join(QUANTIZERS)}")
+    book = {} if kind == "fsq" else {"n_embed": n_embed, "beta": beta}
+    try:
+        return QUANTIZERS[kind](dim=dim, **book, **options)
+    except TypeError as error:  # an option that it does not have, or that is missing
+        raise ValueError(f"quantizer {kind!r}: {error}") from None
+
+
+class TokenizerStream:
+    """Encodes and decodes clips piece by piece, however the pieces are cut. For a model in eval mode.
+
+        stream = model.stream()
+        for frames in pieces:                                  # N t 3 H W, any t
+            show(stream.decode(stream.encode(frames)))         # or stream.detokenize(stream.tokenize(frames))
+        show(stream.flush())
+
+    Work is done on fixed groups of frames, counted from the clip's start, so the result does not depend on the cutting.
+    A call returns what is complete so far, possibly 0 frames; with last=True, what it takes ends the clip. A group is
+    one latent, or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy).
+    """
+
+    def __init__(self, model, memory_limit=None):
+        self.model, self.memory_limit = model, memory_limit
+        self._held = {}  # name of a call: what it has taken of an incomplete group
+
+    @torch.no_grad()
+    def encode(self, frames, last=False):
+        """Take N t 3 H W frames, return the latents N t' C h w that are complete."""
+        model, k, (n, _, _, height, width) = self.model, self.model.space_factor, frames.shape
+        nothing = frames.new_empty(n, 0, model.latent_channels, height // k, width // k)
+        groups = self._groups("encode", [frames], model.time_factor * self._latents(height, width), last)
+        return torch.cat([nothing, *(model.encode(*group) for group in groups)], 1)
+
+    @torch.no_grad()
+    def tokenize(self, frames, last=False):
+        """Take N t 3 H W frames, return the codes [int64 N t' h w] that are complete."""
+        model, (n, _, _, height, width) = self.model, frames.shape
+        nothing = [frames.new_empty(n, 0, height // k, width // k, dtype=torch.int64) for k in model.code_strides]
+        groups = self._groups("tokenize", [frames], model.time_factor * self._latents(height, width), last)
+        return [torch.cat(codes, 1) for codes in zip(nothing, *(model.tokenize(*group) for group in groups))]
+
+    def decode(self, latents, last=False):
+        """Take N t C h w latents, return the frames N t' 3 H W that are complete, in [0, 1]."""
+        return self._frames("decode", [latents], self.model.space_factor, lambda group: self.model.decode(*group), last)
+
+    def detokenize(self, codes, last=False):
+        """Take codes [int64 N t h w], return the frames N t' 3 H W that are complete, in [0, 1]."""
+        return self._frames("detokenize", codes, self.model.code_strides[0], self.model.detokenize, last)
+
+    @torch.no_grad()
+    def _frames(self, name, pieces, stride, call, last):
+        height, width = (size * stride for size in pieces[0].shape[-2:])
+        nothing = self.model.last_layer.new_empty(len(pieces[0]), 0, 3, height, width)
+        return torch.cat([nothing, *map(call, self._groups(name, pieces, self._latents(height, width), last))], 1)
+
+    def _latents(self, height, width):
+        """How many latents make a group."""
+        if self.memory_limit is None:
+            return 1
+        bytes_per_pixel = self.model.numbers_per_pixel * self.model.last_layer.element_size()
+        return max(1, self.memory_limit // (self.model.time_factor * bytes_per_pixel * height * width))
+
+    def _groups(self, name, pieces, size, last):
+        """Cut what is held and the pieces (tensors N t ..., of equal t) into groups of `size`, and hold the rest."""
+        held = self._held.pop(name, None)
+        pieces = [torch.cat(pair, 1) for pair in zip(held, pieces)] if held else pieces
+        end = pieces[0].shape[1] if last else pieces[0].shape[1] // size * size
+        if not last:
+            self._held[name] = [piece[:, end:] for piece in pieces]
+        return [[piece[:, k:k + size] for piece in pieces] for k in range(0, end, size)]
+
+    def flush_encoder(self):
+        """End of the clip: the remaining latents or codes; None if no frames were given."""
+        return self._flush("encode", "tokenize")
+
+    def flush_decoder(self):
+        """End of the clip: the remaining frames; None if no latents or codes were given."""
+        return self._flush("decode", "detokenize")
+
+    def _flush(self, *names):
+        for name in names:
+            if name in self._held:
+                nothing = [piece[:, :0] for piece in self._held[name]]
+                return getattr(self, name)(nothing if name == "detokenize" else nothing[0], last=True)
+        return None
+
+    def flush(self):
+        """End of the clip: the remaining frames if this stream was decoding, else the remaining latents or codes. The
+        stream is as new afterwards. ValueError if nothing was streamed."""
+        if not self._held:
+            raise ValueError("flush() of a stream that was given nothing")
+        rest = self.flush_encoder()
+        if not self._held:
+            return rest
+        if rest is None:
+            return self.flush_decoder()
+        return (self.decode if "decode" in self._held else self.detokenize)(rest, last=True)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def read_weights(path):
+    """What a .ckpt, .pth or .safetensors file holds, on the CPU; runs no code from the file.
+
+    Lightning checkpoints hold objects of the training program beside the weights: those of the packages in INERT are
+    replaced by empty ones. ValueError for any other, and for damaged files.
+    """
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file  # pip install safetensors
+        return load_file(str(path))
+    inert = {}
+    while True:
+        try:
+            if not inert:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(list(inert.values())):  # torch 2.5 or newer
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+            name = found[1] if found else "something"
+            if name.split(".")[0] not in INERT or name in inert or not hasattr(torch.serialization, "safe_globals"):
+                raise ValueError(f"{path} is no file of weights, or holds more than that ({name}), which is not run. "
+                                 "If you trust it: torch.save({'state_dict': torch.load(FILE, weights_only=False)"
+                                 "['state_dict']}, 'weights.pth')") from None
+            module, _, last = name.rpartition(".")
+            inert[name] = type(last, (Inert,), {"__module__": module})
+        except (RuntimeError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or no file of weights ({str(error).splitlines()[0]})") from None
+
+
+class Inert:
+    """Stands for an object of a training program, whatever it was made of."""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+
+def adapt_state_dict(state):
+    """(this model's entries, what was left out in words) of a state_dict, or of a checkpoint dict that holds one.
+
+    Undoes the wrappings of Lightning ("state_dict"), OptVQ ("model", and "model." in its Hugging Face files), DDP and
+    torch.compile, and leaves out what belongs to losses and discriminators.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"no VQGAN weights, but a {type(state).__name__}")
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    kept, left = {}, {}
+    for name, value in state.items():
+        name = re.sub(r"^((module|_orig_mod|model)\.)+", "", str(name))
+        if name.startswith(FOREIGN):
+            left.setdefault(name.split(".")[0], []).append(name)
+        else:
+            kept[name] = value
+    return kept, ", ".join(f"{len(names)} entries of {part!r} ignored" for part, names in left.items())
+
+
+def recognise(weights):
+    """The VQGAN arguments that fit a state_dict (`adapt_state_dict` first), from its names and shapes.
+
+    Weights do not tell a resolution: 256 is taken, and attn_resolutions to match. ValueError if these are no such
+    weights, or if a quantizer's arguments cannot be told.
+    """
+    def shape(key):
+        if not isinstance(weights.get(key), torch.Tensor):
+            raise ValueError(f"no VQGAN weights: {key} is missing")
+        return weights[key].shape
+
+    def count(pattern):
+        return len({match[1] for key in weights if (match := re.match(pattern, key))})
+
+    ch, channels = shape("encoder.conv_in.weight")[:2]
+    if channels != 3:
+        raise ValueError(f"these weights are for images of {channels} channels, not RGB")
+    levels = count(r"encoder\.down\.(\d+)\.")
+    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
+    attended = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in weights]
+    resolution = max(256, 2 ** (levels - 1))
+    embed_dim = shape("quant_conv.weight")[0]
+    found = dict(ch=ch, ch_mult=[width // ch for width in widths],
+                 num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."), resolution=resolution,
+                 attn_resolutions=[resolution >> i for i in attended], z_channels=shape("encoder.conv_out.weight")[0],
+                 embed_dim=embed_dim)
+    if "quantize.embed.weight" in weights:
+        raise ValueError("these weights are of a Gumbel quantizer, which is not supported")
+    depth = count(r"quantize\.layers\.(\d+)\.")
+    book = "quantize.layers.0." if depth else "quantize."
+    if book + "embedding.weight" not in weights:
+        return dict(found, quantizer="fsq")
+    n_embed, code_dim = shape(book + "embedding.weight")
+    projected = book + "proj.weight" in weights
+    kind = "optvq" if projected or code_dim != embed_dim else "vq"
+    kind = "ema" if book + "embedding.cluster_size" in weights else kind
+    if depth:
+        return dict(found, n_embed=n_embed, quantizer="rvq", depth=depth, kind="sinkhorn" if kind == "optvq" else kind)
+    options = dict(num_head=embed_dim // code_dim, use_proj=projected) if kind == "optvq" else {}
+    return dict(found, n_embed=n_embed, quantizer=kind, **options)
+
+
+def load_vqgan(source, **overrides):
+    """(VQGAN in eval mode, what it is and what was ignored, in words) from a taming .ckpt, OptVQ weights or our own.
+
+    source: a path (see `read_weights`), or the dict that such a file holds. overrides: arguments of VQGAN, for what
+    weights do not tell: `levels` of FSQ, `depth` and `shared` of a residual quantizer with one codebook, `legacy`,
+    `beta`. ValueError if the weights do not fit.
+    """
+    weights, left = adapt_state_dict(source if isinstance(source, dict) else read_weights(source))
+    arguments = {**recognise(weights), **overrides}
+    if arguments["quantizer"] == "fsq" and "levels" not in arguments:
+        raise ValueError("these weights have no codebook: give the levels of FSQ, say levels=(8, 5, 5, 5)")
+    model = VQGAN(**arguments)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"these weights do not fit a VQGAN with quantizer {arguments['quantizer']!r}: "
+                         + " ".join(str(error).splitlines()[1].split())[:200]) from None
+    words = f"VQGAN f{model.space_factor}, quantizer {arguments['quantizer']}, {model.quantize.num_codes} codes"
+    return model.eval(), words + (f"; {left}" if left else "")

@@ -1,0 +1,129 @@
+"""Tokenizers from the command line: training with codebooks and a discriminator, token files."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import config
+import data
+import infer
+from conftest import ROOT, mistake, run
+
+TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
+COMMON = ["size=32", "frames=2", "batch_size=1", "workers=0", "val_fraction=0", "warmup_steps=2", "schedule=constant",
+          "precision=fp32", "device=cpu", "log_every=1", "save_every=100", "val_every=100", "perceptual_weight=0"]
+SMALL_NETS = {
+    "vqgan": ["net.ch=32", "net.ch_mult=1,1", "net.num_res_blocks=1", "net.attn_resolutions=()", "net.z_channels=16",
+              "net.embed_dim=16", "net.n_embed=64"],
+    "vqvae2": ["net.hidden_channels=16", "net.res_channels=8", "net.nb_res_layers=1", "net.nb_levels=2",
+               "net.embed_dim=8", "net.nb_entries=64", "net.scaling_rates=4,2"],
+    "vqvae_video": ["net.group_count=2", "net.n_hid=8", "net.n_init=16", "net.vocab_size=64", "net.sequence_length=2"],
+    "dcae_small": ["net.width_list=16,16,16,32,32,32", "net.latent_channels=16", "workers=0"],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(clips, tmp_path_factory):
+    """The folder of a VQGAN's run: EMA codebook, discriminator from step 2 on, two ranks."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    output = run(TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "val_fraction=0.3", "max_steps=6",
+                 "val_every=3", "gan_start=2", "gan_ramp=2", "name=two", "gan_norm=group", ranks=2, cwd=folder)
+    return folder, output
+
+
+def test_every_preset_builds_its_model():
+    for name in config.PRESETS:
+        cfg = config.load_config([name])
+        with torch.device("meta"):
+            model = checkpoint.build_model(cfg.model, checkpoint.model_config(**vars(cfg)))
+        for size, frames, *_ in config.parse_buckets(cfg):
+            assert size % model.space_factor == 0 and model.frame_index(frames)
+
+
+@pytest.mark.parametrize("preset", ["vqvae2", "vqvae2_optvq", "vqgan_optvq", "vqvae_video", "dcae_small"])
+def test_every_family_trains_and_loads(preset, clips, tmp_path):
+    nets = SMALL_NETS.get(preset) or SMALL_NETS[preset.split("_")[0]]
+    more = ["net.num_head=2"] if "optvq" in preset else []
+    run(TRAIN, preset, *COMMON, *nets, *more, f"data={clips}", "max_steps=3", "name=a", cwd=tmp_path)
+    model, words = checkpoint.load_model(tmp_path / "runs" / "a")
+    plain, _ = checkpoint.load_model(tmp_path / "runs" / "a" / "model.pth")
+    video = torch.rand(1, 2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(video)[0], plain(video)[0]) and "step 3" in words
+    if hasattr(model, "tokenize"):
+        with torch.no_grad():
+            assert torch.equal(model.detokenize(model.tokenize(video)), model.decode(model.encode(video)))
+
+
+def test_two_ranks_learn_the_codebook_of_one_with_accumulation(clips, tmp_path):
+    common = [TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "max_steps=4", "gan_weight=0",
+              "net.kmeans_init=false", "net.restart_below=0"]
+    run(*common, "name=two", ranks=2, cwd=tmp_path)
+    run(*common, "name=one", "accumulation=2", cwd=tmp_path)
+    a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000004.pt"))["model"] for name in ("two", "one"))
+    names = [k for k in a if k.startswith("quantize.embedding.")]
+    assert len(names) == 3 and max((a[k] - b[k]).abs().max().item() for k in names) < 1e-5
+    saved = checkpoint.read(str(tmp_path / "runs" / "one" / "step_00000004.pt"))
+    fresh = checkpoint.build_model("vqgan", saved["model_config"])
+    assert all(not torch.equal(fresh.state_dict()[k], a[k]) for k in names)  # it learned
+
+
+def test_a_resumed_run_with_codebook_and_discriminator_is_exact(tokenizer, clips):
+    folder, output = tokenizer
+    assert "codebook use" in output and "bits per pixel" in output
+    common = [TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "val_fraction=0.3", "gan_start=2",
+              "gan_ramp=2", "gan_norm=group", "val_every=3", "name=parts"]
+    run(*common, "max_steps=3", ranks=2, cwd=folder)
+    run(*common, "max_steps=6", ranks=2, cwd=folder)
+    a, b = (checkpoint.read(str(folder / "runs" / name / "step_00000006.pt")) for name in ("two", "parts"))
+    for part in ("model", "ema", "objective"):
+        flat_a, flat_b = (torch.utils._pytree.tree_leaves(state[part]) for state in (a, b))
+        assert len(flat_a) == len(flat_b) > 10
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(flat_a, flat_b)), part
+
+
+def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, monkeypatch):
+    folder, _ = tokenizer
+    video = os.path.join(clips, "sub0", "clip0.mp4")
+    run(INFER, folder / "runs" / "two", video, "--save-tokens", "--lpips", "none", "--out", "a", cwd=tmp_path)
+    tokens = tmp_path / "a" / "tokens" / "clip0.tokens"
+    run(INFER, folder / "runs" / "two", tokens, "--out", "b", cwd=tmp_path)
+    direct, restored = (np.stack(list(data.VideoReader(str(tmp_path / out / "comparison_videos" /
+                                                           "clip0_reconstructed.webm")))) for out in "ab")
+    assert np.array_equal(direct, restored) and len(direct) == 24
+    page = open(tmp_path / "a" / "summary_report.html", encoding="utf-8").read()
+    assert "kbit/s" in page and "bits per pixel" in page
+    assert os.path.getsize(tokens) < 24 * 36 * 48 * 6 / 8 + 1000  # frames x positions x bits, and the header
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.tokens").write_bytes(tokens.read_bytes()[:-9])
+    (tmp_path / "foreign.tokens").write_bytes(b"dear reader" * 50)
+    arguments = [str(folder / "runs" / "two")]
+    for name in ("short.tokens", "foreign.tokens"):
+        assert name in mistake(capsys, monkeypatch, infer, *arguments, name)
+    state = checkpoint.read(str(folder / "runs" / "two" / "step_00000006.pt"))
+    state["ema"] = {k: v + 0.01 if v.is_floating_point() else v for k, v in state["ema"].items()}
+    torch.save(state, tmp_path / "other.pt")
+    error = mistake(capsys, monkeypatch, infer, "other.pt", str(tokens))
+    assert "tokens are of another model" in error
+    assert "is a tokenizer; try --save-tokens" in mistake(capsys, monkeypatch, infer, *arguments, video,
+                                                          "--save-latents")
+
+
+def test_mistakes_in_networks(clips, tmp_path, capsys, monkeypatch):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    for settings, words in (
+        (["net.chh=32"], "unexpected keyword argument 'chh'"),
+        (["net.ch=large size"], "net.ch=large size: a number"),
+        (["size=40"], "takes multiples of 16"),
+        (["train_encoder=false"], "only taehv can be trained by halves"),
+        (["latent_cache=x"], "only taehv learns from a teacher"),
+        (["gan_loss=wgan"], "gan_loss=wgan"),
+    ):
+        error = mistake(capsys, monkeypatch, train, "vqgan", f"data={clips}", "perceptual_weight=0", *settings)
+        assert words in error, error
