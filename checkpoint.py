@@ -47,11 +47,12 @@ def build_model(name, config):
                          f"{', '.join(list(inspect.signature(MODELS[name]).parameters))}") from None
 
 
-def model_config(model, net, variant, patch_size, latent_channels, **_):
-    """The arguments of `build_model` that a training Config, given as its fields, asks for."""
-    if model != "taehv":
-        return dict(net)
-    return dict(variant=variant, patch_size=patch_size or None, latent_channels=latent_channels or None, **net)
+def model_config(config):
+    """The arguments of `build_model` that a training Config asks for."""
+    if config.model != "taehv":
+        return dict(config.net)
+    return dict(variant=config.variant, patch_size=config.patch_size or None,
+                latent_channels=config.latent_channels or None, **config.net)
 
 
 def fingerprint(model, about=""):

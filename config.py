@@ -125,6 +125,8 @@ PRESETS = {
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
     # Its weight: 0.05 changed nothing within 240 steps; at 0.5 its gradient is about as large as that of l1.
     "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, seraena_weight=0.5),
+    # Published weights on your own domain: add init_from=taew2_1.pth (and variant=..., see model_taehv.py).
+    "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
     # Tokenizers of single frames (f16, 1024 codes), of videos or of images. LPIPS from the start, the PatchGAN later.
     "vqgan": dict(VQGAN, net=dict(quantizer="vq")),
     "vqgan_ema": dict(VQGAN, net=dict(quantizer="ema", kmeans_init=True, restart_below=0.1)),
@@ -141,8 +143,6 @@ PRESETS = {
                        warmup_steps=20, ema_decay=0.95, log_every=5, val_every=50, save_every=50, workers=1,
                        net=dict(width_list=(32, 32, 64, 64, 64, 64), encoder_depth_list=(1,) * 6,
                                 decoder_depth_list=(1,) * 6, latent_channels=64)),
-    # Published weights on your own domain: add init_from=taew2_1.pth (and variant=..., see model_taehv.py).
-    "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
 }
 
 
@@ -272,7 +272,10 @@ def check(config):
 def usage():
     """What --help prints: presets, then every setting with its default and its comment above."""
     lines = ["python train.py [PRESET] [key=value ...]", "", "presets:"]
-    lines += [f"  {name:16} {', '.join(f'{k}={v}' for k, v in values.items())}" for name, values in PRESETS.items()]
+    for name, values in PRESETS.items():
+        items = [(k, v) for k, v in values.items() if k != "net"]
+        items += [(f"net.{k}", v) for k, v in values.get("net", {}).items()]
+        lines.append(f"  {name:16} {', '.join(f'{k}={v}' for k, v in items)}")
     for line in inspect.getsource(Config).splitlines()[2:]:
         field = re.match(r"    (\w+): (\w+) = (\S+)\s+# (.*)", line)
         if field:

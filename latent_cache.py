@@ -9,15 +9,15 @@ shards that NumPy opens: shard_00000.clips.npy (uint8 N T H W 3, RGB), shard_000
 its 16 bits; N T' C h w), shard_00000.json (where each clip was cut from), and index.json (teacher, shapes, checksums).
 """
 import argparse
+import collections
 import hashlib
 import json
 import os
-import queue
 import re
 import shutil
 import sys
-import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -159,21 +159,16 @@ class CachedClips:
 
 
 def read_ahead(iterator, depth):
-    """The items of an endless iterator, made by a thread that is up to `depth` ahead; its exceptions come through."""
-    ready = queue.Queue(depth)
-
-    def work():
-        try:
-            for item in iterator:
-                ready.put((item, None))
-        except (OSError, ValueError, RuntimeError) as error:
-            ready.put((None, error))
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        item, error = ready.get()
-        if error is not None:
-            raise DataError(f"the latent cache cannot be read: {error}")
-        yield item
+    """The items of an endless iterator, made by a thread that is up to `depth` ahead; closing it ends the thread."""
+    with ThreadPoolExecutor(1) as thread:
+        ready = collections.deque(thread.submit(next, iterator) for _ in range(depth))
+        while True:
+            try:
+                item = ready.popleft().result()
+            except (OSError, ValueError) as error:
+                raise DataError(f"the latent cache cannot be read: {error}") from None
+            ready.append(thread.submit(next, iterator))
+            yield item
 
 
 def shard_path(folder, i, kind):

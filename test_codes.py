@@ -38,7 +38,7 @@ def test_every_preset_builds_its_model():
     for name in config.PRESETS:
         cfg = config.load_config([name])
         with torch.device("meta"):
-            model = checkpoint.build_model(cfg.model, checkpoint.model_config(**vars(cfg)))
+            model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
         for size, frames, *_ in config.parse_buckets(cfg):
             assert size % model.space_factor == 0 and model.frame_index(frames)
 

@@ -32,6 +32,15 @@ def small(fill=True, **changes):
     return model
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These maps are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def names_and_shapes(state_dict):
     return [(name, tuple(tensor.shape)) for name, tensor in state_dict.items()]
 
@@ -185,23 +194,23 @@ def test_linear_attention_is_float32_inside_autocast():
 def test_fresh_weights_can_learn():
     torch.manual_seed(0)
     model = small(fill=False).train()
-    video = F.interpolate(torch.rand(4, 3, 2, 4, 4), (8, 32, 32), mode="trilinear").transpose(1, 2)
+    images = F.interpolate(torch.rand(8, 3, 4, 4), (32, 32), mode="bilinear")[:, None]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
-    for _ in range(12):
-        loss = l1_loss(model(video)[0], video)
+    for _ in range(20):
+        loss = l1_loss(model(images)[0], images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] < 0.3, "the first outputs are no worse than about mid-grey"
-    assert losses[-1] < 0.7 * losses[0]
+    grey = l1_loss(torch.full_like(images, 0.5), images).item()
+    assert losses[0] < 1.5 * grey and losses[-1] < 0.7 * grey, (grey, losses)
 
 
 def test_stream_is_stable_and_computes_what_it_says():
     model = small()
     for frames in (1, 36, 37, 65):
-        video = make_input("rand", (2, frames, 3, 32, 32), frames)  # two: PyTorch's convolution is slow for small ones
+        video = make_input("rand", (2, frames, 3, 32, 32), frames)  # two: PyTorch is slow at single small clips
         segments = {65: (32, 33), 37: (32, 5)}.get(frames, (frames,))  # 33: a rest of one latent is joined
         with torch.no_grad():
             expected = torch.cat([model(piece)[0] for piece in video.split(segments, 1)], 1)
@@ -253,7 +262,7 @@ class StandIn:
         return video[:, : len(self.frame_index(video.shape[1]))]
 
     def encode(self, video):
-        cells = F.avg_pool2d(video.flatten(0, 1), 32).unflatten(0, video.shape[:2])
+        cells = video[..., ::32, ::32]
         cells = torch.cat([cells, cells[:, -1:].expand(-1, -cells.shape[1] % 4, -1, -1, -1)], 1)
         return cells.unflatten(1, (-1, 4)).flatten(2, 3)
 
@@ -288,8 +297,7 @@ def test_any_length_and_size_comes_back_exactly(frames):
     tiled, video = Tiled(StandIn()), cells_video(frames, 250, 333)
     output, info = tiled(video)
     assert output.shape == video.shape and info["latents"].shape == (1, -(-frames // 4), 12, 8, 11)
-    flat = cells_video(frames, 256, 352)[..., :250, :333]
-    assert (output[..., :224, :320] - flat[..., :224, :320]).abs().max() < 1e-6  # the last cells are means with padding
+    assert (output - video).abs().max() < 1e-6
     results = []
     for cut in (1, 13, frames):
         stream = tiled.stream()

@@ -214,6 +214,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.set_num_threads(1)
 z = torch.randn(4, 64, 32, 32, requires_grad=True)
 made = [kind(16384, 64, chunk=1 << 22) for kind in (VectorQuantizer, EMAQuantizer, SinkhornQuantizer)]
+made[2].n_iters = 2
 torch.randn(500, 500) @ torch.randn(500, 500)
 before = peak()
 for quantizer in made:
@@ -300,14 +301,18 @@ def test_a_restarted_code_stays_where_it_was_put():
     quantizer.restart_below = 0  # from here on, only its own averages move it
     quantizer(z)
     assert (quantizer.embedding.weight[3] - restarted).norm() < 2
-    broken = EMAQuantizer(16, 6, restart_below=9.0, deferred=True)
+
+
+def test_a_restart_takes_finite_vectors_only():
+    quantizer, z = VectorQuantizer(16, 6, restart_below=9.0, deferred=True), images(0)
+    before = quantizer.embedding.weight.detach().clone()
+    quantizer.usage_count.zero_()
     z[:, :, ::2] = float("nan")
-    broken(z)
-    rows, found = broken.collected(), broken.collected().isfinite().all(1)
-    assert found.any() and not found.all()
-    broken.sums.nan_to_num_()
-    broken.update()
-    assert broken.embedding.weight.isfinite().all() and len(rows) == 16
+    quantizer(z)
+    finite = quantizer.collected().isfinite().all(1).sum()
+    quantizer.update()
+    assert 0 < finite < 16 and quantizer.embedding.weight.isfinite().all()
+    assert (quantizer.embedding.weight != before).any(1).sum() == finite
 
 
 @pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
@@ -393,7 +398,7 @@ def test_fsq_is_what_the_paper_defines():
 
 
 def test_begin_forgets_and_eval_learns_nothing():
-    quantizers_ = [EMAQuantizer(16, 6, deferred=True) for _ in range(2)]
+    quantizers_ = [EMAQuantizer(16, 6, restart_below=0.1, deferred=True) for _ in range(2)]
     quantizers_[1].load_state_dict(quantizers_[0].state_dict())
     before = quantizers_[0].embedding.weight.clone()
     quantizers_[0](images(5))  # a step that is then redone
@@ -401,6 +406,7 @@ def test_begin_forgets_and_eval_learns_nothing():
     for quantizer in quantizers_:
         quantizer.begin()
         quantizer(images(6))
+        assert len(quantizer.collected()) == 16, "vectors for restarts, of this step alone"
     statistics = [quantizer.update() for quantizer in quantizers_]
     assert statistics[0] == statistics[1] and not torch.equal(quantizers_[0].embedding.weight, before)
     assert torch.equal(quantizers_[0].embedding.weight, quantizers_[1].embedding.weight)

@@ -133,7 +133,7 @@ def test_validation_is_the_same_on_one_rank(trained, clips):
     folder, run_folder, _ = trained
     sources, _ = data.probe(data.find_sources(clips))
     _, val = data.split_sources(sources, 0.3)
-    val_clips = data.load_val(data.ValClips(val, 16, 4, 2, 3), 0, 1, print)
+    val_clips = data.ValClips(val, 16, 4, 2, 3).share(0, 1, print)
     assert len(val_clips) == 3
     model = TAEHV()
     model.load_state_dict(checkpoint.read(os.path.join(run_folder, "step_00000004.pt"))["ema"])
@@ -150,15 +150,16 @@ FAULT = """
 import sys, torch
 sys.path.insert(0, {root!r})
 import torch.distributed as dist
+import objective
 import train
-original, calls = train.pixel_loss, [0]
+original, calls = objective.pixel_loss, [0]
 def faulty(*arguments):
     calls[0] += 1
     loss = original(*arguments)
     if dist.get_rank() == 1 and calls[0] in {calls}:
         {fault}
     return loss
-train.pixel_loss = faulty
+objective.pixel_loss = faulty
 train.main()
 """
 

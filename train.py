@@ -239,7 +239,7 @@ def train(cfg):
 def make_model(cfg, buckets):
     """(model on the CPU, where its weights come from); ConfigError if settings, buckets and weights do not fit."""
     try:
-        model = checkpoint.build_model(cfg.model, checkpoint.model_config(**asdict(cfg)))
+        model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     for bucket in buckets:
