@@ -9,8 +9,7 @@ are those of `dc-ae-f32t4c128` in github.com/hpcaitech/Open-Sora (opensora/model
 Compression Autoencoder". What differs: any number of frames goes in and comes back; attention is computed in float32.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
-Inside, tensors are N C T H W in [-1, 1]. The model is not causal: a frame depends on the whole clip. Clips too large
-for the memory are encoded and decoded in overlapping tiles, by tiling.py.
+Inside, tensors are N C T H W in [-1, 1]. The model is not causal: a frame depends on the whole clip.
 """
 import torch
 import torch.nn as nn
@@ -20,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 CONV_STAGES = 3       # stages of residual blocks; those after them have linear attention
 TIME_STAGES = (3, 4)  # stages that end with half as many frames
 HEAD = 32             # channels of an attention head
-SEGMENT = 8           # latents that a stream takes as a clip of its own: the 32 frames the published model was trained on
+SEGMENT = 8           # latents that a stream takes as a clip of its own: the 32 frames the published one was trained on
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------
@@ -361,10 +360,9 @@ class DCAEStream:
         show(stream.flush())
 
     The model is not causal, so a stream computes something else than `model(video)` for clips of more than 36 frames:
-    it cuts them into segments of 32 frames (8 latents), counted from the start, and each is a clip of its own. A rest of
-    fewer than two latents is joined to the segment before. Segments may show a seam where they meet;
-    `tiling.Tiled(model).stream()` overlaps and blends them, and cuts large frames too. `encode` and `decode` return what
-    is complete so far, possibly N 0 C H W. Memory does not grow with the clip.
+    it cuts them into segments of 32 frames (8 latents), counted from the start, each a clip of its own. A rest of fewer
+    than two latents is joined to the segment before. Segments may show a seam where they meet. `encode` and `decode`
+    return what is complete so far, possibly N 0 C H W. Memory does not grow with the clip.
     """
 
     def __init__(self, model):

@@ -404,7 +404,7 @@ class SinkhornQuantizer(Quantizer):
         return self.proj(self.embedding.weight)[codes].flatten(1)
 
     def assign(self, rows):
-        pieces, codebook = rows.view(-1, self.code_dim), self.proj(self.embedding.weight).float()
+        pieces, codebook = rows.reshape(-1, self.code_dim), self.proj(self.embedding.weight).float()
         codes = self.search(pieces.detach(), codebook.detach())
         quantized = codebook[codes]
         loss = self.distance(pieces, quantized.detach()) + self.beta * self.distance(quantized, pieces.detach())

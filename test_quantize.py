@@ -147,7 +147,8 @@ def test_autocast_changes_no_code(kind):
     assert half.dtype == torch.bfloat16
     cast = quantizer.bfloat16()  # a whole model in half precision
     output, info = cast(z.bfloat16())
-    assert torch.equal(cast.codes_to_vectors(info["codes"]).bfloat16(), output) and info["vq_loss"].dtype == torch.float32
+    assert torch.equal(cast.codes_to_vectors(info["codes"]).bfloat16(), output)
+    assert info["vq_loss"].dtype == torch.float32
 
 
 def test_perplexity_and_usage():
@@ -208,9 +209,9 @@ def test_ema_is_that_of_one_hot_matrices():
 
 
 MEMORY = """
-import resource, torch
+import torch
 from quantize import EMAQuantizer, SinkhornQuantizer, VectorQuantizer
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 torch.set_num_threads(1)
 z = torch.randn(4, 64, 32, 32, requires_grad=True)
 made = [kind(16384, 64, chunk=1 << 22) for kind in (VectorQuantizer, EMAQuantizer, SinkhornQuantizer)]
@@ -224,6 +225,7 @@ print("grown by", peak() - before)
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read there")
 def test_memory_stays_below_one_matrix_of_distances(tmp_path):
     (tmp_path / "memory.py").write_text(MEMORY)
     grown = float(run("memory.py", cwd=tmp_path).split("grown by")[1])

@@ -167,7 +167,7 @@ def test_a_config_rebuilds_the_model(name):
         assert torch.equal(twin(video)[0], model(video)[0])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["ema", "optvq", "rvq", "vqvae2", "vqvae2_optvq", "video"])
 def test_a_stream_gives_the_whole_clip_however_it_is_cut(name):
     model, video = make(name), clip(7)[:1]
     with torch.no_grad():
