@@ -201,10 +201,11 @@ class TableQuantizer(Quantizer):
 
     kmeans_init: the first training batch (of all ranks, at most 8 vectors per code) sets the codebook; with deferred,
         in the first update(), so that the first step runs on the random one. A loaded codebook counts as started.
-    restart_below: after each update, a code with a lower average count per step becomes a random vector of the step,
-        the same on all ranks. Its count and sums are set along with it, to twice the threshold: else the next average
-        would bring the old vector back. Without any use it then lives log(2) / (1 - decay) steps. Vectors are drawn
-        with PyTorch's CPU generator, which a checkpoint holds.
+    restart_below: after each update, a code with a lower average count per step (the mean of all codes is vectors per
+        step / n_embed; a fifth of that works) becomes a random vector of the step, the same on all ranks. Its count
+        and sums are set along with it, to twice the threshold: else the next average would bring the old vector back.
+        Without any use it then lives log(2) / (1 - decay) steps. Vectors are drawn with PyTorch's CPU generator,
+        which a checkpoint holds.
     Each of the two adds one small entry to the state_dict where the published layout has no place for it.
     """
 
