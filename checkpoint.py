@@ -14,11 +14,13 @@ import re
 import struct
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import torch
 
 from model_dcae import DCAE, load_dcae
 from model_taehv import TAEHV, VARIANTS, adapt_state_dict, load_taehv
+from model_vq_latents import VQLatents
 from model_vqgan import VQGAN, load_vqgan
 from model_vqvae import VQVAE2, VqVae2, load_vqvae
 
@@ -33,7 +35,8 @@ class CheckpointError(Exception):
 # ---- models ------------------------------------------------------------------------------------------------------
 
 
-MODELS = {"taehv": TAEHV, "vqgan": VQGAN, "vqvae2": VQVAE2, "vqvae_video": VqVae2, "dcae": DCAE}
+MODELS = {"taehv": TAEHV, "vqgan": VQGAN, "vqvae2": VQVAE2, "vqvae_video": VqVae2, "vq_latents": VQLatents,
+          "dcae": DCAE}
 
 
 def build_model(name, config):
@@ -49,10 +52,10 @@ def build_model(name, config):
 
 def model_config(config):
     """The arguments of `build_model` that a training Config asks for."""
-    if config.model != "taehv":
-        return dict(config.net)
-    return dict(variant=config.variant, patch_size=config.patch_size or None,
-                latent_channels=config.latent_channels or None, **config.net)
+    taehv = dict(variant=config.variant, patch_size=config.patch_size or None,
+                 latent_channels=config.latent_channels or None)
+    around = {"taehv": taehv, "vq_latents": {"taehv": taehv}}.get(config.model, {})
+    return {**around, **config.net}
 
 
 def fingerprint(model, about=""):
@@ -109,6 +112,10 @@ def load_foreign(path, variant, overrides):
     if os.path.basename(path) == "model.pth" and os.path.isfile(beside):  # model.pth of a run folder of ours
         with open(beside, encoding="utf-8") as file:
             about = json.load(file)
+    if about.get("model") == "vq_latents":
+        model = VQLatents(**{**model_config(SimpleNamespace(**about)), **overrides})
+        model.load_state_dict(read(path))
+        return model.eval(), f"vq_latents ({about['variant']})"
     if path.endswith(".ckpt"):
         return load_vqgan(path, **overrides)
     names = " ".join(tensor_names(path))

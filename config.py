@@ -33,6 +33,8 @@ class Config:
     val_data: str = ""              # the same for validation; empty: val_fraction of the files of data
     val_fraction: float = 0.05      # part of the files held out, chosen by their names; 0: no validation
     val_clips: int = 64             # validation clips at most
+    max_val_images: int = 0         # frames in these clips at most; 0: as many as they have
+    val_metrics: str = ""           # what validation measures besides MSE, PSNR, SSIM and sharpness: "lpips,fid"
     val_clips_per_video: int = 2    # fixed clips of each validation video
     size: int = 128                 # height and width of training clips, pixels
     frames: int = 12                # frames per clip; 1: images
@@ -46,11 +48,12 @@ class Config:
     flip: bool = True               # left-right, half of the clips
     color_jitter: float = 0.0       # brightness, contrast, saturation by up to this factor, hue by a quarter of it
     blur: float = 0.0               # probability of a slight Gaussian blur
+    use_images: bool = False        # only the images of the data, each a clip of one frame
     image_sequences: bool = False   # make clips of several frames from unrelated images
     workers: int = -1               # data processes per rank; -1: by the number of cores
 
     # ---- model
-    model: str = "taehv"            # taehv, vqgan, vqvae2, vqvae_video or dcae
+    model: str = "taehv"            # taehv, vqgan, vqvae2, vqvae_video, vq_latents or dcae
     net: dict = dataclasses.field(default_factory=dict)  # arguments of the model's class; one of them: net.NAME=VALUE
     variant: str = "taehv"          # taehv: row of VARIANTS in model_taehv.py
     patch_size: int = 0             # taehv: pixels folded into channels at the border; 0: the variant's
@@ -133,6 +136,10 @@ PRESETS = {
     "vqgan_optvq": dict(VQGAN, net=dict(quantizer="optvq", num_head=4, n_embed=16384)),
     "vqvae2": dict(VQVAE2),
     "vqvae2_optvq": dict(VQVAE2, net=dict(quantizer="optvq")),
+    # Codes for the latents of a frozen TAEHV: add latent_cache=FOLDER init_from=FILE.pth (and variant=...). Only the
+    # quantizer and a small network behind it learn; pixel_weight=1 lets them learn through the decoder too.
+    "vq_latents": dict(model="vq_latents", batch_size=32, max_steps=20000, lr=1e-3, encoder_weight=1.0,
+                       pixel_weight=0.0, net=dict(quantizer="ema", n_embed=4096, kmeans_init=True, restart_below=0.1)),
     # A clip of 16 frames in one map of codes.
     "vqvae_video": dict(model="vqvae_video", net=dict(sequence_length=16), frames=16, size=128, lr=3e-4,
                         max_steps=50000, pixel_loss="l2"),
@@ -172,6 +179,8 @@ def load_config(arguments):
         values[key] = parse(key, text, kinds[key])
     config = Config(**values)
     config.name = config.name or preset
+    if config.use_images:
+        use_images(config, overrides)
     check(config)
     return config
 
@@ -181,6 +190,8 @@ def parse(key, text, kind):
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "on": True,
                     "false": False, "0": False, "no": False, "off": False}[text.lower()]
+        if kind is int and len(text) > 18:  # more than the machine's integers hold
+            raise ValueError
         return kind(text)
     except (ValueError, KeyError):
         meant = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
@@ -221,7 +232,7 @@ def parse_buckets(config):
 
 CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
-    "model": ("taehv", "vqgan", "vqvae2", "vqvae_video", "dcae"),
+    "model": ("taehv", "vqgan", "vqvae2", "vqvae_video", "vq_latents", "dcae"),
     "gan_loss": ("hinge", "vanilla"),
     "gan_norm": ("batch", "group", "none"),
     "gan_dims": (2, 3),
@@ -233,13 +244,21 @@ CHOICES = {
 }
 AT_LEAST = {0: "seed val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps lr_final "
                "lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight perceptual_weight "
-               "perceptual_frames seraena_weight seraena_lr vq_weight gan_weight gan_start gan_ramp gan_lr gan_lecam",
+               "perceptual_frames seraena_weight seraena_lr vq_weight max_val_images gan_weight gan_start gan_ramp "
+               "gan_lr gan_lecam",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
                "max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay", 0.9999: "beta1 beta2 ema_decay",
            2 ** 62: "seed"}
+
+
+def use_images(config, overrides):
+    """Images are clips of one frame."""
+    if config.image_sequences or any(re.match(r"(--)?(buckets|frames)=(?!1$)", o) for o in overrides):
+        raise ConfigError("use_images=true makes clips of one frame: leave out frames, buckets and image_sequences")
+    config.frames, config.buckets = 1, ""
 
 
 def check(config):
@@ -253,6 +272,8 @@ def check(config):
             for key in keys.split():
                 if not fits(float(getattr(config, key)), float(limit)):
                     raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
+    if wrong := [m for m in config.val_metrics.split(",") if m.strip() not in ("", "lpips", "fid")]:
+        raise ConfigError(f"val_metrics={config.val_metrics}: {wrong[0].strip()!r} is neither lpips nor fid")
     if config.min_frame_delta > config.max_frame_delta:
         raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
     if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
@@ -260,13 +281,23 @@ def check(config):
     if config.model != "taehv" and not (config.train_encoder and config.train_decoder):
         raise ConfigError(f"train_encoder=false or train_decoder=false with model={config.model}: only taehv can be "
                           "trained by halves")
-    if config.model != "taehv" and config.latent_cache:
-        raise ConfigError(f"latent_cache with model={config.model}: only taehv learns from a teacher")
+    if config.latent_cache and config.model not in ("taehv", "vq_latents"):
+        raise ConfigError(f"latent_cache with model={config.model}: only taehv and vq_latents learn from a teacher")
+    if config.model == "vq_latents":
+        check_vq_latents(config)
     if not (config.train_encoder or config.train_decoder):
         raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
     if config.latent_cache and config.buckets:
         raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
     parse_buckets(config)
+
+
+def check_vq_latents(config):
+    for key in ("gan_weight", "seraena_weight"):
+        if getattr(config, key) > 0:
+            raise ConfigError(f"{key}={getattr(config, key)} with model=vq_latents: its decoder is frozen, set it to 0")
+    if config.decoder_input != "own":
+        raise ConfigError("decoder_input=teacher with model=vq_latents: its decoder is frozen and gets its own latents")
 
 
 def usage():

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+CACHE = os.path.join(ROOT, "latent_cache.py")
+SMALL_CACHE = "--size 32 --frames 12 --clips 10 --shard-clips 4 --batch-size 2 --workers 0".split()
 
 
 def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
@@ -65,3 +67,24 @@ def mistake(capsys, monkeypatch, module, *arguments):
     output = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and len(output) == 1, output
     return output[0]
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """Weights of a TAEHV."""
+    import torch
+
+    from model_taehv import TAEHV
+
+    path = tmp_path_factory.mktemp("teacher") / "taehv.pth"
+    torch.manual_seed(3)
+    torch.save(TAEHV().state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def cache(clips, teacher, tmp_path_factory):
+    """A finished cache: 10 clips in 3 shards."""
+    folder = tmp_path_factory.mktemp("caches") / "cache"
+    run(CACHE, "--teacher", f"taehv:{teacher}", "--data", clips, "--out", folder, *SMALL_CACHE, cwd=folder.parent)
+    return str(folder)

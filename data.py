@@ -68,10 +68,15 @@ class Bucket(NamedTuple):
 # ---- finding -----------------------------------------------------------------------------------------------------
 
 
-def find_sources(data, data_root=""):
+def find_sources(data, data_root="", only_images=False):
     """Sources of a folder (recursive), of a single file, or of an annotation {"list": [{"path": "a.mp4"}, ...]}, whose
     paths are relative to `data_root` (default: the annotation's folder). Nothing is opened. DataError for none.
     """
+    if only_images:
+        images = [source for source in find_sources(data, data_root) if source.is_image]
+        if not images:
+            raise DataError(f"data: no image ({' '.join(IMAGE_SUFFIXES)}) in {data!r}, and use_images=true")
+        return images
     if not data:
         raise DataError("no data given: a folder, a file or an annotation .json is wanted")
     if not os.path.exists(data):

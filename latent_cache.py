@@ -152,10 +152,16 @@ class CachedClips:
 
     def share(self, rank, world, _):
         """This rank's part of up to `limit` clips, evenly spread: [{"video": uint8 T 3 H W, "latents": T' C h w}]."""
-        count = min(self.limit, len(self))
-        places = np.linspace(0, len(self) - 1, count).round().astype(int) if count else []
-        batches = [self.cache.read(self.indices[[place]]) for place in places[rank::world]]
+        batches = [self.cache.read(self.indices[[place]]) for place in self.spread(self.limit)[rank::world]]
         return [{"video": b["video"][0], "latents": b["latents"][0]} for b in batches]
+
+    def sample(self, limit):
+        """The latents of up to `limit` clips, evenly spread: N T' C h w, float32."""
+        return self.cache.read(self.indices[self.spread(limit)])["latents"].float()
+
+    def spread(self, limit):
+        count = min(limit, len(self))
+        return np.linspace(0, len(self) - 1, count).round().astype(int) if count else np.empty(0, int)
 
 
 def read_ahead(iterator, depth):

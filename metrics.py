@@ -1,7 +1,7 @@
-"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, sharpness, and exact sums of them over clips and ranks.
+"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, FID, sharpness, and exact sums of them over clips and ranks.
 
 All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
-This file works alone with torch; LPIPS needs losses.py beside it, and the package lpips.
+This file works alone with torch; LPIPS needs losses.py beside it and the package lpips, FID the package pytorch-fid.
 """
 import math
 
@@ -70,6 +70,54 @@ def load_lpips(net="alex", device="cpu"):
         a, b = (v.float().reshape(-1, *v.shape[-3:]) * 2 - 1 for v in (output, target))
         return model(a, b).view(output.shape[:-3])
     return distance, ""
+
+
+class FID:
+    """Frechet inception distance (Heusel et al. 2017) between all reconstructed and all original frames added.
+
+    network: B 3 H W in [0, 1] -> B features; `load_fid` gives pytorch-fid's, with which figures compare to published
+    ones. Covariances are those of the frames at hand: with fewer of them than features (2048) the figure is biased, and
+    compares only with others over as many.
+    """
+
+    def __init__(self, network, features=2048):
+        self.network = network
+        self.sums = torch.zeros(2, 1 + features + features * features, dtype=torch.float64)  # counts, sums, products
+
+    @torch.no_grad()
+    def add(self, output, target):
+        """output, target: N T 3 H W (or N 3 H W) in [0, 1]."""
+        for sums, frames in zip(self.sums, (output, target)):
+            found = self.network(frames.float().reshape(-1, *frames.shape[-3:])).double().cpu()
+            sums += torch.cat([found.new_tensor([len(found)]), found.sum(0), (found.t() @ found).flatten()])
+
+    def reduce(self, group=None):
+        """The distance; NaN of fewer than two frames."""
+        if group is not None:
+            torch.distributed.all_reduce(self.sums, group=group)
+        features = math.isqrt(self.sums.shape[1])
+        counts, sums, products = self.sums.split([1, features, features * features], 1)
+        if counts[0] < 2:
+            return float("nan")
+        means = sums / counts
+        (ours, theirs) = (products.view(2, features, features) - counts[:, :, None] * means[:, :, None] * means[:, None]
+                          ) / (counts[:, :, None] - 1)
+        values, vectors = torch.linalg.eigh(ours)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
+        overlap = torch.linalg.eigvalsh(root @ theirs @ root).clamp(min=0).sqrt().sum()  # trace of sqrt(ours theirs)
+        return ((means[0] - means[1]).square().sum() + ours.trace() + theirs.trace() - 2 * overlap).item()
+
+
+def load_fid(device="cpu"):
+    """(a function that makes FIDs, "") or (None, why it cannot be had). Needs the package pytorch-fid."""
+    try:
+        from pytorch_fid.inception import InceptionV3
+        network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().to(device)
+    except ImportError:
+        return None, "FID is left out: pip install pytorch-fid"
+    except OSError as error:  # URLError is one: no network
+        return None, f"FID is left out: the weights of its network could not be downloaded ({error})"
+    return lambda: FID(lambda frames: network(frames)[0].flatten(1)), ""
 
 
 class CodeStatistics:

@@ -4,7 +4,7 @@
     codes = model.tokenize(video)                    # N T 3 H W in [0, 1]  ->  [int64 N T' h w], coarse to fine
     video = model.detokenize(codes)                  # ... and back, clamped to [0, 1]
 
-This file works with torch and quantize.py beside it. State_dict names, shapes and results of VQVAE2 are those of
+This file works with torch, quantize.py beside it. State_dict names, shapes and results of VQVAE2 are those of
 github.com/vvvm23/vqvae-2 (after Razavi et al. 2019), names and shapes of VqVae2 those of models/vq_vae/vq_vae2 in
 github.com/zhangxuan1918/VqVaeVideo. What differs: videos are in [0, 1] (the networks see [-1, 1]; the second one was
 published for ImageNet's mean and deviation), and codebooks are those of quantize.py.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quantize import EMAQuantizer, SinkhornQuantizer, VectorQuantizer
+from quantize import EMAQuantizer, SinkhornQuantizer, TokenizerStream, VectorQuantizer
 
 
 def recomputed(block, x):
@@ -446,97 +446,6 @@ class VqVae2(Tokenizer):
 
 
 # ---- streams and weights -----------------------------------------------------------------------------------------
-
-
-class TokenizerStream:
-    """Encodes and decodes clips piece by piece, however the pieces are cut. For a model in eval mode.
-
-        stream = model.stream()
-        for frames in pieces:                                  # N t 3 H W, any t
-            show(stream.decode(stream.encode(frames)))         # or stream.detokenize(stream.tokenize(frames))
-        show(stream.flush())
-
-    Work is done on fixed groups of frames, counted from the clip's start, so the result does not depend on the cutting.
-    A call returns what is complete so far, possibly 0 frames; with last=True, what it takes ends the clip. A group is
-    one latent, or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy).
-    """
-
-    def __init__(self, model, memory_limit=None):
-        self.model, self.memory_limit = model, memory_limit
-        self._held = {}  # name of a call: what it has taken of an incomplete group
-
-    @torch.no_grad()
-    def encode(self, frames, last=False):
-        """Take N t 3 H W frames, return the latents N t' C h w that are complete."""
-        model, k, (n, _, _, height, width) = self.model, self.model.space_factor, frames.shape
-        nothing = frames.new_empty(n, 0, model.latent_channels, height // k, width // k)
-        groups = self._groups("encode", [frames], model.time_factor * self._latents(height, width), last)
-        return torch.cat([nothing, *(model.encode(*group) for group in groups)], 1)
-
-    @torch.no_grad()
-    def tokenize(self, frames, last=False):
-        """Take N t 3 H W frames, return the codes [int64 N t' h w] that are complete."""
-        model, (n, _, _, height, width) = self.model, frames.shape
-        nothing = [frames.new_empty(n, 0, height // k, width // k, dtype=torch.int64) for k in model.code_strides]
-        groups = self._groups("tokenize", [frames], model.time_factor * self._latents(height, width), last)
-        return [torch.cat(codes, 1) for codes in zip(nothing, *(model.tokenize(*group) for group in groups))]
-
-    def decode(self, latents, last=False):
-        """Take N t C h w latents, return the frames N t' 3 H W that are complete, in [0, 1]."""
-        return self._frames("decode", [latents], self.model.space_factor, lambda group: self.model.decode(*group), last)
-
-    def detokenize(self, codes, last=False):
-        """Take codes [int64 N t h w], return the frames N t' 3 H W that are complete, in [0, 1]."""
-        return self._frames("detokenize", codes, self.model.code_strides[0], self.model.detokenize, last)
-
-    @torch.no_grad()
-    def _frames(self, name, pieces, stride, call, last):
-        height, width = (size * stride for size in pieces[0].shape[-2:])
-        nothing = self.model.last_layer.new_empty(len(pieces[0]), 0, 3, height, width)
-        return torch.cat([nothing, *map(call, self._groups(name, pieces, self._latents(height, width), last))], 1)
-
-    def _latents(self, height, width):
-        """How many latents make a group."""
-        if self.memory_limit is None:
-            return 1
-        bytes_per_pixel = self.model.numbers_per_pixel * self.model.last_layer.element_size()
-        return max(1, self.memory_limit // (self.model.time_factor * bytes_per_pixel * height * width))
-
-    def _groups(self, name, pieces, size, last):
-        """Cut what is held and the pieces (tensors N t ..., of equal t) into groups of `size`, and hold the rest."""
-        held = self._held.pop(name, None)
-        pieces = [torch.cat(pair, 1) for pair in zip(held, pieces)] if held else pieces
-        end = pieces[0].shape[1] if last else pieces[0].shape[1] // size * size
-        if not last:
-            self._held[name] = [piece[:, end:] for piece in pieces]
-        return [[piece[:, k:k + size] for piece in pieces] for k in range(0, end, size)]
-
-    def flush_encoder(self):
-        """End of the clip: the remaining latents or codes; None if no frames were given."""
-        return self._flush("encode", "tokenize")
-
-    def flush_decoder(self):
-        """End of the clip: the remaining frames; None if no latents or codes were given."""
-        return self._flush("decode", "detokenize")
-
-    def _flush(self, *names):
-        for name in names:
-            if name in self._held:
-                nothing = [piece[:, :0] for piece in self._held[name]]
-                return getattr(self, name)(nothing if name == "detokenize" else nothing[0], last=True)
-        return None
-
-    def flush(self):
-        """End of the clip: the remaining frames if this stream was decoding, else the remaining latents or codes. The
-        stream is as new afterwards. ValueError if nothing was streamed."""
-        if not self._held:
-            raise ValueError("flush() of a stream that was given nothing")
-        rest = self.flush_encoder()
-        if not self._held:
-            return rest
-        if rest is None:
-            return self.flush_decoder()
-        return (self.decode if "decode" in self._held else self.detokenize)(rest, last=True)
 
 
 def recognise(weights):

@@ -27,18 +27,22 @@ class Objective:
     """
 
     def __init__(self, cfg, model, device, autocast):
-        self.cfg, self.model, self.autocast, self.together = cfg, model, autocast, False
+        self.cfg, self.model, self.device, self.autocast, self.together = cfg, model, device, autocast, False
         teacher, from_teacher = bool(cfg.latent_cache), cfg.decoder_input == "teacher"
+        self.requantizes = hasattr(model, "requantize")  # a tokenizer of latents, between a frozen encoder and decoder
+        if self.requantizes and not teacher:
+            raise ConfigError(f"model={cfg.model} needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
         if not teacher and (from_teacher or cfg.encoder_weight > 0):
             name = "decoder_input=teacher" if from_teacher else f"encoder_weight={cfg.encoder_weight}"
             raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
-        reaches_weights = cfg.train_decoder or cfg.train_encoder and not from_teacher
+        train_decoder = cfg.train_decoder and not self.requantizes
+        reaches_weights = train_decoder or cfg.train_encoder and not from_teacher
         self.pixels = reaches_weights and max(cfg.pixel_weight, cfg.perceptual_weight, cfg.seraena_weight) > 0
         self.latents = cfg.train_encoder and cfg.encoder_weight > 0
         if cfg.train_encoder and not self.latents and (from_teacher or not self.pixels):
             raise ConfigError("no term of the loss trains the encoder: set encoder_weight above 0, or "
                               "train_encoder=false")
-        if cfg.train_decoder and not self.pixels:
+        if train_decoder and not self.pixels:
             raise ConfigError("no term of the loss trains the decoder: set pixel_weight above 0, or "
                               "train_decoder=false")
         self.runs_encoder = self.latents or self.pixels and not from_teacher
@@ -53,11 +57,11 @@ class Objective:
         self.quantizers = quantizers(model)
         for quantizer in self.quantizers:
             quantizer.deferred = True  # learns in step(), where all ranks are, and not in the forward pass
+        self.code_counts = {}  # number of a quantizer: how often each of its codes was used since `codes_used`
         if self.quantizers:
             self.weights["vq_loss"] = cfg.vq_weight
         self.names = ["loss", *self.weights, *(["squared_error"] if self.pixels else []),
                       *(["adversarial_loss"] if self.adversary else []),
-                      *(["perplexity", "codebook_use"] if self.quantizers else []),
                       *(LATENT_FACTS[:2] if self.runs_encoder else []), *(LATENT_FACTS[2:] if teacher else [])]
         calls = (model.encode, model.decode, model)
         self.encode, self.decode, self.forward = (torch.compile(f) if cfg.compile else f for f in calls)
@@ -83,12 +87,15 @@ class Objective:
             if latents is None:
                 output, info = self.forward(video)
                 own = source = info["latents"]
+            elif self.requantizes:
+                own, info = model.requantize(latents)
+                source, output = own, self.decode(own) if self.pixels else None
             else:
                 own = self.encode(video) if self.runs_encoder else None
                 source = latents if cfg.decoder_input == "teacher" else own
                 output = self.decode(source) if self.pixels else None
         if self.quantizers:
-            values.update(vq_loss=info["vq_loss"], perplexity=info["perplexity"], codebook_use=info["usage"])
+            values["vq_loss"] = info["vq_loss"]
         if latents is not None:
             latents_count, frames_count = model.aligned(video.shape[1], latents.shape[1])
             values.update(teacher_mean=latents.mean(), teacher_square=latents.square().mean())
@@ -99,7 +106,7 @@ class Objective:
             values["encoder_loss"] = F.mse_loss(own[:, :latents_count], latents[:, :latents_count])
         if self.pixels:
             output = output.float()
-            if source is latents:
+            if source is latents or self.requantizes:
                 output = output[:, :frames_count]
                 target = model.targets(video, latents.shape[1])[:, :frames_count]
             else:
@@ -134,19 +141,30 @@ class Objective:
         for part in (self.seraena, self.adversary):
             if part:
                 part.step()
-        for quantizer in self.quantizers:
+        for i, quantizer in enumerate(self.quantizers):
             before = [buffer.clone() for buffer in quantizer.buffers()]
-            quantizer.update()
+            counts = quantizer.update()["counts"] * (1 - bad)
             for now, old in zip(quantizer.buffers(), before):
                 now.copy_(torch.where(bad > 0, old, now))
+            self.code_counts[i] = counts + (self.code_counts[i] if i in self.code_counts else 0)
+
+    def codes_used(self):
+        """{"codebook_use", "perplexity"} of all ranks' codes since the last call, means over the codebooks; or {}."""
+        if not self.code_counts:
+            return {}
+        shares = [counts / counts.sum(1, keepdim=True).clamp(min=1) for counts in self.code_counts.values()]
+        self.code_counts = {}
+        return {"codebook_use": torch.stack([(s > 0).float().mean() for s in shares]).mean().item(),
+                "perplexity": torch.stack([torch.special.entr(s).sum(1).exp().mean() for s in shares]).mean().item()}
 
     def state(self):
         """What a checkpoint keeps of it, the same on all ranks."""
         parts = {"seraena": self.seraena, "adversary": self.adversary}
-        return {name: part.training_state() for name, part in parts.items() if part}
+        return {"code_counts": self.code_counts, **{name: p.training_state() for name, p in parts.items() if p}}
 
     def load_state(self, state):
         """ConfigError if the state is of other discriminators."""
+        self.code_counts = {i: c.to(self.device) for i, c in state.get("code_counts", {}).items()}
         for name, part in {"seraena": self.seraena, "adversary": self.adversary}.items():
             if part and name in state:
                 try:
@@ -164,7 +182,7 @@ class Objective:
 
     def score(self, result):
         """What "best" means, from `evaluate`'s result: dB of the half that is trained, or of the whole."""
-        if not self.cfg.train_decoder and self.latents:
+        if not self.cfg.train_decoder and self.latents and not self.requantizes:
             return -10 * math.log10(max(result["latent_mse"], 1e-10))
         return result["psnr" if self.cfg.train_encoder or "teacher_psnr" not in result else "teacher_psnr"]
 
@@ -201,16 +219,18 @@ def make_adversary(cfg, model, device):
 
 
 @torch.no_grad()
-def evaluate(model, samples, device, autocast, control):
+def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=None):
     """Means over all ranks' clips, each counted once. All ranks call it.
 
     samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
     dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
     (frames at most 100 dB), "ssim", "sharpness" (variance of the Laplacian, all frames' over the originals'), "count";
-    for a tokenizer what `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
+    "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
+    `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
     latents, and "teacher_psnr", of decoding the teacher's.
     """
-    mean, shown = metrics.Mean("mse", "psnr", "ssim", "detail", "original_detail"), []
+    mean = metrics.Mean("mse", "psnr", "ssim", "detail", "original_detail", *(["lpips"] if lpips else []))
+    shown, fid = [], make_fid() if make_fid else None
     statistics = metrics.CodeStatistics(model.codebook_sizes) if hasattr(model, "tokenize") else None
     latents_mean, teacher_mean = metrics.Mean("latent_mse", *LATENT_FACTS), metrics.Mean("teacher_psnr")
     for sample in samples:
@@ -222,7 +242,10 @@ def evaluate(model, samples, device, autocast, control):
             statistics.add(info["codes"], video[:, :, 0].numel())
         mean.add(mse=metrics.mse(output, target), psnr=metrics.psnr(output, target).clamp(max=100),
                  ssim=metrics.ssim(output, target), detail=metrics.laplacian_variance(output),
-                 original_detail=metrics.laplacian_variance(target))
+                 original_detail=metrics.laplacian_variance(target),
+                 **({"lpips": lpips(output, target)} if lpips else {}))
+        if fid:
+            fid.add(output, target)
         if len(shown) < 4:
             shown.append((target[0].cpu(), output[0].cpu()))
         if "latents" not in sample:
@@ -245,6 +268,8 @@ def evaluate(model, samples, device, autocast, control):
             result.update(more)
     if statistics:
         result.update(statistics.reduce(control))
+    if fid:
+        result["fid"] = fid.reduce(control)
     return result, shown
 
 

@@ -158,7 +158,7 @@ class Quantizer(nn.Module):
             self.counts += counts
             self.observe(rows.detach(), codes)
             if not self.deferred:
-                statistics = self.update()
+                statistics = {key: value for key, value in self.update().items() if key in statistics}
         return quantized, {"vq_loss": loss, "codes": list(codes.unbind(1)), **statistics}
 
     def statistics(self, counts):
@@ -180,11 +180,12 @@ class Quantizer(nn.Module):
     def update(self):
         """Once per step, on all ranks: learn from what was collected on all of them, and forget it.
 
-        Returns the step's {"perplexity", "usage"}. In eval mode (a frozen quantizer) nothing is learned.
+        Returns the step's {"perplexity", "usage", "counts" (codes_per_position, num_codes)}, of all ranks. In eval mode
+        (a frozen quantizer) nothing is learned.
         """
         if self.training:
             self.learn(sum_over_ranks(self.counts))
-        statistics = self.statistics(self.counts)
+        statistics = {**self.statistics(self.counts), "counts": self.counts.clone()}
         self.begin()
         return statistics
 
@@ -528,7 +529,10 @@ class ResidualQuantizer(Quantizer):
                 continue
             starting = isinstance(layer, TableQuantizer) and layer.waits_for_start()
             statistics.append(layer.update())
-        return {key: torch.stack([s[key] for s in statistics]).mean() for key in statistics[0]}
+        counts = [s.pop("counts") for s in statistics]
+        counts += [torch.zeros_like(counts[0])] * (len(self.layers) - len(counts))
+        return {"counts": torch.cat(counts),
+                **{key: torch.stack([s[key] for s in statistics]).mean() for key in statistics[0]}}
 
 
 class FSQ(Quantizer):
@@ -566,3 +570,112 @@ class FSQ(Quantizer):
         quantized = straight_through(bounded, levels) / (self.levels // 2)
         codes = ((levels.long() + self.levels // 2) * self.radix).sum(1, keepdim=True)
         return self.project(self.proj_out, quantized), codes, rows.new_zeros(())
+
+
+# ---- what the tokenizers share -----------------------------------------------------------------------------------
+
+
+QUANTIZERS = {"vq": VectorQuantizer, "ema": EMAQuantizer, "optvq": SinkhornQuantizer, "rvq": ResidualQuantizer,
+              "fsq": FSQ}
+
+
+def make_quantizer(kind, dim, n_embed, beta, options):
+    """A quantizer by its short name. ValueError for an unknown name, or options that do not fit."""
+    if kind not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {kind!r}; there are {', '.join(QUANTIZERS)}")
+    book = {} if kind == "fsq" else {"n_embed": n_embed, "beta": beta}
+    try:
+        return QUANTIZERS[kind](dim=dim, **book, **options)
+    except TypeError as error:  # an option that it does not have, or that is missing
+        raise ValueError(f"quantizer {kind!r}: {error}") from None
+
+
+class TokenizerStream:
+    """Encodes and decodes clips piece by piece, however the pieces are cut. For a model in eval mode.
+
+        stream = model.stream()
+        for frames in pieces:                                  # N t 3 H W, any t
+            show(stream.decode(stream.encode(frames)))         # or stream.detokenize(stream.tokenize(frames))
+        show(stream.flush())
+
+    Work is done on fixed groups of frames, counted from the clip's start, so the result does not depend on the cutting.
+    A call returns what is complete so far, possibly 0 frames; with last=True, what it takes ends the clip. A group is
+    one latent, or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy).
+    """
+
+    def __init__(self, model, memory_limit=None):
+        self.model, self.memory_limit = model, memory_limit
+        self._held = {}  # name of a call: what it has taken of an incomplete group
+
+    @torch.no_grad()
+    def encode(self, frames, last=False):
+        """Take N t 3 H W frames, return the latents N t' C h w that are complete."""
+        model, k, (n, _, _, height, width) = self.model, self.model.space_factor, frames.shape
+        nothing = frames.new_empty(n, 0, model.latent_channels, height // k, width // k)
+        groups = self._groups("encode", [frames], model.time_factor * self._latents(height, width), last)
+        return torch.cat([nothing, *(model.encode(*group) for group in groups)], 1)
+
+    @torch.no_grad()
+    def tokenize(self, frames, last=False):
+        """Take N t 3 H W frames, return the codes [int64 N t' h w] that are complete."""
+        model, (n, _, _, height, width) = self.model, frames.shape
+        nothing = [frames.new_empty(n, 0, height // k, width // k, dtype=torch.int64) for k in model.code_strides]
+        groups = self._groups("tokenize", [frames], model.time_factor * self._latents(height, width), last)
+        return [torch.cat(codes, 1) for codes in zip(nothing, *(model.tokenize(*group) for group in groups))]
+
+    def decode(self, latents, last=False):
+        """Take N t C h w latents, return the frames N t' 3 H W that are complete, in [0, 1]."""
+        return self._frames("decode", [latents], self.model.space_factor, lambda group: self.model.decode(*group), last)
+
+    def detokenize(self, codes, last=False):
+        """Take codes [int64 N t h w], return the frames N t' 3 H W that are complete, in [0, 1]."""
+        return self._frames("detokenize", codes, self.model.code_strides[0], self.model.detokenize, last)
+
+    @torch.no_grad()
+    def _frames(self, name, pieces, stride, call, last):
+        height, width = (size * stride for size in pieces[0].shape[-2:])
+        nothing = self.model.last_layer.new_empty(len(pieces[0]), 0, 3, height, width)
+        return torch.cat([nothing, *map(call, self._groups(name, pieces, self._latents(height, width), last))], 1)
+
+    def _latents(self, height, width):
+        """How many latents make a group."""
+        if self.memory_limit is None:
+            return 1
+        bytes_per_pixel = self.model.numbers_per_pixel * self.model.last_layer.element_size()
+        return max(1, self.memory_limit // (self.model.time_factor * bytes_per_pixel * height * width))
+
+    def _groups(self, name, pieces, size, last):
+        """Cut what is held and the pieces (tensors N t ..., of equal t) into groups of `size`, and hold the rest."""
+        held = self._held.pop(name, None)
+        pieces = [torch.cat(pair, 1) for pair in zip(held, pieces)] if held else pieces
+        end = pieces[0].shape[1] if last else pieces[0].shape[1] // size * size
+        if not last:
+            self._held[name] = [piece[:, end:] for piece in pieces]
+        return [[piece[:, k:k + size] for piece in pieces] for k in range(0, end, size)]
+
+    def flush_encoder(self):
+        """End of the clip: the remaining latents or codes; None if no frames were given."""
+        return self._flush("encode", "tokenize")
+
+    def flush_decoder(self):
+        """End of the clip: the remaining frames; None if no latents or codes were given."""
+        return self._flush("decode", "detokenize")
+
+    def _flush(self, *names):
+        for name in names:
+            if name in self._held:
+                nothing = [piece[:, :0] for piece in self._held[name]]
+                return getattr(self, name)(nothing if name == "detokenize" else nothing[0], last=True)
+        return None
+
+    def flush(self):
+        """End of the clip: the remaining frames if this stream was decoding, else the remaining latents or codes. The
+        stream is as new afterwards. ValueError if nothing was streamed."""
+        if not self._held:
+            raise ValueError("flush() of a stream that was given nothing")
+        rest = self.flush_encoder()
+        if not self._held:
+            return rest
+        if rest is None:
+            return self.flush_decoder()
+        return (self.decode if "decode" in self._held else self.detokenize)(rest, last=True)

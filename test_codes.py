@@ -1,6 +1,8 @@
 """Tokenizers from the command line: training with codebooks and a discriminator, token files."""
 
 import os
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def test_two_ranks_learn_the_codebook_of_one_with_accumulation(clips, tmp_path):
 
 def test_a_resumed_run_with_codebook_and_discriminator_is_exact(tokenizer, clips):
     folder, output = tokenizer
-    assert "codebook use" in output and "bits per pixel" in output
+    assert re.search(r"codes used \d+\.\d %", output) and "codebook use" in output and "bits per pixel" in output
     common = [TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "val_fraction=0.3", "gan_start=2",
               "gan_ramp=2", "gan_norm=group", "val_every=3", "name=parts"]
     run(*common, "max_steps=3", ranks=2, cwd=folder)
@@ -113,6 +115,29 @@ def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, 
                                                           "--save-latents")
 
 
+def test_images_train_as_videos_do(clips, tmp_path, capsys, monkeypatch):
+    """A folder with videos and images: use_images takes the images, as clips of one frame."""
+    shutil.copytree(clips, tmp_path / "mixed")
+    for i, source in enumerate(data.find_sources(clips)):
+        frame = next(iter(data.VideoReader(source.path)))
+        data.cv2.imwrite(str(tmp_path / "mixed" / f"{i}.png"), frame[..., ::-1])
+    common = [TRAIN, "vqgan", *COMMON, *SMALL_NETS["vqgan"], "data=mixed", "use_images=true", "max_steps=2"]
+    common.remove("frames=2")
+    output = run(*common, "val_fraction=0.5", "max_val_images=2", "val_every=2", "name=a", cwd=tmp_path)
+    assert re.search(r"training: \d files, \d separate clips of 1 frames", output) and "over 2 frames" in output
+    held_out = re.search("held out: (.*)", output)[1].split(", ")
+    assert 2 <= len(held_out) < 6 and all(name.endswith(".png") for name in held_out)
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    for settings, words in (
+        (["data=mixed", "use_images=true", "frames=4"], "leave out frames"),
+        ([f"data={clips}", "use_images=true"], "no image"),
+        ([f"data={clips}", "val_metrics=ssimm"], "'ssimm' is neither lpips nor fid"),
+    ):
+        assert words in mistake(capsys, monkeypatch, train, "vqgan", "perceptual_weight=0", *settings)
+
+
 def test_mistakes_in_networks(clips, tmp_path, capsys, monkeypatch):
     import train
 
@@ -122,7 +147,7 @@ def test_mistakes_in_networks(clips, tmp_path, capsys, monkeypatch):
         (["net.ch=large size"], "net.ch=large size: a number"),
         (["size=40"], "takes multiples of 16"),
         (["train_encoder=false"], "only taehv can be trained by halves"),
-        (["latent_cache=x"], "only taehv learns from a teacher"),
+        (["latent_cache=x"], "only taehv and vq_latents learn from a teacher"),
         (["gan_loss=wgan"], "gan_loss=wgan"),
     ):
         error = mistake(capsys, monkeypatch, train, "vqgan", f"data={clips}", "perceptual_weight=0", *settings)

@@ -17,12 +17,11 @@ import infer
 import latent_cache
 import objective
 import train
-from conftest import ROOT, run, write_clip
+from conftest import CACHE, ROOT, SMALL_CACHE as SMALL, run, write_clip
 from model_taehv import TAEHV
 from teachers import TeacherError, load_teacher
 
-CACHE, TRAIN = os.path.join(ROOT, "latent_cache.py"), os.path.join(ROOT, "train.py")
-SMALL = ["--size", "32", "--frames", "12", "--clips", "10", "--shard-clips", "4", "--batch-size", "2", "--workers", "0"]
+TRAIN = os.path.join(ROOT, "train.py")
 DISTILL = [
     "taehv_distill",
     "size=32",
@@ -65,23 +64,6 @@ def revealing(folder, latents):
     path = folder / f"revealing{latents}.py"
     path.write_text(REVEALING.replace("LATENTS", str(latents)))
     return f"python:{path}:make"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """Weights of a TAEHV."""
-    path = tmp_path_factory.mktemp("teacher") / "taehv.pth"
-    torch.manual_seed(3)
-    torch.save(TAEHV().state_dict(), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def cache(clips, teacher, tmp_path_factory):
-    """A finished cache: 10 clips in 3 shards."""
-    folder = tmp_path_factory.mktemp("caches") / "cache"
-    run(CACHE, "--teacher", f"taehv:{teacher}", "--data", clips, "--out", folder, *SMALL, cwd=folder.parent)
-    return str(folder)
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------------

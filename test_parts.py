@@ -9,10 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+import urllib.error
 
 import cv2
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -438,6 +441,52 @@ def test_mean_counts_every_image_once():
     mean.add(a=torch.tensor([[1.0, 2.0]]))
     mean.add(a=torch.tensor([[6.0]]))
     assert mean.reduce() == {"a": 3.0, "count": 3}
+
+
+def test_fid_is_the_distance_of_two_gaussians():
+    generator, mixed = torch.Generator().manual_seed(0), torch.randn(6, 6, dtype=torch.float64)
+    ours = torch.randn(400, 6, generator=generator, dtype=torch.float64) @ mixed
+    theirs = torch.randn(400, 6, generator=generator, dtype=torch.float64) + 0.5
+    fid = metrics.FID(lambda frames: frames[:, 0, 0, :6], features=6)
+    for part in range(0, 400, 100):  # rows of pixels stand for features
+        a, b = (x[part : part + 100].view(50, 2, 1, 1, 6).expand(-1, -1, 3, 1, -1) for x in (ours, theirs))
+        fid.add(a, b)
+    covariances = [np.cov(x.numpy(), rowvar=False) for x in (ours, theirs)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = np.trace(covariances[0] + covariances[1] - 2 * root) + (ours - theirs).mean(0).square().sum().item()
+    assert abs(fid.reduce() - expected) < 1e-3 * expected  # frames become float32
+    assert np.isnan(metrics.FID(None, 6).reduce())
+
+
+def test_fid_is_there_or_says_how_to_get_it(monkeypatch):
+    network = types.ModuleType("pytorch_fid.inception")
+
+    class InceptionV3(torch.nn.Module):
+        BLOCK_INDEX_BY_DIM = {2048: 3}
+
+        def __init__(self, blocks):
+            super().__init__()
+            assert blocks == [3]
+
+        def forward(self, x):
+            return [F.adaptive_avg_pool2d(x, (16, 16)).flatten(1)[:, :, None, None].repeat(1, 3, 1, 1)[:, :2048]]
+
+    network.InceptionV3 = InceptionV3
+    monkeypatch.setitem(sys.modules, "pytorch_fid", types.ModuleType("pytorch_fid"))
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", network)
+    make, note = metrics.load_fid()
+    frames = torch.rand(2, 2, 3, 32, 32)
+    fid = make()
+    fid.add(frames, frames)
+    assert note == "" and abs(fid.reduce()) < 1e-3
+
+    def offline(self, blocks):
+        raise urllib.error.URLError("no network")
+
+    InceptionV3.__init__ = offline
+    assert metrics.load_fid()[0] is None and "no network" in metrics.load_fid()[1]
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", None)
+    assert metrics.load_fid() == (None, "FID is left out: pip install pytorch-fid")
 
 
 def test_lpips_is_there_or_says_how_to_get_it(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """The tokenizers: VQGAN, VQ-VAE-2 and VqVae2, against the published results, and the contract that they share."""
 
 import copy
-import inspect
 import json
 import os
 import shutil
@@ -465,8 +464,3 @@ def test_a_copied_file_works_with_quantize_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [os.path.basename(os.path.dirname(p)) for p in done.stdout.splitlines()] == ["model_vqgan", "model_vqvae"]
-
-
-def test_both_files_stream_alike():
-    """Either file must work without the other, so the class is there twice."""
-    assert inspect.getsource(model_vqgan.TokenizerStream) == inspect.getsource(model_vqvae.TokenizerStream)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data as datasets
+import metrics
 from config import ConfigError, exit_with_usage, load_config, parse_buckets
 from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, place,
                     synchronize, tune)
@@ -46,6 +47,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     model, origin = make_model(cfg, buckets)
     objective = Objective(cfg, model, device, autocast)
+    judges = load_judges(cfg, device)
     resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, log))
     if cfg.latent_cache:
         clips, val_clips, teacher, found = find_cached_clips(cfg, model, rank, world, control)
@@ -193,6 +195,7 @@ def train(cfg):
         if step % cfg.log_every == 0 or step == cfg.max_steps:
             *sums, good, bad_row, bad_all = tally.tolist()
             values = spread({name: s / good if good else math.nan for name, s in zip(objective.names, sums)})
+            values.update(objective.codes_used())
             synchronize(device)
             speed = clips_done / (time.monotonic() - since)
             log.scalars(step, "train", **values, gradient_norm=norm, learning_rate=learning_rate(cfg, step - 1),
@@ -208,7 +211,7 @@ def train(cfg):
                 give_up(f"the loss or a gradient was not finite {int(bad_row)} steps in a row",
                         "The weights are those from before. Try a lower lr, precision=fp32, or other data.")
         if len(val_clips) and (step == cfg.max_steps or step % cfg.val_every == 0 and not stopping):
-            result, shown = evaluate(average, val_share, device, autocast, control)
+            result, shown = evaluate(average, val_share, device, autocast, control, **judges)
             log(f"step {step}: validation {describe_validation(result)}")
             log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
             log.pictures(step, shown)
@@ -247,17 +250,32 @@ def make_model(cfg, buckets):
             raise ConfigError(f"size {bucket.size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
                               f"{model.space_factor}")
     if not cfg.init_from:
+        if cfg.model == "vq_latents":
+            raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
         return model, "from scratch"
     source, words = checkpoint.load_model(cfg.init_from)
-    given, own = source.state_dict(), model.state_dict()
+    target = model.taehv if cfg.model == "vq_latents" and words.split()[0] != "vq_latents" else model
+    given, own = source.state_dict(), target.state_dict()
     different = [k for k in own.keys() | given.keys()
                  if k not in own or k not in given or own[k].shape != given[k].shape]
     if different:
-        fit = "variant, patch_size and latent_channels" if cfg.model == "taehv" else "net.NAME=VALUE"
-        raise ConfigError(f"init_from={cfg.init_from} is {words}, which does not fit model={cfg.model} {model.config} "
+        fit = "variant, patch_size and latent_channels" if hasattr(target, "variant") else "net.NAME=VALUE"
+        raise ConfigError(f"init_from={cfg.init_from} is {words}, which does not fit model={cfg.model} {target.config} "
                           f"({min(different)} differs): set {fit} to match")
-    model.load_state_dict(given)
+    target.load_state_dict(given)
     return model, f"from {cfg.init_from}"
+
+
+def load_judges(cfg, device):
+    """The functions that `evaluate` takes for val_metrics; ConfigError for one that cannot be had."""
+    judges = {}
+    for name, keyword, load in (("lpips", "lpips", lambda: metrics.load_lpips(cfg.perceptual_net, device)),
+                                ("fid", "make_fid", lambda: metrics.load_fid(device))):
+        if name in cfg.val_metrics:
+            judges[keyword], problem = load()
+            if problem:
+                raise ConfigError(f"val_metrics={cfg.val_metrics}: {problem}")
+    return judges
 
 
 def find_resume(cfg, folder, log):
@@ -290,11 +308,16 @@ def find_clips(cfg, bucket, control):
     train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))
     augment = datasets.Augment(cfg.random_crop, cfg.min_crop, cfg.flip, cfg.color_jitter, cfg.blur)
     clips = datasets.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment, cfg.image_sequences)
-    val_clips = datasets.ValClips(val, bucket.size, bucket.frames, cfg.val_clips_per_video, cfg.val_clips,
-                                  cfg.image_sequences)
+    val_clips = datasets.ValClips(val, bucket.size, bucket.frames, cfg.val_clips_per_video,
+                                  val_limit(cfg, bucket.frames), cfg.image_sequences)
     if val and not len(val_clips):
         found.append(f"no validation: no held-out file gives clips of {bucket.frames} frames")
     return clips, val_clips, "", found
+
+
+def val_limit(cfg, frames):
+    """How many clips of `frames` frames validation may take."""
+    return min(cfg.val_clips, max(1, cfg.max_val_images // frames)) if cfg.max_val_images else cfg.val_clips
 
 
 def find_files(cfg, frames):
@@ -306,9 +329,9 @@ def find_files(cfg, frames):
             make_demo("demo_data")
         except OSError as error:
             raise datasets.DataError(f"data=demo: demo_data cannot be written here ({error})") from None
-    train, refused = datasets.probe(datasets.find_sources(data, cfg.data_root))
+    train, refused = datasets.probe(datasets.find_sources(data, cfg.data_root, cfg.use_images))
     if val_data:
-        val, more = datasets.probe(datasets.find_sources(val_data, cfg.data_root))
+        val, more = datasets.probe(datasets.find_sources(val_data, cfg.data_root, cfg.use_images))
         refused += more
     else:
         train, val = datasets.split_sources(train, cfg.val_fraction)
@@ -348,9 +371,12 @@ def find_cached_clips(cfg, model, rank, world, control):
             raise ConfigError(f"latent_cache={cache.path}: {error}") from None
         if cache.fingerprint != caches[0].fingerprint:
             raise ConfigError(f"val_data={cache.path} holds latents of another teacher than {cfg.latent_cache}")
-    clips, val_clips, held_out = caches[0].split(0 if cfg.val_data else cfg.val_fraction, cfg.seed, cfg.val_clips)
+    limit = val_limit(cfg, caches[0].frames)
+    clips, val_clips, held_out = caches[0].split(0 if cfg.val_data else cfg.val_fraction, cfg.seed, limit)
     if cfg.val_data:
-        val_clips = caches[1].all(cfg.seed, cfg.val_clips)
+        val_clips = caches[1].all(cfg.seed, limit)
+    if cfg.model == "vq_latents" and not model.scale:
+        model.calibrate(clips.sample(256))
     lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}",
              f"training: {len(clips)} clips, validation: {len(val_clips)}"]
     if held_out:
@@ -400,12 +426,17 @@ def describe_step(values):
     if "squared_error" in values:
         parts.append(f"psnr {-10 * math.log10(max(values['squared_error'], 1e-10)):.2f} dB")
     terms = [name for name in values if name.endswith("_loss")]
-    return ", ".join(parts + [f"{name.removesuffix('_loss')} {values[name]:.4f}" for name in terms if len(terms) > 1])
+    parts += [f"{name.removesuffix('_loss')} {values[name]:.4f}" for name in terms if len(terms) > 1]
+    if "codebook_use" in values:
+        parts.append(f"codes used {100 * values['codebook_use']:.1f} %")
+    return ", ".join(parts)
 
 
 def describe_validation(result):
     line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, "
-            f"sharpness {result['sharpness']:.3f} over {result['count']} frames")
+            f"sharpness {result['sharpness']:.3f}"
+            + "".join(f", {name} {result[name]:.4g}" for name in ("lpips", "fid") if name in result)
+            + f" over {result['count']} frames")
     if "codebook_use" in result:
         line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "
                  f"per pixel {result['bits_per_pixel']:.4f} ({result['entropy_bits_per_pixel']:.4f} entropy-coded)")

@@ -1,0 +1,207 @@
+"""A streaming video tokenizer from a frozen TAEHV: its latents, quantized, and a small network that mends the damage.
+
+    codes = model.tokenize(video)                    # N T 3 H W in [0, 1]  ->  [int64 N T/4 H/8 W/8, ...]
+    video = model.detokenize(codes)                  # ... and back, clamped to [0, 1]
+
+Only the quantizer and the rectifier behind it are trained, on latents (a latent cache holds them ready), which takes a
+small part of what training a VQGAN takes: the idea is ReVQ's (Zhang et al. 2025, "Quantize-then-Rectify"). What
+differs: the autoencoder is a causal one of videos, the rectifier a few convolutions over a latent and the one before
+it, so that a tokenizer of live video comes out, and any quantizer of quantize.py may be taken.
+
+This file works with torch, model_taehv.py and quantize.py beside it.
+Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C h w, the TAEHV's own.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model_taehv import TAEHV
+from quantize import make_quantizer
+
+
+class Rectifier(nn.Module):
+    """Quantized latents -> what to add to them: a residual network of 3x3 convolutions, which starts as zero.
+
+    x: B C h w, and `past`, the quantized latents before, of the same shape. Returns B C h w.
+    """
+
+    def __init__(self, channels, width, blocks):
+        super().__init__()
+        self.conv_in = nn.Conv2d(2 * channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+                                                  nn.Conv2d(width, width, 3, padding=1)) for _ in range(blocks))
+        self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x, past):
+        h = self.conv_in(torch.cat([x, past], 1))
+        for block in self.blocks:
+            h = h + block(h)
+        return self.conv_out(F.relu(h))
+
+
+class VQLatents(nn.Module):
+    """taehv: a dict of TAEHV's arguments; it is frozen, and its weights are to be loaded into `model.taehv`.
+
+    quantizer, n_embed, beta, **quantizer_options: as VQGAN has them. width, blocks: of the rectifier. `calibrate` comes
+    before any use: latents are quantized with zero mean and unit deviation. ValueError for what does not fit.
+    """
+
+    def __init__(self, taehv=None, quantizer="ema", n_embed=4096, beta=0.25, width=64, blocks=2, **quantizer_options):
+        super().__init__()
+        self.taehv = TAEHV(**(taehv or {})).requires_grad_(False)
+        if self.taehv.frames_to_trim != self.taehv.time_factor - 1:
+            raise ValueError("a preview decoder gives back too few frames for a tokenizer")
+        self.time_factor, self.space_factor = self.taehv.time_factor, self.taehv.space_factor
+        channels = self.latent_channels = self.taehv.latent_channels
+        if quantizer == "optvq" or quantizer_options.get("kind") == "sinkhorn":
+            quantizer_options.setdefault("eval_nearest", True)  # else a code depends on what else is encoded
+        self.quantize = make_quantizer(quantizer, channels, n_embed, beta, quantizer_options)
+        self.rectifier = Rectifier(channels, width, blocks)
+        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("scale", torch.zeros(()))  # 0: not calibrated
+        self.codebook_sizes = [self.quantize.num_codes] * self.quantize.codes_per_position
+        self.code_strides = [self.space_factor] * self.quantize.codes_per_position
+        self.gradient_checkpointing = False
+        self.config = dict(taehv=self.taehv.config, quantizer=quantizer, n_embed=n_embed, beta=beta, width=width,
+                           blocks=blocks, **quantizer_options)
+        # Frame counts and alignment are the TAEHV's.
+        self.latent_frames, self.frame_index = self.taehv.latent_frames, self.taehv.frame_index
+        self.aligned, self.targets = self.taehv.aligned, self.taehv.targets
+
+    @torch.no_grad()
+    def calibrate(self, latents):
+        """Set each channel's mean, and one deviation for all (distances keep their proportions), from N T C h w."""
+        centred = latents.float().movedim(2, -1)
+        self.shift.copy_(centred.mean((0, 1, 2, 3)))
+        self.scale.copy_((centred - self.shift).square().mean().sqrt().clamp(min=1e-6))
+
+    # ---- whole clips ----------------------------------------------------------------------------------------------
+
+    def requantize(self, latents):
+        """Latents N T C h w -> (what their codes give back, {"vq_loss", "perplexity", "usage", "codes"})."""
+        z = (latents.movedim(2, -1) - self.shift) / self.scale
+        vectors, info = self.quantize(z.movedim(-1, 1))  # N C T h w
+        return self.rectify(vectors.transpose(1, 2)), info
+
+    def rectify(self, vectors, past=None):
+        """Quantized vectors N T C h w, and those before them (N 1 C h w; None at a clip's start) -> latents."""
+        past = torch.zeros_like(vectors[:, :1]) if past is None else past
+        past = torch.cat([past, vectors[:, :-1]], 1)
+        better = vectors + self.rectifier(vectors.flatten(0, 1), past.flatten(0, 1)).unflatten(0, vectors.shape[:2])
+        return (better.movedim(2, -1) * self.scale + self.shift).movedim(-1, 2)
+
+    def encode(self, video):
+        """Video N T 3 H W in [0, 1] -> latents N T' C h w, quantized and rectified."""
+        return self.requantize(self.taehv.encode(video))[0]
+
+    def decode(self, latents):
+        """Latents N T C h w -> video, as TAEHV.decode."""
+        return self.taehv.decode(latents)
+
+    def forward(self, video):
+        """Returns (reconstruction, {"latents", "vq_loss", "perplexity", "usage", "codes"}); see `targets`."""
+        latents, info = self.requantize(self.taehv.encode(video))
+        return self.decode(latents), {"latents": latents, **info}
+
+    @torch.no_grad()
+    def tokenize(self, video):
+        """Video -> [int64 N T' h w], one tensor for each head or residual depth of the quantizer. In eval mode."""
+        return self.requantize(self.taehv.encode(video))[1]["codes"]
+
+    @torch.no_grad()
+    def detokenize(self, codes):
+        """What `tokenize` gave -> video, that of `decode(encode(video))`."""
+        return self.decode(self.rectify(self.vectors(codes)))
+
+    def vectors(self, codes):
+        """[int64 N T h w] -> quantized vectors N T C h w."""
+        return self.quantize.codes_to_vectors(codes).transpose(1, 2).to(self.rectifier.conv_in.weight.dtype)
+
+    def stream(self, memory_limit=None, total_latents=None):
+        """A VQLatentsStream; both arguments are TAEHV.stream's."""
+        return VQLatentsStream(self, memory_limit, total_latents)
+
+
+class VQLatentsStream:
+    """Encodes and decodes clips piece by piece, however the pieces are cut. For a model in eval mode.
+
+        stream = model.stream()
+        for frames in pieces:                                  # N t 3 H W, any t
+            show(stream.detokenize(stream.tokenize(frames)))   # or stream.decode(stream.encode(frames))
+        show(stream.flush())
+
+    A TAEHVStream with the quantizer in its middle, which works latent by latent: results do not depend on the cutting.
+    """
+
+    def __init__(self, model, memory_limit=None, total_latents=None):
+        self.model, self._arguments = model, (memory_limit, total_latents)
+        self._frames = model.taehv.stream(memory_limit, total_latents)
+        self._past = {"encode": None, "detokenize": None}  # the newest quantized vectors in each direction
+        self._gives_codes = self._takes_codes = self._decoding = False
+
+    def encode(self, frames):
+        """Take N t 3 H W frames, return the latents N t' C h w that are complete."""
+        self._gives_codes = False
+        return self._coded(self._frames.encode(frames))
+
+    def tokenize(self, frames):
+        """Take N t 3 H W frames, return the codes [int64 N t' h w] that are complete."""
+        self._gives_codes = True
+        return self._coded(self._frames.encode(frames))
+
+    def decode(self, latents):
+        """Take N t C h w latents, return the frames N t' 3 H W that are complete, in [0, 1]."""
+        self._takes_codes, self._decoding = False, True
+        return self._frames.decode(latents)
+
+    @torch.no_grad()
+    def detokenize(self, codes):
+        """Take codes [int64 N t h w], return the frames N t' 3 H W that are complete, in [0, 1]."""
+        self._takes_codes = self._decoding = True
+        n, count, h, w = codes[0].shape
+        latents = [self._rectified("detokenize", self.model.vectors([c[:, k:k + 1] for c in codes]))
+                   for k in range(count)]
+        empty = self.model.rectifier.conv_in.weight.new_empty(n, 0, self.model.latent_channels, h, w)
+        return self._frames.decode(torch.cat([empty, *latents], 1))
+
+    @torch.no_grad()
+    def _coded(self, latents):
+        """A TAEHV's latents -> what this stream gives for them, codes or latents."""
+        model, codes, done = self.model, [], []
+        for latent in latents.split(1, 1) if latents.shape[1] else ():
+            z = (latent.movedim(2, -1) - model.shift) / model.scale
+            codes.append(model.quantize(z.movedim(-1, 1))[1]["codes"])
+            if not self._gives_codes:
+                done.append(self._rectified("encode", model.vectors(codes[-1])))
+        if not self._gives_codes:
+            return torch.cat([latents[:, :0], *done], 1)
+        nothing = [latents[:, :0, 0].long()] * len(model.codebook_sizes)
+        return [torch.cat(parts, 1) for parts in zip(nothing, *codes)]
+
+    def _rectified(self, direction, vectors):
+        latent = self.model.rectify(vectors, self._past[direction])
+        self._past[direction] = vectors
+        return latent
+
+    def flush_encoder(self):
+        """End of the clip: the remaining latents or codes; None if no frames were given."""
+        rest = self._frames.flush_encoder()
+        return None if rest is None else self._coded(rest)
+
+    def flush_decoder(self):
+        """End of the clip: the remaining frames; None if no latents or codes were given."""
+        return self._frames.flush_decoder()
+
+    def flush(self):
+        """End of the clip: the remaining frames if this stream was decoding, else the remaining latents or codes. The
+        stream is as new afterwards. ValueError if nothing was streamed."""
+        rest = self.flush_encoder()
+        if rest is None and not self._decoding:
+            raise ValueError("flush() of a stream that was given nothing")
+        if self._decoding:
+            frames = [] if rest is None else [(self.detokenize if self._takes_codes else self.decode)(rest)]
+            rest = torch.cat([*frames, self.flush_decoder()], 1)
+        self.__init__(self.model, *self._arguments)
+        return rest
