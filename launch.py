@@ -1,0 +1,447 @@
+"""Train several tasks from one JSON file over this machine's GPUs.
+
+    python launch.py tasks.json                    # all GPUs; on a machine without, one task at a time
+    python launch.py tasks.json --gpus 0,1,2,3     # these, as CUDA_VISIBLE_DEVICES names them
+    python launch.py tasks.json --slots 2          # no GPUs (a CPU, say): two places instead
+    python launch.py tasks.json --dry-run          # check everything, show the commands, start nothing
+
+    {"tasks": [
+        {"name": "wide", "preset": "taehv", "overrides": {"data": "videos/", "lr": 1e-4}, "gpus": 2},
+        {"name": "codes", "preset": "vqgan", "overrides": {"data": "videos/", "net.ch": 64, "net.ch_mult": [1, 2, 4]}}
+    ]}
+
+`overrides` are settings of config.py; without `gpus` a task gets one. Each task is its own torchrun with the run folder
+runs/NAME, where launch.log holds what it prints. Whenever GPUs are free, the first waiting task that fits them starts:
+a small one may overtake a large one. A task that fails leaves the others alone. Ctrl-C or SIGTERM: all save and end; a
+second, two seconds later or more, kills them. The same command again goes on, and passes over what is finished.
+
+Exit code: 0 all done; 1 a task failed, as the last line says; 2 a mistake in the file or command; 130 interrupted.
+"""
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+from config import PRESETS, Config, ConfigError, load_config, nearest
+
+TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+LINUX = sys.platform == "linux"
+NUMBER = r"-?\d+\.\d+|-?inf|nan"
+LINES = [re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d " + words) for words in (  # of train.log, see train.py
+    rf"step (?P<step>\d{{1,12}}): loss (?P<loss>{NUMBER})(?:.*, (?P<speed>{NUMBER}) clips/s)?",
+    rf"step \d+: validation psnr (?P<psnr>{NUMBER}) dB",
+    r"resumed from .* at step (?P<step>\d{1,12})$",
+    r"(?P<ending>done|nothing to do|stopped by a signal)\b")]
+
+
+@dataclasses.dataclass
+class Task:
+    """One entry of the file, and what has become of it."""
+    name: str
+    arguments: list             # of train.py
+    gpus: int
+    config: Config
+    folder: str                 # its run folder
+    state: str = "queued"       # queued, running, done, failed or stopped
+    note: str = ""
+    devices: tuple = ()         # those it has while it runs
+    process: object = None      # its torchrun
+    mark: str = ""              # in the environment of all its processes
+    log: object = None          # launch.log, open and locked ...
+    log_start: int = 0          # ... where what this launch adds begins
+    read: int = 0               # bytes of train.log that are in `seen`
+    seen: dict = dataclasses.field(default_factory=dict)  # the newest step, loss, speed, psnr, ending: texts
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
+def read_tasks(path):
+    """[Task, ...] of a JSON file; ConfigError, naming the task, for whatever is wrong with it."""
+    with open(path, "rb") as file:
+        raw = file.read((1 << 20) + 1)
+    if len(raw) > 1 << 20:
+        raise ConfigError(f"{path}: more than 1 MiB is no file of tasks")
+    try:
+        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("tasks", []), list):
+        raise ConfigError(f'{path}: {{"tasks": [...]}} is wanted; see --help')
+    only_keys(content, ["tasks"])
+    tasks, taken = [], set()
+    for number, entry in enumerate(content.get("tasks", []), 1):
+        where = f"task {number}"
+        try:
+            if not isinstance(entry, dict):
+                raise ConfigError('an object {"name": ..., "preset": ...} is wanted')
+            where += f" ({entry['name'][:50]})" if isinstance(entry.get("name"), str) else ""
+            task = make_task(**only_keys(entry, ["name", "preset", "overrides", "gpus"]))
+            for own in (("name", task.name), ("run folder", os.path.realpath(task.folder))):
+                if own in taken:
+                    raise ConfigError(f"the {own[0]} {own[1]} is another task's already")
+                taken.add(own)
+        except (ConfigError, OverflowError, RecursionError) as error:  # a number of 400 digits, a list 900 deep
+            raise ConfigError(f"{path}: {where}: {error}") from None
+        tasks.append(task)
+    if not tasks:
+        raise ConfigError(f"{path} holds no tasks")
+    return tasks
+
+
+def without_repeats(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key twice in {{{', '.join(key for key, _ in pairs)}}}")
+    return dict(pairs)
+
+
+def only_keys(given, known):
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{nearest(key, known)}; there are {', '.join(known)}")
+    return given
+
+
+def make_task(name=None, preset=None, gpus=1, overrides=None):
+    """A Task, its settings checked by config.py and its data looked for."""
+    overrides = {} if overrides is None else overrides
+    for key, value, kind, words in (("name", name, str, "a text"), ("preset", preset, str, "a text"), (
+            "gpus", gpus, int, "a whole number"), ("overrides", overrides, dict, 'an object like {"lr": 1e-4}')):
+        if type(value) is not kind:
+            raise ConfigError(f"{key}={json.dumps(value)[:50]}: {words} is wanted")
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+    if gpus < 1:
+        raise ConfigError(f"gpus={gpus}: at least 1 is wanted")
+    arguments = [preset, *(as_argument(key, value) for key, value in overrides.items()), f"name={name}"]
+    config = load_config(arguments)
+    if not name:
+        raise ConfigError("a name is wanted")
+    if config.device.startswith("cuda:"):
+        raise ConfigError(f"device={config.device}: launch.py chooses the GPUs; set gpus, and leave device=auto")
+    if not config.data and not config.latent_cache:
+        raise ConfigError("no data given: set data or latent_cache in its overrides")
+    for key in ("data", "val_data", "data_root", "latent_cache"):
+        path = getattr(config, key)
+        if path and not os.path.exists(path) and (key, path) != ("data", "demo"):
+            raise ConfigError(f"{key}: {path!r} does not exist")
+    return Task(name, arguments, gpus, config, os.path.join(config.out_dir, name))
+
+
+def as_argument(key, value):
+    """("lr", 1e-4) -> "lr=0.0001", as train.py takes it."""
+    if not re.fullmatch(r"\w+(\.\w+)?", key) or key == "name":
+        raise ConfigError(f"overrides: {key!r} is no setting, or not one to set here{nearest(key, vars(Config()))}")
+    if type(value) is list and key.startswith("net.") and all(type(v) in (int, float, bool) for v in value):
+        value = str(tuple(value))
+    if type(value) is bool:
+        value = str(value).lower()
+    if type(value) not in (int, float, str) or type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{key}={json.dumps(value)[:50]}: a finite number, true, false or a text is wanted"
+                          + ", or a list of numbers" * key.startswith("net."))
+    if not re.fullmatch("[^\0\ud800-\udfff]{0,4096}", str(value)):  # no command line can hold it
+        raise ConfigError(f"{key}={value!r:.50}: a text of up to 4096 characters is wanted")
+    return f"{key}={value}"
+
+
+def finished(task):
+    """True if its folder holds the checkpoint of the last step of exactly these settings: train.py would say "nothing
+    to do". Whatever else is there train.py has to judge."""
+    try:
+        with open(os.path.join(task.folder, "config.json"), encoding="utf-8") as file:
+            same = json.load(file) == json.loads(json.dumps(dataclasses.asdict(task.config)))
+        names = [re.fullmatch(r"step_(\d{8,12})\.pt", name) for name in os.listdir(task.folder)]
+    except (OSError, ValueError, RecursionError):
+        return False
+    return task.config.resume == "auto" and same and any(n and int(n[1]) >= task.config.max_steps for n in names)
+
+
+# ---- devices and processes ---------------------------------------------------------------------------------------
+
+
+def visible_gpus():
+    """The GPUs that PyTorch sees, as CUDA_VISIBLE_DEVICES names them: ["0", "1"]."""
+    count = "import torch; print(torch.cuda.device_count())"  # in a process of its own: its memory goes with it
+    output = subprocess.run([sys.executable, "-c", count], check=True, stdout=subprocess.PIPE, text=True).stdout
+    count = int(output.split()[-1])
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+
+
+def find_devices(gpus, slots):
+    """(devices to share out, whether they are GPUs) for --gpus and --slots, None where not given."""
+    if slots is not None:
+        if not 1 <= slots <= 1024:
+            raise ConfigError(f"--slots {slots}: 1 to 1024 is wanted")
+        return [str(slot) for slot in range(slots)], False
+    present = visible_gpus()
+    if gpus is None:
+        return present or ["0"], bool(present)
+    wanted = [gpu.strip() for gpu in gpus.split(",")]
+    if len(set(wanted)) < len(wanted) or not set(wanted) <= set(present):
+        raise ConfigError(f"--gpus {gpus}: each once, of those that PyTorch sees ({','.join(present) or 'none'})")
+    return wanted, True
+
+
+def train_command(task):
+    """torchrun on a free port of this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(task.gpus), TRAIN,
+            *task.arguments]
+
+
+def claim(task):
+    """Lock its launch.log for as long as any of its processes lives: no two launches, nor a new one and the remains of
+    an old one, shall train in one folder."""
+    os.makedirs(task.folder, exist_ok=True)
+    task.log = open(os.path.join(task.folder, "launch.log"), "ab")  # noqa: SIM115 (its processes write to it)
+    try:
+        fcntl.flock(task.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"task {task.name}: {task.folder} is in use by another launch.py or what it left") from None
+
+
+def start(task, devices, on_gpus, command):
+    """Start it in a session of its own: a terminal's Ctrl-C reaches launch.py alone."""
+    launcher = os.getpid()
+
+    def end_with_launcher():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: kill -9 of launch.py ends its tasks too
+        if os.getppid() != launcher:
+            os._exit(1)
+
+    words, mark = command(task), uuid.uuid4().hex
+    environment = {"TQDM_MININTERVAL": "30", **os.environ, "PYTHONUNBUFFERED": "1", "LAUNCH_TASK": mark}
+    if on_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    task.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(words)}\n".encode(errors="replace"))
+    task.log.flush()
+    task.log_start, task.mark = task.log.tell(), f"LAUNCH_TASK={mark}".encode()
+    follow(task)
+    task.seen.update(ending="", speed="")
+    task.process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=task.log,
+                                    stderr=subprocess.STDOUT, start_new_session=True,
+                                    preexec_fn=end_with_launcher if LINUX else None)  # noqa: PLW1509 (no threads here)
+    task.state, task.devices, task.note = "running", tuple(devices), on_gpus * f"GPU {','.join(devices)}"
+
+
+def members(task):
+    """{pid: parent's pid} of its processes, by the mark in their environments: torchrun gives each rank a session of
+    its own, and orphans have another parent. Where there is no /proc: torchrun alone."""
+    if not LINUX:
+        return {task.process.pid: 0} if task.process.poll() is None else {}
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as environment, open(f"/proc/{pid}/stat", "rb") as stat:
+                if task.mark in environment.read().split(b"\0"):
+                    found[int(pid)] = int(stat.read().rpartition(b")")[2].split()[1])
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def send(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def ask_to_end(task):
+    """SIGTERM for its ranks: they save and end, and so does torchrun, which itself would kill them after 30 seconds. It
+    gets the signal while it has no ranks yet."""
+    ranks = [pid for pid, parent in members(task).items() if parent == task.process.pid]
+    send(ranks or [task.process.pid], signal.SIGTERM)
+
+
+def kill(task):
+    """End whatever is left of it."""
+    limit = time.monotonic() + 5  # what is stuck in a driver dies when that lets it
+    while (left := members(task)) and time.monotonic() < limit:
+        send(left, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def finish(task, stopping):
+    """Its torchrun has ended: what of? Free its devices."""
+    kill(task)
+    follow(task)
+    task.log.close()
+    code, ending, task.devices, task.note = task.process.returncode, task.seen["ending"], (), ""
+    if ending.startswith("stopped") or stopping and not ending:
+        task.state = "stopped"
+    elif code:
+        task.state, task.note = "failed", f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
+    else:
+        task.state = "done"
+
+
+def run_all(tasks, devices, on_gpus, command):
+    """Run them to their ends. Returns whether a signal cut that short."""
+    screen, told, signals = Screen(tasks), False, []  # signals: when they came
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: signals.append(time.monotonic()))
+    while True:
+        stopping = bool(signals)  # asked once per turn: one may come at any line
+        hard = stopping and signals[-1] - signals[0] > 2  # launchers repeat a signal: those count as one
+        for task in [t for t in tasks if t.state == "running"]:
+            if hard:
+                kill(task)
+            if task.process.poll() is not None:
+                finish(task, stopping)
+            else:
+                follow(task)
+                if stopping and not told:
+                    task.note = "saves and ends"
+                    ask_to_end(task)
+        told = stopping
+        for task in [t for t in tasks if t.state == "queued"]:
+            free = [d for d in devices if not any(d in other.devices for other in tasks)]
+            if stopping:
+                task.state = "stopped"
+            elif task.gpus <= len(free):
+                try:
+                    start(task, free[:task.gpus], on_gpus, command)
+                except OSError as error:  # no memory, no more processes
+                    task.state, task.note = "failed", f"cannot be started: {error.strerror}"
+        states = [t.state for t in tasks]
+        screen.show(f"{states.count('running')} running, {states.count('queued')} queued; "
+                    + ("Ctrl-C again kills" if stopping else "Ctrl-C saves and ends"))
+        if "running" not in states and "queued" not in states:
+            return stopping
+        time.sleep(0.1)
+
+
+# ---- what people see ---------------------------------------------------------------------------------------------
+
+
+def follow(task):
+    """Take in the whole lines that train.log has gained, of its last megabyte."""
+    try:
+        with open(os.path.join(task.folder, "train.log"), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            task.read = file.seek(max(task.read if task.read <= size else 0, size - (1 << 20)))
+            lines, newline, _ = file.read(1 << 20).rpartition(b"\n")
+    except OSError:
+        return
+    task.read += len(lines + newline)
+    for line in lines.decode("utf-8", "replace").split("\n"):
+        for match in filter(None, (pattern.match(line) for pattern in LINES)):
+            task.seen.update({key: text for key, text in match.groupdict().items() if text})
+
+
+class Screen:
+    """The table: redrawn in place on a terminal; elsewhere a line per change of state, and every minute."""
+
+    def __init__(self, tasks):
+        self.tasks, self.width = tasks, max(len("task"), *(len(task.name) for task in tasks))
+        self.live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self.shown, self.drawn, self.next = {}, 0, 0.0
+
+    def row(self, name, state, step, loss, psnr, speed, note):
+        return f"{name:{self.width}}  {state:7} {step:>15} {loss:>9} {psnr:>7} {speed:>8}  {note}".rstrip()
+
+    def show(self, words):
+        """Bring it up to date; `words` stand below it on a terminal."""
+        new = {t.name: (t.state, t.note) for t in self.tasks}
+        due = time.monotonic() >= self.next
+        if new == self.shown and not due:
+            return
+        self.next = time.monotonic() + (1 if self.live else 60)
+        tasks = [t for t in self.tasks if self.live or self.shown.get(t.name) != new[t.name]
+                 or due and t.state == "running"]
+        self.shown, (columns, height) = new, shutil.get_terminal_size()
+        if self.live and len(tasks) > height - 3:  # those that run first; the last do not show
+            tasks = sorted(tasks, key=lambda t: t.state != "running")[:max(1, height - 3)]
+        rows = [self.row(t.name, t.state, f"{t.seen.get('step', 0)}/{t.config.max_steps}", t.seen.get("loss", ""),
+                         t.seen.get("psnr", ""), t.seen.get("speed", "") * (t.state == "running"), t.note)
+                for t in tasks]
+        header = self.row("task", "state", "step", "loss", "PSNR", "clips/s", "")
+        if self.live:
+            lines = [line[:columns - 1] for line in (header, *rows, words)]
+            text = f"\x1b[{self.drawn}F" * (self.drawn > 0) + "\x1b[K" + "\n\x1b[K".join(lines) + "\n\x1b[J"
+        else:
+            lines = [f"{time.strftime('%H:%M:%S')} {row}" for row in rows]
+            text = "\n".join([f"{'time':8} {header}"] * (not self.drawn) + lines) + "\n"
+        self.drawn = len(lines)
+        with contextlib.suppress(OSError):  # a full disk, a closed terminal: training matters more
+            print(text, end="", flush=True)
+
+
+def last_lines(task):
+    """The end of what it printed, without progress bars and torchrun's own report."""
+    with open(os.path.join(task.folder, "launch.log"), "rb") as file:
+        file.seek(max(task.log_start, file.seek(0, os.SEEK_END) - (1 << 16)))
+        lines = [line.rstrip("\r").split("\r")[-1] for line in file.read().decode("utf-8", "replace").split("\n")]
+    report = next((i for i, line in enumerate(lines) if "failed (exitcode:" in line), len(lines))
+    return [plain(line) for line in lines[:report] if line.strip()][-12:]
+
+
+def plain(text):
+    """Without control characters, of bounded length."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:400])
+
+
+def report(tasks):
+    """Say how it ended."""
+    failed = [task for task in tasks if task.state == "failed"]
+    for task in failed:
+        print(f"\n{task.name}: {task.note}; the end of {task.folder}/launch.log:", *last_lines(task), sep="\n    ")
+    stopped = [task.name for task in tasks if task.state == "stopped"]
+    if stopped:
+        print(f"stopped: {', '.join(stopped)}; the same command goes on from there")
+    if failed:
+        print(f"failed: {', '.join(f'{task.name} ({task.folder}/launch.log)' for task in failed)}")
+
+
+def main(arguments=None, command=train_command):
+    """Returns the exit code. `command` makes the command line of a Task."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", metavar="tasks.json")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--gpus", metavar="LIST", help="GPUs to use (default: all)")
+    places.add_argument("--slots", type=int, metavar="N", help="places for tasks, without giving out GPUs")
+    parser.add_argument("--dry-run", action="store_true", help="check, and show what would run")
+    options = parser.parse_args(arguments)
+    try:
+        tasks = read_tasks(options.tasks)
+        devices, on_gpus = find_devices(options.gpus, options.slots)
+        for task in tasks:
+            if task.gpus > len(devices):
+                raise ConfigError(f"task {task.name}: gpus={task.gpus} of {len(devices)}"
+                                  + ("" if on_gpus else " (without GPUs: --slots)"))
+            if finished(task):
+                task.state, task.note = "done", "nothing to do"
+            follow(task)
+        waiting = [task for task in tasks if task.state == "queued"]
+        if options.dry_run:
+            for task in tasks:
+                print(f"{task.name}: {task.note or shlex.join(command(task))}")
+            return 0
+        for task in waiting:
+            claim(task)
+        if any(task.config.data == "demo" for task in waiting):
+            from synthetic import make_demo  # here, as it needs OpenCV
+            make_demo("demo_data")  # before two tasks make it at once
+    except (ConfigError, OSError) as error:
+        print(f"launch.py: {plain(str(error))}", file=sys.stderr)
+        return 2
+    interrupted = run_all(tasks, devices, on_gpus, command)
+    report(tasks)
+    return 130 if interrupted else int(any(task.state != "done" for task in tasks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
