@@ -15,6 +15,8 @@ from tqdm import tqdm
 import report
 from device import synchronize
 from latent_file import LatentReader
+from model_dcae import DCAE
+from tiling import Tiled
 from token_file import TokenReader
 
 TOKENS = ".tokens"
@@ -27,12 +29,15 @@ class InputError(Exception):
 class Job(NamedTuple):
     """What all inputs of a command share. model_hash: of the weights as they were loaded, whatever the precision."""
     model: torch.nn.Module
+    tiled: object  # a Tiled of the model, or None
     model_hash: str
     device: torch.device
     dtype: torch.dtype
     lpips: object
     teacher: object
     options: argparse.Namespace
+    fid: object = None   # a metrics.FID, or None
+    fid_frames: int = 0  # how many frames of each input it gets
 
 
 class Codec:
@@ -46,7 +51,7 @@ class Codec:
         self.tokens = hasattr(job.model, "tokenize")
         # A GPU wants several latents at a time; a CPU is fastest with one.
         limit = 1 << 31 if job.device.type == "cuda" else None
-        self.stream = job.model.stream(memory_limit=limit, total_latents=total_latents)
+        self.stream = (job.tiled or job.model).stream(memory_limit=limit, total_latents=total_latents)
         self.seconds = {"encode": 0.0, "decode": 0.0}
 
     def timed(self, kind, call, *arguments):
@@ -71,6 +76,20 @@ class Codec:
 
     def flush_decoder(self):
         return self.timed("decode", self.stream.flush_decoder)
+
+
+def tile(model, options):
+    """A Tiled of the model as the command's --tile, --tile-frames and --tile-overlap say; None where all is off, as it
+    is by default for all models but the DCAE, which takes the published tiles. InputError for what cannot be tiled."""
+    space, time = (default if given is None and isinstance(model, DCAE) else given or 0
+                   for given, default in ((options.tile, 256), (options.tile_frames, 32)))
+    if not space and not time:
+        return None
+    try:
+        return Tiled(model, bool(space), bool(time), space, time, options.tile_overlap)
+    except ValueError as error:
+        raise InputError(f"--tile {space} --tile-frames {time} --tile-overlap {options.tile_overlap}: {error}"
+                         ) from None
 
 
 def padded_length(model, frames):

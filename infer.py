@@ -28,13 +28,12 @@ import checkpoint
 import data
 import metrics
 import report
-from codec import TOKENS, Codec, InputError, Job, decode_file, open_codes, padded_length, to_uint8
+from codec import TOKENS, Codec, InputError, Job, decode_file, open_codes, padded_length, tile, to_uint8
 from compare import TeacherPass
 from device import DeviceError, describe, peak_memory, pick_device, pick_precision, place, reset_peak_memory, tune
 from latent_file import LATENTS, LatentFileError, LatentWriter
 from teachers import KINDS, TeacherError, load_teacher
 from token_file import TokenError, TokenWriter
-
 
 
 # ---- one video ---------------------------------------------------------------------------------------------------
@@ -89,6 +88,11 @@ def plan(source, reader, model, options):
     return frames, length, notes
 
 
+def as_batch(frame, device):
+    """H W 3 uint8 -> 1 3 H W in [0, 1]."""
+    return torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255
+
+
 class Quality:
     """Sums of each frame's MSE, PSNR, SSIM, LPIPS and detail (variance of the Laplacian; all frames' over the
     originals' is "sharpness"), of frames H W 3 uint8: what is measured is what is written."""
@@ -97,7 +101,7 @@ class Quality:
         self.device, self.lpips, self.sums, self.counts = device, lpips, collections.Counter(), collections.Counter()
 
     def add(self, original, output):
-        a, b = (torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float() / 255 for x in (output, original))
+        a, b = as_batch(output, self.device), as_batch(original, self.device)
         values = {"mse": metrics.mse(a, b), "psnr": metrics.psnr(a, b).clamp(max=100),
                   "detail": metrics.laplacian_variance(a), "original_detail": metrics.laplacian_variance(b)}
         if min(original.shape[:2]) >= 11:
@@ -155,7 +159,10 @@ def reconstruct(source, name, job):
                     latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
                 latents_done += 1
 
+        every = max(1, frames // job.fid_frames) if job.fid else 0
         for number, original, output in paired_frames(codec, reader, frames, length, see):
+            if every and number % every == 0:
+                job.fid.add(as_batch(output, device), as_batch(original, device))
             theirs = beside.frame(number) if beside else None
             quality.add(original, output)
             if theirs is not None:
@@ -278,6 +285,9 @@ def run(options):
     dtype = pick_precision(options.precision, device)
     sources, latent_files, refused = find_inputs(options.inputs)
     model, words = checkpoint.load_model(options.checkpoint, options.variant)
+    tiled = tile(model, options)  # refused, if it must be, before anything is written
+    if tiled:
+        words += f", tiles of {tiled}"
     teacher = load_teacher(options.teacher, device, dtype) if options.teacher else None
     model_hash = checkpoint.fingerprint(model)
     readers = [open_codes(path, model, model_hash) for path in latent_files]
@@ -291,7 +301,16 @@ def run(options):
     lpips, lpips_note = None, "LPIPS was not asked for"
     if options.lpips != "none" and sources:
         lpips, lpips_note = metrics.load_lpips(options.lpips, device)
-    job = Job(model, model_hash, device, dtype, lpips, teacher, options)
+    fid = None
+    if options.fid and sources:
+        make_fid, problem = metrics.load_fid(device)
+        if problem:
+            raise InputError(f"--fid: {problem.removeprefix('FID is left out: ')}")
+        fid = make_fid()
+    if device.type == "cpu" and hasattr(model, "fast"):
+        model = model.fast()
+    job = Job(model, tile(model, options), model_hash, device, dtype, lpips, teacher, options, fid,
+              max(1, options.fid // max(1, len(sources))))
     names = set()
     for path, reader in zip(latent_files, readers):
         if reader.note:
@@ -310,14 +329,18 @@ def run(options):
     if all("failed" in row for row in rows):
         raise InputError(f"none of the {len(rows)} inputs could be reconstructed; the first: {rows[0]['failed']}")
     rows += [dict(name=os.path.basename(path), source=path, failed=reason) for path, reason in refused]
+    distance = fid.reduce() if fid else None
     page = report.write_report(options.out, rows, dict(
         checkpoint=options.checkpoint, model=words, settings=", ".join(f"{k} {v}" for k, v in model.config.items()),
         device=str(device), machine=describe(device),
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         precision=str(dtype).removeprefix("torch."), command="python infer.py " + shlex.join(sys.argv[1:]),
         **({"teacher": f"{teacher.name} ({teacher.spec})"} if teacher else {}),
+        **({"FID": f"{distance:.3f} (over {int(fid.sums[0, 0])} frames)"} if fid else {}),
         created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note))
     print_rows(rows)
+    if fid:
+        print(f"FID {distance:.3f} over {int(fid.sums[0, 0])} frames")
     if lpips_note:
         print(lpips_note)
     print(f"report: {page}")
@@ -356,12 +379,20 @@ def parse(arguments=None):
     parser.add_argument("--save-latents", action="store_true", help="write OUT/latents/NAME.latents.npz too")
     parser.add_argument("--save-tokens", action="store_true", help=f"write OUT/tokens/NAME{TOKENS} too (tokenizers)")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
+    parser.add_argument("--fid", type=int, default=0, metavar="N",
+                        help="FID of about N frames, spread over the inputs (needs pytorch-fid; under 2048 it is biased)")
     parser.add_argument("--teacher", metavar="SPEC", help=f"set it beside the model: {KINDS}")
     parser.add_argument("--teacher-frames", type=int, default=0, metavar="N",
                         help="give it N frames at a time (33, say), where a whole video is too much for it")
+    parser.add_argument("--tile", type=int, metavar="SIZE",
+                        help="spatial tiles of SIZE x SIZE pixels, 0 for none (default: 256 for a DCAE, else 0)")
+    parser.add_argument("--tile-frames", type=int, metavar="N",
+                        help="temporal tiles of N frames, 0 for none (default: 32 for a DCAE, else 0)")
+    parser.add_argument("--tile-overlap", type=float, default=0.25, metavar="PART",
+                        help="how much of a tile its neighbour covers too, up to 0.5 (default: %(default)s)")
     parser.add_argument("--quiet", dest="verbose", action="store_false", help="no notes on padding and frame counts")
     options = parser.parse_args(arguments)
-    for name in ("max_frames", "teacher_frames"):
+    for name in ("max_frames", "teacher_frames", "fid"):
         if getattr(options, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: a positive number, or 0 for all, is "
                          "wanted")

@@ -125,8 +125,8 @@ class ResBlock(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """ReLU linear attention over all positions of the clip (Cai et al. 2022, EfficientViT), from queries, keys and values
-    at two scales: single positions, and 5 x 5 x 5 neighbourhoods."""
+    """ReLU linear attention over all positions of the clip (Cai et al. 2022, EfficientViT), from queries, keys and
+    values at two scales: single positions, and 5 x 5 x 5 neighbourhoods."""
 
     def __init__(self, width):
         super().__init__()
@@ -248,7 +248,33 @@ class Decoder(nn.Module):
 
 
 def init_weights(model):
-    """PLACEHOLDER"""
+    """Start as the autoencoder that keeps the mean colour of each cell, where widths allow: eight groups of channels.
+
+    All branches begin at zero (the norms at the end of blocks, the convolutions beside changes of size), so that what
+    is left is the chain of shortcuts: means downwards, copies upwards. Six groups of channels carry colours above and
+    below mid-grey (the last ReLU keeps one sign each); the decoder sets the other two to a constant, so that the last
+    norm divides by about the same everywhere.
+    """
+    first, last = model.encoder.project_in.conv, model.decoder.project_out.op_list[-1].conv
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Conv) and module.norm is not None:
+                module.norm.weight.zero_()
+            if isinstance(module, Residual) and not isinstance(module.shortcut, nn.Identity):
+                for parameter in module.main.parameters():
+                    parameter.zero_()
+        last.weight *= 0.1
+        for layer in (first, last):
+            layer.bias.zero_()
+        constant = model.decoder.project_in.main.conv.bias
+        constant[len(constant) * 6 // 8:] = 2
+        width = len(first.bias) // 8
+        for c in range(3 if width else 0):
+            for group, sign in ((c, 1), (c + 3, -1)):
+                channels = slice(group * width, (group + 1) * width)
+                first.weight[channels, c, 1, 1, 1] += sign
+                last.weight[:, channels] = 0
+                last.weight[c, channels, 1, 1, 1] = sign / width
 
 
 class DCAE(nn.Module):

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -111,6 +112,8 @@ def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, 
     torch.save(state, tmp_path / "other.pt")
     error = mistake(capsys, monkeypatch, infer, "other.pt", str(tokens))
     assert "tokens are of another model" in error
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", None)
+    assert "--fid: pip install pytorch-fid" in mistake(capsys, monkeypatch, infer, *arguments, video, "--fid", "4")
     assert "is a tokenizer; try --save-tokens" in mistake(capsys, monkeypatch, infer, *arguments, video,
                                                           "--save-latents")
 

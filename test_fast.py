@@ -1,0 +1,124 @@
+"""The fast path: the same results as the plain model, for all variants, sizes, bands and types."""
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fast_taehv
+from conftest import ROOT, run
+from model_taehv import TAEHV, VARIANTS
+from model_vq_latents import VQLatents
+
+
+def make(variant="taehv", dtype=torch.float32, **changes):
+    """A model in eval mode, all of whose weights matter."""
+    torch.manual_seed(0)
+    model = TAEHV(variant, **changes).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=(1.6 / p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
+    return model.to(dtype)
+
+
+def clip(frames=13, height=48, width=64, dtype=torch.float32):
+    return torch.rand(2, frames, 3, height, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def error(ours, theirs):
+    assert ours.shape == theirs.shape
+    return ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+
+
+PREVIEWS = [{}, {"decoder_time_upscale": (False, False)}, {"decoder_space_upscale": (True, True, False)}]
+CASES = [(v, {}) for v in VARIANTS] + [(v, p) for v in ("taehv", "taew2_2_super") for p in PREVIEWS[1:]]
+
+
+@pytest.mark.parametrize("band", [1, 1 << 22])  # at least 8 rows: three bands of 48, or one
+@pytest.mark.parametrize(("variant", "changes"), CASES)
+@torch.no_grad()
+def test_results_are_the_plain_models(variant, changes, band, monkeypatch):
+    monkeypatch.setattr(fast_taehv, "BAND", band)
+    model = make(variant, **changes)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    quick, video = model.fast(), clip(20 if variant == "taeh3" else 13)
+    if model.space_factor == 32:
+        video = F.interpolate(video.flatten(0, 1), scale_factor=2).unflatten(0, (2, -1))[..., :96, :64]
+    latents = model.encode(video)
+    assert error(quick.encode(video), latents) < 1e-5
+    assert error(quick._decode(latents), model._decode(latents)) < 1e-5
+    assert list(quick.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("cut", [1, 5, 13])
+@torch.no_grad()
+def test_streams_do_not_depend_on_the_cutting(cut):
+    quick, video = make().fast(), clip()
+    stream = quick.stream()
+    frames = [stream.decode(stream.encode(piece)) for piece in video.split(cut, 1)] + [stream.flush()]
+    assert torch.equal(torch.cat(frames, 1), quick.decode(quick.encode(video)))
+
+
+@torch.no_grad()
+def test_odd_sizes_and_the_published_calls(monkeypatch):
+    monkeypatch.setattr(fast_taehv, "BAND", 1)
+    model, video = TAEHV().eval(), clip(8, 75, 51)  # initial weights: what is decoded is seldom clamped
+    quick = model.fast()
+    latents = model.encode_video(video, show_progress_bar=False)
+    for parallel in (True, False):
+        assert error(quick.encode_video(video, parallel, show_progress_bar=False), latents) < 1e-5
+        ours, theirs = (m.decode_video(latents, parallel, show_progress_bar=False) for m in (quick, model))
+        assert (ours - theirs).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_bf16_is_within_its_own_error():
+    reference, video = make(), clip()
+    exact = reference.encode(video)
+    model = copy.deepcopy(reference).bfloat16()
+    plain, quick = (m.encode(video.bfloat16()) for m in (model, model.fast()))
+    assert error(quick, exact) < 1.5 * error(plain, exact)
+    exact = reference._decode(exact)
+    plain, quick = (m._decode(reference.encode(video).bfloat16()) for m in (model, model.fast()))
+    assert error(quick, exact) < 1.5 * error(plain, exact)
+
+
+@torch.no_grad()
+def test_without_onednn_it_works_as_well(monkeypatch):
+    model, video = make(), clip()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    quick = model.fast()
+    assert not quick.steps["encoder"][-1].conv.fused
+    assert error(quick.encode(video), model.encode(video)) < 1e-5
+    assert error(quick._decode(model.encode(video)), model._decode(model.encode(video))) < 1e-5
+
+
+@torch.no_grad()
+def test_a_tokenizer_of_latents_uses_it():
+    model, video = VQLatents(n_embed=16, width=8), clip()
+    model.calibrate(model.taehv.encode(video))
+    model.eval()
+    quick = model.fast()
+    assert isinstance(quick.taehv, fast_taehv.FastTAEHV) and not isinstance(model.taehv, fast_taehv.FastTAEHV)
+    codes = model.tokenize(video)
+    assert (quick.tokenize(video)[0] == codes[0]).float().mean() > 0.9  # but for near ties
+    assert error(quick.detokenize(codes), model.detokenize(codes)) < 1e-5
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(ValueError, match="call model.eval"):
+        TAEHV().fast()
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path):
+    output = run(os.path.join(ROOT, "bench.py"), "codec", "quantizer", "loader", "--quick", "--families", "taehv",
+                 "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
+    found = json.loads((tmp_path / "rows.json").read_text())
+    rows = {(row["what"].split()[0], row["how"]): row for row in found["rows"]}
+    assert {how for _, how in rows} >= {"plain fp32", "fast fp32", "ours, EMA", "all distances, one-hot", "ours"}
+    assert all(row["value"] > 0 and row["what"] in output for row in found["rows"])
+    assert rows["taehv", "plain fp32"]["ratio"] == 1 and found["peak"]["fp32"] > 1e9
+    assert rows["quantizer,", "all distances, one-hot"]["memory"] > rows["quantizer,", "ours, VQ"]["memory"]
