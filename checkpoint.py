@@ -26,6 +26,8 @@ from model_vqvae import VQVAE2, VqVae2, load_vqvae
 
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
+# What contents that are not as expected raise.
+MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError)
 
 
 class CheckpointError(Exception):
@@ -95,15 +97,15 @@ def load_model(path, variant=None, **overrides):
 
 def load_own(path, state, variant, overrides):
     """From a checkpoint of ours: its averaged weights."""
-    arguments = {**state["model_config"], **({"variant": variant} if variant else {}), **overrides}
     try:
+        arguments = {**state["model_config"], **({"variant": variant} if variant else {}), **overrides}
         model = build_model(state["model_name"], arguments)
         weights = state["ema"]
         model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        words = f"{state['model_name']}{' (' + arguments['variant'] + ')' if 'variant' in arguments else ''}"
+        return model.eval(), f"{words}, step {state['step']}"
+    except MISSHAPEN as error:
         raise CheckpointError(f"checkpoint: {path!r} does not fit its own model: {first_line(error)}") from None
-    words = f"{state['model_name']}{' (' + arguments['variant'] + ')' if 'variant' in arguments else ''}"
-    return model.eval(), f"{words}, step {state['step']}"
 
 
 def load_foreign(path, variant, overrides):
@@ -268,9 +270,12 @@ def save_rank(folder, step, rank, state):
 
 
 def read_rank(path, rank):
-    """What `save_rank` left beside the step file `path`; None if there is nothing. CheckpointError if it is damaged."""
+    """(what `save_rank` left beside the step file `path`, or None; what is wrong with it, or "")."""
     path = f"{path.removesuffix('.pt')}.rank{rank}"
-    return read(path) if os.path.exists(path) else None
+    try:
+        return read(path) if os.path.exists(path) else None, ""
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def save_best(folder, state):

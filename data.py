@@ -13,6 +13,7 @@ This file works alone with torch, numpy and opencv-python (and tqdm where many f
 """
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -134,14 +135,6 @@ def probe(sources, workers=8):
 
 def open_source(path):
     """(frames by the container's word, frames per second, first frame H W 3 BGR uint8); DataError if there is none."""
-    try:
-        info = os.stat(path)
-    except OSError as error:
-        raise DataError(error.strerror.lower()) from None
-    if not stat.S_ISREG(info.st_mode):
-        raise DataError("not a regular file")
-    if info.st_size == 0:
-        raise DataError("empty file")
     if path.lower().endswith(IMAGE_SUFFIXES):
         return 1, 0.0, read_image(path)
     capture = open_video(path)
@@ -157,7 +150,22 @@ def known(count):
     return 1 <= count < 1e8
 
 
+def check_file(path):
+    """DataError if there is nothing to read. Asked each time: to open what has become a pipe would take for ever."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise DataError(error.strerror.lower()) from None
+    except ValueError:
+        raise DataError("its name is none that a file can have") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise DataError("not a regular file")
+    if info.st_size == 0:
+        raise DataError("empty file")
+
+
 def open_video(path):
+    check_file(path)
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:  # OpenCV would crash
@@ -170,6 +178,7 @@ def open_video(path):
 
 def read_image(path):
     """H W 3 BGR uint8, turned upright as its EXIF data says."""
+    check_file(path)
     try:
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error) as error:
@@ -451,19 +460,23 @@ class TrainSchedule(Sampler):
     """Which samples each micro-batch of this rank holds, without end, from optimizer step `step`, sample `sample` on.
 
     A step draws one bucket for all ranks, by (seed, step), and takes the next `world * accumulation * batch` samples:
-    the same ones however they are spread over ranks and micro-steps.
+    the same ones however they are spread over ranks and micro-steps. `passed`: micro-batches that were taken already,
+    which the next iteration leaves out.
     """
 
     def __init__(self, clips, buckets, seed, world=1, rank=0, accumulation=1, step=0, sample=0):
         self.pool_size = {b.frames: len(clips.pool(b.frames)) for b in buckets}
         self.buckets, self.seed, self.world, self.rank = buckets, seed, world, rank
-        self.accumulation, self.step, self.sample = accumulation, step, sample
+        self.accumulation, self.step, self.sample, self.passed = accumulation, step, sample, 0
 
     def bucket(self, step):
         weights = np.array([b.probability for b in self.buckets])
         return self.buckets[np.random.default_rng((self.seed, step, 1)).choice(len(weights), p=weights / weights.sum())]
 
     def __iter__(self):
+        return itertools.islice(self.micro_batches(), self.passed, None)
+
+    def micro_batches(self):
         step, sample = self.step, self.sample
         while True:
             bucket = self.bucket(step)
@@ -482,18 +495,38 @@ def collate(samples):
 
 def endless(loader):
     """The batches of a loader. Its processes take no part in signals that end the run (a terminal or a scheduler sends
-    them to all processes at once): only this process acts on them, and the batches go on until it is done."""
+    them to all processes at once): only this process acts on them, and the batches go on until it is done.
+
+    With a TrainSchedule, processes that were killed (by a system short of memory, say) are replaced, and no batch is
+    lost; DataError if that happens three times without a batch between."""
+    schedule, killed = loader.batch_sampler, 0
+    while killed < 3:
+        try:
+            for batch in start_loader(loader):
+                if isinstance(schedule, TrainSchedule):
+                    schedule.passed += 1
+                    if killed:
+                        batch["notes"].append(("a data process", f"killed; others read batch {schedule.passed} on"))
+                killed = 0
+                yield batch
+            return
+        except DataError as error:  # from a worker it comes with a traceback in its text
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from None
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: of a batch whose sender is gone
+            if not isinstance(schedule, TrainSchedule) or type(error) is RuntimeError and "exited" not in str(error):
+                raise
+            killed += 1
+    raise DataError("the data processes died three times in a row (is memory short?): set workers lower")
+
+
+def start_loader(loader):
     stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
     multiprocessing.resource_tracker.ensure_running()  # its start would unblock them again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # inherited by the processes that iter() starts
     try:
-        iterator = iter(loader)
+        return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    try:
-        yield from iterator
-    except DataError as error:  # from a worker it comes with a traceback in its text
-        raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from None
 
 
 def start_worker(_):
@@ -515,5 +548,6 @@ def make_loader(clips, workers, pin_memory=False, **kwargs):
         warnings.simplefilter("ignore", UserWarning)
         return DataLoader(clips, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
                           worker_init_fn=start_worker, persistent_workers=False,
+                          generator=torch.Generator(),  # not the global one: each start, a resume's too, draws a seed
                           multiprocessing_context=worker_context() if workers else None,
                           prefetch_factor=4 if workers else None, **kwargs)

@@ -73,7 +73,7 @@ class LatentReader:
                 self.shape, dtype = self.header(file)
             self.fps, self.height, self.width = float(about["fps"]), int(about["height"]), int(about["width"])
             self.frames, made_by = int(about["frames"]), about["model_config"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, RuntimeError,
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, zipfile.BadZipFile, RuntimeError,
                 NotImplementedError) as error:
             raise LatentFileError(f"{path}: no file of latents, or damaged ({error})") from None
         factor = model.space_factor

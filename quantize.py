@@ -19,8 +19,9 @@ before it returns. With deferred=True a forward only collects them, without any 
     ... forward and backward of all micro-batches ...
     for q in quantizers(model): q.update()       # on all ranks: sum, learn; returns the step's perplexity and usage
 
-so a rank that fails inside its forward leaves no other rank waiting in a reduction. Several micro-batches then count as
-one batch. Eval mode never communicates or learns, so ranks may evaluate different numbers of batches.
+so a rank that fails inside its forward leaves no other rank waiting in a reduction (the one that is left,
+SinkhornQuantizer's, asks `before_reduce` first). Several micro-batches then count as one batch. Eval mode never
+communicates or learns, so ranks may evaluate different numbers of batches.
 """
 import math
 
@@ -123,7 +124,7 @@ class Quantizer(nn.Module):
     def __init__(self, dim, num_codes, codes_per_position=1, deferred=False):
         super().__init__()
         self.dim, self.num_codes, self.codes_per_position = dim, num_codes, codes_per_position
-        self.deferred = deferred
+        self.deferred, self.before_reduce = deferred, None
         self.register_buffer("counts", torch.zeros(codes_per_position, num_codes), persistent=False)
 
     def forward(self, z):
@@ -379,7 +380,8 @@ class SinkhornQuantizer(Quantizer):
         eval mode, so that codes do not depend on what else is encoded (a stream, another batch size).
     across_ranks: in training, the marginals are those of all ranks' batches together. This communicates inside forward:
         where a rank fails before it, the others wait until the process group's timeout. A loop that redoes failed steps
-        wants False, which balances each rank's batch by itself.
+        sets `before_reduce`, a function that is called before each reduction and raises if a rank has failed; or wants
+        False, which balances each rank's batch by itself.
     What differs: the plan is never stored (n_iters + 2 passes recompute the distances in blocks); the costs' mean and
     deviation are those of all ranks too, whose batches may be unequal; there is no "ce" loss.
     """
@@ -481,6 +483,8 @@ class SinkhornQuantizer(Quantizer):
 
     def reduce(self, tensor, op="SUM"):
         if self.training and self.across_ranks and world_size() > 1:
+            if self.before_reduce:
+                self.before_reduce()
             dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
         return tensor
 
@@ -510,7 +514,7 @@ class ResidualQuantizer(Quantizer):
     def quantize_rows(self, rows):
         left, total, infos = rows, 0, []
         for layer in self.depths():
-            layer.deferred = self.deferred
+            layer.deferred, layer.before_reduce = self.deferred, self.before_reduce
             quantized, info = layer.quantize_rows(left)
             left, total = left - quantized.detach(), total + quantized.detach()
             infos.append(info)

@@ -6,10 +6,13 @@ flags at one place of every step, and then do the same thing.
 import os
 import signal
 import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+LAUNCHER = os.getppid()
 
 
 def start_ranks(device, timeout_minutes):
@@ -20,10 +23,34 @@ def start_ranks(device, timeout_minutes):
     # destroy_process_group and can abort the interpreter as it ends ("terminate called without an active exception").
     import torch._dynamo  # noqa: F401
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    where = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        where = dict(store=fresh_store(rank, world, timeout), rank=rank, world_size=world)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
     # Ranks agree over this group: between CPUs, so that no GPU has to be waited for.
     control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     return dist.get_rank(), dist.get_world_size(), control
+
+
+def fresh_store(rank, world, timeout):
+    """A part of torchrun's store that is for this start of the ranks alone. torchrun (seen with PyTorch 2.15) keeps one
+    store over all its restarts: a rank that is early finds there where the dead ones listened, and fails or hangs."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store, mine, began = dist.TCPStore(*address, timeout=timeout), uuid.uuid4().hex, time.monotonic()
+    if rank == 0:
+        store.set("start", mine)
+        for other in range(1, world):
+            store.set(f"{mine}/welcome/{other}", store.get(f"{mine}/hello/{other}"))
+        return dist.PrefixStore(mine, store)
+    while time.monotonic() - began < timeout.total_seconds():
+        start = store.get("start").decode()  # perhaps a dead rank 0's, who does not answer
+        store.set(f"{start}/hello/{rank}", mine)
+        welcome = f"{start}/welcome/{rank}"
+        if store.check([welcome]) and store.get(welcome).decode() == mine:
+            return dist.PrefixStore(start, store)
+        time.sleep(0.05)
+    raise TimeoutError(f"rank 0 did not start within {timeout}")
 
 
 def agree(control, *flags):
@@ -33,6 +60,22 @@ def agree(control, *flags):
     votes = torch.tensor([float(bool(f)) for f in flags])
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control)
     return tuple(bool(v) for v in votes)
+
+
+class LeftStep(Exception):
+    """A rank is at the step's end before its time; `flags` is what all ranks have agreed on with that."""
+
+    def __init__(self, flags):
+        super().__init__(f"a rank has left the step: {flags}")
+        self.flags = flags
+
+
+def stay_together(control, count):
+    """Call it before ranks communicate within a step, whose end is an `agree` on `count` flags. LeftStep if a rank is
+    there already, because its memory ran out, say: this call and that `agree` have then met."""
+    flags = agree(control, *[False] * count)
+    if any(flags):
+        raise LeftStep(flags)
 
 
 def from_rank_0(control, make):
@@ -70,10 +113,12 @@ def gather(control, value):
 
 class StopSignal:
     """True once SIGTERM, SIGINT or SIGUSR1 has come. A second one ends the process at once (launchers repeat a signal
-    within moments: those count as one)."""
+    within moments: those count as one). True also once torchrun was killed: its ranks would train on, unseen, while the
+    next start shares their folder."""
 
     def __init__(self):
         self.since = None
+        self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
 
@@ -83,8 +128,11 @@ class StopSignal:
         elif time.monotonic() - self.since > 2:
             os._exit(128 + number)
 
+    def orphaned(self):
+        return self.launcher not in (None, os.getppid())
+
     def __bool__(self):
-        return self.since is not None
+        return self.since is not None or self.orphaned()
 
 
 class Gradients:

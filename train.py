@@ -28,7 +28,8 @@ from device import (DeviceError, default_workers, describe, peak_memory, pick_de
 from latent_cache import LatentCache
 from logbook import Logbook, count, summary
 from objective import Objective, evaluate, spread
-from ranks import Gradients, StopSignal, agree, copy_from_rank_0, from_rank_0, gather, start_ranks
+from ranks import (Gradients, LeftStep, StopSignal, agree, copy_from_rank_0, from_rank_0, gather, start_ranks,
+                   stay_together)
 from synthetic import make_demo
 
 
@@ -47,6 +48,8 @@ def train(cfg):
     torch.manual_seed(cfg.seed)
     model, origin = make_model(cfg, buckets)
     objective = Objective(cfg, model, device, autocast)
+    for quantizer in objective.quantizers:
+        quantizer.before_reduce = lambda: stay_together(control, 3)  # the flags of `accumulate`
     judges = load_judges(cfg, device)
     resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, log))
     if cfg.latent_cache:
@@ -73,14 +76,22 @@ def train(cfg):
     tally = torch.zeros(len(objective.names) + 3, device=device)
     if resume_from:
         state = checkpoint.read(resume_from)
-        restore(state, model, average, optimizer, teacher, resume_from)
-        step, samples, best = state["step"], state["samples"], state["best"]
-        if len(state["tally"]) == len(tally):
-            tally.copy_(state["tally"])
-        objective.load_state(state.get("objective") or {})
+        try:
+            restore(state, model, average, optimizer, teacher, resume_from)
+            step, samples, best = state["step"], state["samples"], float(state["best"])
+            if len(state["tally"]) == len(tally):
+                tally.copy_(state["tally"])
+            objective.load_state(state.get("objective") or {})
+            if state["world"] == world:
+                checkpoint.restore_random_state(state["random"][rank], device)
+        except checkpoint.MISSHAPEN as error:
+            raise ConfigError(f"{resume_from} is no checkpoint of such a run ({type(error).__name__}: "
+                              f"{checkpoint.first_line(error)}): choose another name= for this one") from None
         if state["world"] == world:
-            checkpoint.restore_random_state(state["random"][rank], device)
-            objective.load_rank_state(checkpoint.read_rank(resume_from, rank))
+            rank_state, problem = checkpoint.read_rank(resume_from, rank)
+            for problem in filter(None, gather(control, problem)):
+                log(f"warning: {problem}; that rank goes on without its replayed samples")
+            objective.load_rank_state(rank_state)
         del state
     copy_from_rank_0([*model.state_dict().values(), *average.state_dict().values()])
 
@@ -103,8 +114,10 @@ def train(cfg):
     val_share = val_clips.share(rank, world, log.notes)
 
     # ---- one step's forward and backward passes on this rank, and saving ------------------------------------------
-    def accumulate(micro_batches, pieces):
-        """Adds up the gradients and the objective's scalars over this rank's clips; False if memory ran out."""
+    def accumulate(micro_batches, pieces, trouble):
+        """Adds up the gradients and the objective's scalars over this rank's clips. Returns what all ranks agree on:
+        (memory ran out, stop, trouble)."""
+        out_of_memory = False
         gradients.all.zero_()
         objective.begin(step)
         try:
@@ -117,11 +130,13 @@ def train(cfg):
                     values = objective(part["video"].div_(255), part.get("latents"), share)
                     (values["loss"] * share).backward()
                     gradients.totals += torch.stack([values[name].detach() for name in objective.names]) * share
+        except LeftStep as left:
+            return left.flags
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return False
-        return True
+            out_of_memory = True
+        return agree(control, out_of_memory, stop, trouble)
 
     def save():
         """Every rank calls this. Returns what went wrong, or an empty string."""
@@ -158,8 +173,7 @@ def train(cfg):
         except datasets.DataError as error:
             trouble = str(error)
         while True:
-            enough = accumulate(micro_batches, pieces)
-            stopping, out_of_memory, no_data = agree(control, stop, not enough, trouble)
+            out_of_memory, stopping, no_data = accumulate(micro_batches, pieces, trouble)
             if no_data:
                 give_up(f"no data ({trouble or 'on another rank'})", "Look at the files that train.log names.")
             if not out_of_memory:
@@ -180,7 +194,8 @@ def train(cfg):
         elif not bad:
             optimizer.step()
         decay = min(cfg.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():  # or the average drags along a graph that grows with each step
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         for mine, other in zip(average.buffers(), model.buffers()):
             mine.copy_(other)
 
@@ -231,7 +246,8 @@ def train(cfg):
     log.close()
     if stopping:
         again = "resume=auto" if cfg.resume == "none" else "the same command"
-        log(f"stopped by a signal after step {step} of {cfg.max_steps}: {again} goes on from here")
+        cause = "torchrun was killed: stopped" if stop.orphaned() else "stopped by a signal"
+        log(f"{cause} after step {step} of {cfg.max_steps}: {again} goes on from here")
     else:
         log(f"done: {step} steps. Look at them: python infer.py {folder} VIDEO, and tensorboard --logdir {folder}")
 
@@ -292,8 +308,8 @@ def find_resume(cfg, folder, log):
         if not present:
             return cfg.resume
         if os.path.realpath(cfg.resume) in [os.path.realpath(p) for p in present[1:]] and not restarted:
-            raise ConfigError(f"resume={cfg.resume}, but {folder} holds newer checkpoints than step {wanted['step']}: "
-                              "choose another name= to branch off, or remove those")
+            raise ConfigError(f"resume={cfg.resume}, but {folder} holds newer checkpoints than step "
+                              f"{wanted.get('step')}: choose another name= to branch off, or remove those")
     path, problems = checkpoint.newest_checkpoint(folder)
     for problem in problems:
         log(f"warning: {problem}; the one before it is used")
@@ -396,11 +412,16 @@ def restore(state, model, average, optimizer, teacher, path):
     if state.get("teacher", "") != teacher:
         raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
                           "choose another name= for this run, with init_from=")
+    if any(type(state[key]) is not int or not 0 <= state[key] < 2 ** 60 for key in ("step", "samples")):
+        raise ConfigError(f"{path} counts impossible steps or samples: choose another name= for this run")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["ema"])
-    settings = {key: optimizer.param_groups[0][key] for key in ("betas", "weight_decay", "eps", "fused")}
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(settings)  # today's settings, not those of the day it was saved
+    for parameter, kept in optimizer.state.items():
+        if not kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape or kept["step"].numel() != 1:
+            raise ValueError("its optimizer's state is of other weights")
 
 
 def is_out_of_memory(error):
