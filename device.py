@@ -119,6 +119,19 @@ def peak_memory(device):
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_memory():
+    """Bytes of physical memory that this process and those it started (of the data) hold now; 0 without /proc."""
+    total, waiting = 0, [os.getpid()]
+    while waiting and os.path.exists("/proc/self/statm"):
+        process = waiting.pop()
+        with contextlib.suppress(OSError, ValueError):  # a child may end meanwhile
+            with open(f"/proc/{process}/statm") as file:
+                total += int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            with open(f"/proc/{process}/task/{process}/children") as file:
+                waiting += file.read().split()
+    return total
+
+
 def describe(device):
     """One line for logs and reports."""
     if device.type == "cuda":

@@ -141,7 +141,7 @@ def bands(height, row_size):
 
 
 class GrowConv:
-    """Nearest upsampling, temporal growth, and the convolution behind them; then, perhaps, a ReLU and the last layer."""
+    """Nearest upsampling, temporal growth, the convolution behind them; then, perhaps, a ReLU and the last layer."""
 
     def __init__(self, scale, grow, layer, last=None):
         self.scale, self.width, dtype = scale, len(layer.weight), layer.weight.dtype

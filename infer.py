@@ -380,7 +380,7 @@ def parse(arguments=None):
     parser.add_argument("--save-tokens", action="store_true", help=f"write OUT/tokens/NAME{TOKENS} too (tokenizers)")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
     parser.add_argument("--fid", type=int, default=0, metavar="N",
-                        help="FID of about N frames, spread over the inputs (needs pytorch-fid; under 2048 it is biased)")
+                        help="FID of about N frames, spread over the inputs (needs pytorch-fid; biased under 2048)")
     parser.add_argument("--teacher", metavar="SPEC", help=f"set it beside the model: {KINDS}")
     parser.add_argument("--teacher-frames", type=int, default=0, metavar="N",
                         help="give it N frames at a time (33, say), where a whole video is too much for it")

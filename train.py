@@ -24,7 +24,7 @@ import data as datasets
 import metrics
 from config import ConfigError, exit_with_usage, load_config, parse_buckets
 from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, place,
-                    synchronize, tune)
+                    resident_memory, synchronize, tune)
 from latent_cache import LatentCache
 from logbook import Logbook, count, summary
 from objective import Objective, evaluate, spread
@@ -214,7 +214,7 @@ def train(cfg):
             synchronize(device)
             speed = clips_done / (time.monotonic() - since)
             log.scalars(step, "train", **values, gradient_norm=norm, learning_rate=learning_rate(cfg, step - 1),
-                        clips_per_second=speed, skipped_steps=bad_all,
+                        clips_per_second=speed, skipped_steps=bad_all, resident_memory_gb=resident_memory() / 1e9,
                         gpu_memory_gb=peak_memory(device) / 1e9 if device.type == "cuda" else 0.0)
             line = describe_step(values)
             bar.set_postfix_str(f"{line}, {speed:.1f} clips/s", refresh=False)
