@@ -177,12 +177,21 @@ def load_config(arguments):
         if key not in kinds or kinds[key] is dict:
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
+    values["net"] = fitting(values.get("net", {}), [item.partition("=")[0].removeprefix("--") for item in overrides])
     config = Config(**values)
     config.name = config.name or preset
     if config.use_images:
         use_images(config, overrides)
     check(config)
     return config
+
+
+def fitting(net, given):
+    """`net` without a preset's quantizer options where another quantizer was chosen, which does not have them."""
+    kind = net.get("kind", "vq") if net.get("quantizer") == "rvq" else net.get("quantizer")
+    takes = {"kmeans_init": ("vq", "ema"), "restart_below": ("vq", "ema"), "num_head": ("optvq",)}
+    return {key: value for key, value in net.items()
+            if kind in takes.get(key, (kind,)) or f"net.{key}" in given}
 
 
 def parse(key, text, kind):

@@ -617,6 +617,22 @@ def test_settings_are_parsed_and_checked():
             config.load_config(arguments)
 
 
+def test_a_presets_quantizer_options_go_with_its_quantizer():
+    net = config.load_config(["vqgan_ema", "net.quantizer=fsq", "net.ch=64"]).net
+    assert net == {"quantizer": "fsq", "ch": 64}
+    net = config.load_config(["vq_latents", "net.quantizer=rvq", "net.depth=2", "net.kind=ema"]).net
+    assert net["kmeans_init"] and net["restart_below"] == 0.1
+    assert config.load_config(["vqgan_optvq", "net.quantizer=ema", "net.num_head=2"]).net["num_head"] == 2  # as asked
+    assert config.load_config(["vqgan_ema"]).net == config.PRESETS["vqgan_ema"]["net"]
+    for quantizer in ("vq", "ema", "optvq", "fsq", "rvq"):
+        more = ["net.depth=2"] if quantizer == "rvq" else []
+        for preset in ("vq_latents", "vqgan", "vqgan_ema", "vqgan_optvq"):
+            cfg = config.load_config([preset, f"net.quantizer={quantizer}", *more])
+            with torch.device("meta"):
+                model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
+            assert len(model.codebook_sizes) >= 1
+
+
 def test_every_setting_is_documented_and_read():
     text = ""
     for name in os.listdir(ROOT):
