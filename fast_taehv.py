@@ -27,6 +27,13 @@ from model_taehv import TAEHV, MemBlock, SuperMemBlock, TPool
 BAND = 1 << 22  # numbers of a full-size map that exist at a time: bounds memory, costs no time (1 << 17 costs 5 %)
 
 
+def has_onednn(dtype):
+    """Whether this PyTorch and CPU have the fused convolutions."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class Conv:
     """A convolution, perhaps with something added and a ReLU, in one call of oneDNN where that can be had.
 
@@ -36,8 +43,7 @@ class Conv:
     def __init__(self, weight, bias=None, stride=1, padding=1):
         self.bias, self.stride, self.padding = bias, stride, padding
         weight = self.weight = weight.contiguous(memory_format=torch.channels_last)
-        self.fused = (weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-                      and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise_"))
+        self.fused = weight.device.type == "cpu" and has_onednn(weight.dtype)
         if self.fused:
             self.geometry = [padding] * 2, [stride] * 2, [1, 1], 1
             size = [1, weight.shape[1], 256, 256]  # the layout that suits usual frames; others work as well
