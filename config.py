@@ -146,7 +146,7 @@ PRESETS = {
     # Video DC-AE, stage one; on a CPU, in minutes: dcae_small. Stage two: add init_from=runs/dcae.
     "dcae": dict(DCAE),
     "dcae_disc": dict(DCAE, gan_weight=0.05, gan_dims=3, gan_lr=1e-4, gradient_checkpointing=True),
-    "dcae_small": dict(model="dcae", data="demo", size=64, frames=8, batch_size=2, lr=5e-4, max_steps=150,
+    "dcae_small": dict(model="dcae", data="demo", size=64, frames=8, batch_size=2, lr=2e-4, max_steps=150,
                        warmup_steps=20, ema_decay=0.95, log_every=5, val_every=50, save_every=50, workers=1,
                        net=dict(width_list=(32, 32, 64, 64, 64, 64), encoder_depth_list=(1,) * 6,
                                 decoder_depth_list=(1,) * 6, latent_channels=64)),
