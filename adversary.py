@@ -235,6 +235,7 @@ class Adversary(nn.Module):
 
     @torch.no_grad()
     def update(self, limit):
+        """The discriminator's own step, of all ranks together; nothing changes where a figure is not finite."""
         gradients = [p.grad for p in self.discriminator.parameters()]
         statistics = [b for b in self.discriminator.buffers() if b.is_floating_point()]
         shared = [*gradients, self.totals, *statistics]

@@ -292,8 +292,8 @@ def quantizer(options):
                         ("ours, OptVQ", "optvq")):
         seconds, memory = alone(quantizer_step, kind, *sizes)
         first = first or seconds
-        yield dict(what=f"quantizer, {sizes[0]} codes, {sizes[1]}x{sizes[2]}", how=label, value=1 / seconds,
-                   unit="steps/s", memory=memory, ratio=first / seconds)
+        yield dict(what=f"quantizer, {sizes[0]} codes, {sizes[1]}x{sizes[2]}", how=label, value=seconds,
+                   unit="s", memory=memory, ratio=first / seconds)
 
 
 SECTIONS = {"codec": codec, "train": train, "loader": loader, "quantizer": quantizer}
@@ -310,6 +310,7 @@ def show(row, peak):
 
 
 def parse(arguments=None):
+    """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--families", nargs="+", default=list(families()), metavar="NAME",

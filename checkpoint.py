@@ -115,7 +115,7 @@ def load_foreign(path, variant, overrides):
         with open(beside, encoding="utf-8") as file:
             about = json.load(file)
     if about.get("model") == "vq_latents":
-        model = VQLatents(**{**model_config(SimpleNamespace(**about)), **overrides})
+        model = build_model("vq_latents", {**model_config(SimpleNamespace(**about)), **overrides})
         model.load_state_dict(read(path))
         return model.eval(), f"vq_latents ({about['variant']})"
     if path.endswith(".ckpt"):

@@ -81,14 +81,14 @@ class Codec:
 def tile(model, options):
     """A Tiled of the model as the command's --tile, --tile-frames and --tile-overlap say; None where all is off, as it
     is by default for all models but the DCAE, which takes the published tiles. InputError for what cannot be tiled."""
-    space, time = (default if given is None and isinstance(model, DCAE) else given or 0
-                   for given, default in ((options.tile, 256), (options.tile_frames, 32)))
-    if not space and not time:
+    size, frames = (default if given is None and isinstance(model, DCAE) else given or 0
+                    for given, default in ((options.tile, 256), (options.tile_frames, 32)))
+    if not size and not frames:
         return None
     try:
-        return Tiled(model, bool(space), bool(time), space, time, options.tile_overlap)
+        return Tiled(model, bool(size), bool(frames), size, frames, options.tile_overlap)
     except ValueError as error:
-        raise InputError(f"--tile {space} --tile-frames {time} --tile-overlap {options.tile_overlap}: {error}"
+        raise InputError(f"--tile {size} --tile-frames {frames} --tile-overlap {options.tile_overlap}: {error}"
                          ) from None
 
 

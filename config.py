@@ -191,7 +191,7 @@ def fitting(net, given):
     kind = net.get("kind", "vq") if net.get("quantizer") == "rvq" else net.get("quantizer")
     takes = {"kmeans_init": ("vq", "ema"), "restart_below": ("vq", "ema"), "num_head": ("optvq",)}
     return {key: value for key, value in net.items()
-            if kind in takes.get(key, (kind,)) or f"net.{key}" in given}
+            if key not in takes or kind in takes[key] or f"net.{key}" in given}
 
 
 def parse(key, text, kind):

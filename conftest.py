@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the core
 import cv2
 import numpy as np
 import pytest
+import torch
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(ROOT, "latent_cache.py")
@@ -75,8 +76,6 @@ def mistake(capsys, monkeypatch, module, *arguments):
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """Weights of a TAEHV."""
-    import torch
-
     from model_taehv import TAEHV
 
     path = tmp_path_factory.mktemp("teacher") / "taehv.pth"
@@ -91,3 +90,21 @@ def cache(clips, teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches") / "cache"
     run(CACHE, "--teacher", f"taehv:{teacher}", "--data", clips, "--out", folder, *SMALL_CACHE, cwd=folder.parent)
     return str(folder)
+
+
+def same(a, b):
+    """Equal to the bit, in nested dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """These maps are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

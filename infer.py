@@ -88,20 +88,19 @@ def plan(source, reader, model, options):
     return frames, length, notes
 
 
-def as_batch(frame, device):
-    """H W 3 uint8 -> 1 3 H W in [0, 1]."""
-    return torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255
-
-
 class Quality:
     """Sums of each frame's MSE, PSNR, SSIM, LPIPS and detail (variance of the Laplacian; all frames' over the
-    originals' is "sharpness"), of frames H W 3 uint8: what is measured is what is written."""
+    originals' is "sharpness"), of frames H W 3 uint8: what is measured is what is written. `fid`, a metrics.FID of all
+    inputs or None, gets each `every`-th frame."""
 
-    def __init__(self, device, lpips):
-        self.device, self.lpips, self.sums, self.counts = device, lpips, collections.Counter(), collections.Counter()
+    def __init__(self, device, lpips, fid=None, every=1):
+        self.device, self.lpips, self.fid, self.every = device, lpips, fid, every
+        self.sums, self.counts = collections.Counter(), collections.Counter()
 
     def add(self, original, output):
-        a, b = as_batch(output, self.device), as_batch(original, self.device)
+        a, b = (torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float() / 255 for x in (output, original))
+        if self.fid and self.counts["mse"] % self.every == 0:
+            self.fid.add(a, b)
         values = {"mse": metrics.mse(a, b), "psnr": metrics.psnr(a, b).clamp(max=100),
                   "detail": metrics.laplacian_variance(a), "original_detail": metrics.laplacian_variance(b)}
         if min(original.shape[:2]) >= 11:
@@ -134,7 +133,8 @@ def reconstruct(source, name, job):
     pictured = {round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))}
     picture, latents_done, latent_errors = [], 0, []
     statistics = metrics.CodeStatistics(model.codebook_sizes) if codec.tokens else None
-    quality, teacher_quality = Quality(device, job.lpips), Quality(device, job.lpips)
+    quality = Quality(device, job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
+    teacher_quality = Quality(device, job.lpips)
     videos = {kind: f"comparison_videos/{name}_{kind}.webm" for kind in ("original", "reconstructed", "comparison")}
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
@@ -159,10 +159,7 @@ def reconstruct(source, name, job):
                     latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
                 latents_done += 1
 
-        every = max(1, frames // job.fid_frames) if job.fid else 0
         for number, original, output in paired_frames(codec, reader, frames, length, see):
-            if every and number % every == 0:
-                job.fid.add(as_batch(output, device), as_batch(original, device))
             theirs = beside.frame(number) if beside else None
             quality.add(original, output)
             if theirs is not None:
@@ -285,18 +282,20 @@ def run(options):
     dtype = pick_precision(options.precision, device)
     sources, latent_files, refused = find_inputs(options.inputs)
     model, words = checkpoint.load_model(options.checkpoint, options.variant)
-    tiled = tile(model, options)  # refused, if it must be, before anything is written
+    model_hash = checkpoint.fingerprint(model)
+    place(model, device, dtype).requires_grad_(False)
+    if device.type == "cpu" and hasattr(model, "fast"):
+        model = model.fast()
+    tiled = tile(model, options)
     if tiled:
         words += f", tiles of {tiled}"
     teacher = load_teacher(options.teacher, device, dtype) if options.teacher else None
-    model_hash = checkpoint.fingerprint(model)
     readers = [open_codes(path, model, model_hash) for path in latent_files]
     if options.save_tokens and not hasattr(model, "tokenize"):
         raise InputError(f"--save-tokens: {options.checkpoint} is {words}, which has no tokens; try --save-latents")
     if options.save_latents and hasattr(model, "tokenize"):
         raise InputError(f"--save-latents: {options.checkpoint} is a tokenizer; try --save-tokens")
     os.makedirs(options.out, exist_ok=True)
-    place(model, device, dtype).requires_grad_(False)
     print(f"{options.checkpoint}: {words}; {describe(device)}, {str(dtype).removeprefix('torch.')}")
     lpips, lpips_note = None, "LPIPS was not asked for"
     if options.lpips != "none" and sources:
@@ -307,9 +306,7 @@ def run(options):
         if problem:
             raise InputError(f"--fid: {problem.removeprefix('FID is left out: ')}")
         fid = make_fid()
-    if device.type == "cpu" and hasattr(model, "fast"):
-        model = model.fast()
-    job = Job(model, tile(model, options), model_hash, device, dtype, lpips, teacher, options, fid,
+    job = Job(model, tiled, model_hash, device, dtype, lpips, teacher, options, fid,
               max(1, options.fid // max(1, len(sources))))
     names = set()
     for path, reader in zip(latent_files, readers):
@@ -336,11 +333,11 @@ def run(options):
         parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         precision=str(dtype).removeprefix("torch."), command="python infer.py " + shlex.join(sys.argv[1:]),
         **({"teacher": f"{teacher.name} ({teacher.spec})"} if teacher else {}),
-        **({"FID": f"{distance:.3f} (over {int(fid.sums[0, 0])} frames)"} if fid else {}),
+        **({"FID": f"{distance:.3f} (over {fid.count} frames)"} if fid else {}),
         created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note))
     print_rows(rows)
     if fid:
-        print(f"FID {distance:.3f} over {int(fid.sums[0, 0])} frames")
+        print(f"FID {distance:.3f} over {fid.count} frames")
     if lpips_note:
         print(lpips_note)
     print(f"report: {page}")

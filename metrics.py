@@ -81,27 +81,34 @@ class FID:
     """
 
     def __init__(self, network, features=2048):
-        self.network = network
-        self.sums = torch.zeros(2, 1 + features + features * features, dtype=torch.float64)  # counts, sums, products
+        self.network = network  # sums over the reconstructed frames, then over the originals:
+        self.counts, self.totals, self.products = (torch.zeros(2, *shape, dtype=torch.float64) for shape in (
+            (), (features,), (features, features)))
+
+    @property
+    def count(self):
+        """Frames added so far (after `reduce`: on all ranks)."""
+        return int(self.counts[0])
 
     @torch.no_grad()
     def add(self, output, target):
         """output, target: N T 3 H W (or N 3 H W) in [0, 1]."""
-        for sums, frames in zip(self.sums, (output, target)):
+        for i, frames in enumerate((output, target)):
             found = self.network(frames.float().reshape(-1, *frames.shape[-3:])).double().cpu()
-            sums += torch.cat([found.new_tensor([len(found)]), found.sum(0), (found.t() @ found).flatten()])
+            self.counts[i] += len(found)
+            self.totals[i] += found.sum(0)
+            self.products[i].addmm_(found.t(), found)
 
     def reduce(self, group=None):
         """The distance; NaN of fewer than two frames."""
         if group is not None:
-            torch.distributed.all_reduce(self.sums, group=group)
-        features = math.isqrt(self.sums.shape[1])
-        counts, sums, products = self.sums.split([1, features, features * features], 1)
-        if counts[0] < 2:
+            for sums in (self.counts, self.totals, self.products):
+                torch.distributed.all_reduce(sums, group=group)
+        if self.count < 2:
             return float("nan")
-        means = sums / counts
-        (ours, theirs) = (products.view(2, features, features) - counts[:, :, None] * means[:, :, None] * means[:, None]
-                          ) / (counts[:, :, None] - 1)
+        counts = self.counts.view(2, 1, 1)
+        means = self.totals.unsqueeze(2) / counts
+        ours, theirs = (self.products - counts * means * means.transpose(1, 2)) / (counts - 1)
         values, vectors = torch.linalg.eigh(ours)
         root = vectors * values.clamp(min=0).sqrt() @ vectors.t()
         overlap = torch.linalg.eigvalsh(root @ theirs @ root).clamp(min=0).sqrt().sum()  # trace of sqrt(ours theirs)

@@ -361,6 +361,7 @@ class DCAE(nn.Module):
 
 
 def check_lists(widths, encoder_depths, decoder_depths, latent_channels):
+    """ValueError for widths and depths that make no network, naming the first that does not fit."""
     stages = len(widths)
     if stages < 6 or not stages == len(encoder_depths) == len(decoder_depths):
         raise ValueError(f"a DCAE takes six or more widths and as many depths, got {stages} widths, "

@@ -83,9 +83,14 @@ class VQLatents(nn.Module):
 
     def requantize(self, latents):
         """Latents N T C h w -> (what their codes give back, {"vq_loss", "perplexity", "usage", "codes"})."""
+        vectors, info = self.quantized(latents)
+        return self.rectify(vectors), info
+
+    def quantized(self, latents):
+        """Latents N T C h w -> (quantized vectors N T C h w, info); each position by itself."""
         z = (latents.movedim(2, -1) - self.shift) / self.scale
         vectors, info = self.quantize(z.movedim(-1, 1))  # N C T h w
-        return self.rectify(vectors.transpose(1, 2)), info
+        return vectors.transpose(1, 2), info
 
     def rectify(self, vectors, past=None):
         """Quantized vectors N T C h w, and those before them (N 1 C h w; None at a clip's start) -> latents."""
@@ -110,7 +115,7 @@ class VQLatents(nn.Module):
     @torch.no_grad()
     def tokenize(self, video):
         """Video -> [int64 N T' h w], one tensor for each head or residual depth of the quantizer. In eval mode."""
-        return self.requantize(self.taehv.encode(video))[1]["codes"]
+        return self.quantized(self.taehv.encode(video))[1]["codes"]
 
     @torch.no_grad()
     def detokenize(self, codes):
@@ -179,10 +184,10 @@ class VQLatentsStream:
         """A TAEHV's latents -> what this stream gives for them, codes or latents."""
         model, codes, done = self.model, [], []
         for latent in latents.split(1, 1) if latents.shape[1] else ():
-            z = (latent.movedim(2, -1) - model.shift) / model.scale
-            codes.append(model.quantize(z.movedim(-1, 1))[1]["codes"])
+            vectors, info = model.quantized(latent)
+            codes.append(info["codes"])
             if not self._gives_codes:
-                done.append(self._rectified("encode", model.vectors(codes[-1])))
+                done.append(self._rectified("encode", vectors))
         if not self._gives_codes:
             return torch.cat([latents[:, :0], *done], 1)
         nothing = [latents[:, :0, 0].long()] * len(model.codebook_sizes)

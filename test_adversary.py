@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adversary import Adversary, PatchGAN, adaptive_weight, discriminator_loss, generator_loss
-from conftest import run
+from conftest import run, same
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +43,6 @@ def calls(adversary):
 
 def weights(adversary):
     return torch.cat([p.detach().flatten() for p in adversary.discriminator.parameters()])
-
-
-def same(a, b):
-    """Equal to the bit, in nested dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 # ---- the net -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from golden.fill import fill_, make_input
 from model_dcae import DCAE, linear_attention, load_dcae, recognise
 from model_taehv import TAEHV
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def small(fill=True, **changes):
     """The golden file's small model, or with `changes`; filled weights are no autoencoder, but every layer matters."""
@@ -27,15 +29,6 @@ def small(fill=True, **changes):
     if fill:
         fill_(model.state_dict())
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These maps are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def names_and_shapes(state_dict):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT, run
+from conftest import ROOT, run, same
 from golden.fill import fill_, make_input
 from seraena import ReplayBuffer, Seraena, group_frames, ungroup_frames
 
@@ -34,15 +34,6 @@ def one_step(seraena, *data):
     seraena.begin()
     corrected = seraena.targets(*(data or batch()))
     return corrected, seraena.step()
-
-
-def same(a, b):
-    """Equal to the bit, in nested dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 def whole_state(seraena):

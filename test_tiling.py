@@ -19,14 +19,7 @@ from model_vqgan import VQGAN
 from report import VideoWriter
 from tiling import Tiled, seam_figure, windows
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These maps are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_dcae():

@@ -151,6 +151,8 @@ class Decoder:
         return result
 
     def intervals(self, edges, base):
+        """Numbers (int64) of the intervals between `edges` that the states, taking turns, point into, each at its
+        offset `base` (uint64); the states move on."""
         found = np.empty(len(base), np.int64)
         for i in range(0, len(base), len(self.states)):
             at = base[i:i + len(self.states)]
@@ -433,6 +435,7 @@ class TokenReader:
         return self.read(decode=True)
 
     def read(self, decode):
+        """Go through the file and check all of it; yields the codes if they are to be decoded. TokenError."""
         try:
             for kind, payload in records(self.path):
                 if kind == b"H":

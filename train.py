@@ -270,7 +270,7 @@ def make_model(cfg, buckets):
             raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
         return model, "from scratch"
     source, words = checkpoint.load_model(cfg.init_from)
-    target = model.taehv if cfg.model == "vq_latents" and words.split()[0] != "vq_latents" else model
+    target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
     given, own = source.state_dict(), target.state_dict()
     different = [k for k in own.keys() | given.keys()
                  if k not in own or k not in given or own[k].shape != given[k].shape]
