@@ -125,9 +125,9 @@ class TokenSource:
             yield [torch.from_numpy(codes)[None] for codes in piece]
 
 
-def open_codes(path, model, model_hash):
+def open_codes(path, model, model_hash, tiles):
     """What decode_file reads: fps, height, width, frames, total (latents), note, and iterating gives pieces."""
-    return TokenSource(path, model, model_hash) if path.endswith(TOKENS) else LatentReader(path, model)
+    return TokenSource(path, model, model_hash) if path.endswith(TOKENS) else LatentReader(path, model, tiles)
 
 
 def decode_file(reader, name, job):

@@ -18,6 +18,7 @@ class Config:
     name: str = ""                  # run folder under out_dir; empty: the preset's name
     out_dir: str = "runs"           # folder of the run folders
     max_steps: int = 10000          # optimizer steps
+    max_minutes: float = 0.0        # of training (validation and saving left out) after which it ends; 0: no limit
     seed: int = 0                   # of the initial weights and of the data order
     device: str = "auto"            # auto, cpu, cuda, cuda:N or mps; auto prefers a GPU
     precision: str = "auto"         # auto, bf16 (autocast) or fp32 (TF32 on GPUs); auto: bf16 where the hardware has it
@@ -33,6 +34,7 @@ class Config:
     val_data: str = ""              # the same for validation; empty: val_fraction of the files of data
     val_fraction: float = 0.05      # part of the files held out, chosen by their names; 0: no validation
     val_clips: int = 64             # validation clips at most
+    val_size: int = 0               # height and width of validation clips, pixels; 0: size, or the first bucket's
     max_val_images: int = 0         # frames in these clips at most; 0: as many as they have
     val_metrics: str = ""           # what validation measures besides MSE, PSNR, SSIM and sharpness: "lpips,fid"
     val_clips_per_video: int = 2    # fixed clips of each validation video
@@ -58,6 +60,7 @@ class Config:
     variant: str = "taehv"          # taehv: row of VARIANTS in model_taehv.py
     patch_size: int = 0             # taehv: pixels folded into channels at the border; 0: the variant's
     latent_channels: int = 0        # taehv: 0: the variant's
+    init: str = "colours"           # fresh weights: colours (starts with each cell's mean colour) or pytorch (taehv)
     train_encoder: bool = True      # off: the encoder keeps its weights (taehv)
     train_decoder: bool = True      # off: the decoder keeps its weights (taehv)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -121,6 +124,9 @@ PRESETS = {
                  ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
     # A TAEHV from scratch on your own videos.
     "taehv": dict(max_steps=50000, batch_size=8),
+    # The published training notebook's recipe, with pixels for a teacher: what the table in SPEED.md compares with.
+    "taehv_notebook": dict(init="pytorch", size=64, batch_size=16, pixel_loss="l2", schedule="constant", warmup_steps=0,
+                           grad_clip=0.0, max_steps=50000),
     # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
     # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
@@ -242,6 +248,7 @@ def parse_buckets(config):
 CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
     "model": ("taehv", "vqgan", "vqvae2", "vqvae_video", "vq_latents", "dcae"),
+    "init": ("colours", "pytorch"),
     "gan_loss": ("hinge", "vanilla"),
     "gan_norm": ("batch", "group", "none"),
     "gan_dims": (2, 3),
@@ -251,10 +258,10 @@ CHOICES = {
     "seraena_replay_device": ("same", "pinned"),
     "schedule": ("constant", "cosine", "exponential"),
 }
-AT_LEAST = {0: "seed val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps lr_final "
-               "lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight perceptual_weight "
-               "perceptual_frames seraena_weight seraena_lr vq_weight max_val_images gan_weight gan_start gan_ramp "
-               "gan_lr gan_lecam",
+AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
+               "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
+               "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
+               "gan_weight gan_start gan_ramp gan_lr gan_lecam",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
                "max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every",
@@ -294,10 +301,15 @@ def check(config):
         raise ConfigError(f"latent_cache with model={config.model}: only taehv and vq_latents learn from a teacher")
     if config.model == "vq_latents":
         check_vq_latents(config)
+    if config.init == "pytorch" and (config.model != "taehv" or config.init_from):
+        given = f"init_from={config.init_from}" if config.init_from else f"model={config.model}"
+        raise ConfigError(f"init=pytorch with {given}: it is for a taehv from scratch")
     if not (config.train_encoder or config.train_decoder):
         raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
     if config.latent_cache and config.buckets:
         raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
+    if config.latent_cache and config.val_size:
+        raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
     parse_buckets(config)
 
 

@@ -140,7 +140,7 @@ def reconstruct(source, name, job):
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
     about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
     with Outputs(options.out, videos, reader, source.is_image) as outputs, \
-            LatentWriter(latents_path, model, reader, frames, total_latents) as latent_file, \
+            LatentWriter(latents_path, model, reader, frames, total_latents, str(job.tiled or "")) as latent_file, \
             open_tokens(tokens_path, model, about) as token_file, \
             tqdm(total=frames, desc=name[:30], unit="frame", dynamic_ncols=True) as bar:
 
@@ -290,7 +290,7 @@ def run(options):
     if tiled:
         words += f", tiles of {tiled}"
     teacher = load_teacher(options.teacher, device, dtype) if options.teacher else None
-    readers = [open_codes(path, model, model_hash) for path in latent_files]
+    readers = [open_codes(path, model, model_hash, str(tiled or "")) for path in latent_files]
     if options.save_tokens and not hasattr(model, "tokenize"):
         raise InputError(f"--save-tokens: {options.checkpoint} is {words}, which has no tokens; try --save-latents")
     if options.save_latents and hasattr(model, "tokenize"):

@@ -1,7 +1,7 @@
 """Latents in files: NAME.latents.npz, which NumPy's ordinary np.load reads.
 
 `latents` is float32 T C h w; `about` is a JSON text with what decoding needs: the model's config, frames per second,
-height, width and number of frames of the video. This file works alone with numpy and torch.
+height, width and number of frames of the video, and the tiles it was encoded in. This file works alone with numpy and torch.
 """
 import json
 import os
@@ -17,15 +17,19 @@ class LatentFileError(Exception):
     """A file of latents that cannot be used; the message names it."""
 
 
+def in_tiles(tiles):
+    return f"in tiles of {tiles}" if tiles else "without tiles"
+
+
 class LatentWriter:
     """Writes `path` latent by latent, `total` of them in all; nothing for an empty path. A context manager; the file
-    gets its name when the block ends without an exception."""
+    gets its name when the block ends without an exception. tiles: words for the tiles it is encoded in."""
 
-    def __init__(self, path, model, reader, frames, total):
+    def __init__(self, path, model, reader, frames, total, tiles=""):
         self.path = path
         self.total, self.file = total, None
         self.about = dict(model_config=model.config, fps=reader.fps, height=reader.height, width=reader.width,
-                          frames=frames)
+                          frames=frames, tiles=tiles)
 
     def __enter__(self):
         if self.path:
@@ -59,9 +63,10 @@ class LatentWriter:
 
 
 class LatentReader:
-    """Reads such a file latent by latent. LatentFileError if it is damaged, foreign, or not the model's."""
+    """Reads such a file latent by latent. LatentFileError if it is damaged, foreign, or not the model's. `note`: another
+    variant's, or other tiles than `tiles`, in which it is to be decoded."""
 
-    def __init__(self, path, model):
+    def __init__(self, path, model, tiles=""):
         self.path = path
         try:
             self.archive = zipfile.ZipFile(path)
@@ -86,6 +91,8 @@ class LatentReader:
         self.note, self.total = "", self.shape[0]
         if made_by.get("variant") != model.config.get("variant"):
             self.note = f"{path}: made by variant {made_by.get('variant')}, decoded by {model.config.get('variant')}"
+        elif about.get("tiles", "") != tiles:
+            self.note = f"{path}: encoded {in_tiles(about.get('tiles', ''))}, decoded {in_tiles(tiles)}"
 
     @staticmethod
     def header(file):

@@ -91,6 +91,28 @@ class Logbook:
                 self.board.close()
 
 
+class Clock:
+    """Seconds of training alone, validation and saving left out; `total`: those of the run before it was resumed."""
+
+    def __init__(self, total=0.0):
+        self.before, self.began, self.last = total, time.monotonic(), total
+
+    def total(self):
+        return self.before + time.monotonic() - self.began
+
+    def lap(self):
+        """Seconds since the last call."""
+        last, self.last = self.last, self.total()
+        return self.last - last
+
+    @contextlib.contextmanager
+    def stopped(self):
+        """While something else than training goes on."""
+        self.before, self.began = self.total(), time.monotonic()
+        yield
+        self.began = time.monotonic()
+
+
 def summary(model, size, frames, device):
     """Parameters and output shape of every layer, and of the whole, for one clip of `frames` x `size` x `size`."""
     lines, hooks = ["layer                          parameters  output (frames, channels, height, width)"], []

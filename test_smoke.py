@@ -200,7 +200,7 @@ def test_out_of_memory_on_one_rank_splits_the_batch_on_both(clips, tmp_path):
         "step 3: out of memory; micro-batches are split in 2" in (tmp_path / "runs" / "oom" / "train.log").read_text()
     )
     oom, fine = (weights(tmp_path / "runs" / name, 4) for name in ("oom", "fine"))
-    assert largest_difference(oom, fine) < 1e-5, "the step is done again in parts, so nothing is lost"
+    assert largest_difference(oom, fine) < 5e-5, "the step is done again in parts, so nothing is lost; a step is 3e-4"
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(clips, tmp_path):
@@ -462,3 +462,15 @@ def test_the_readme_tells_what_there_is():
         assert os.path.exists(os.path.join(ROOT, name)), f"{name} is in the README only"
     with open(os.path.join(ROOT, ".ci", "run"), encoding="utf-8") as file:
         assert "README.md" in file.read(), "CI takes its test command from the README"
+
+
+def test_a_run_of_minutes_ends_by_itself_and_is_scored_at_another_size(clips, tmp_path):
+    common = [*SMALL, f"data={clips}", "val_data=" + clips, "val_clips=2", "val_size=32", "max_steps=100000", "name=timed"]
+    output = run(TRAIN, *common, "max_minutes=0.02", cwd=tmp_path)
+    (last,) = re.findall(r"done: (\d+) steps in 0.\d minutes", output)
+    assert f"step {last}: validation psnr" in output and int(last) < 10000
+    state = checkpoint.read(str(tmp_path / "runs" / "timed" / f"step_{int(last):08d}.pt"))
+    assert 1.2 <= state["seconds"] < 30
+    assert "nothing to do" in run(TRAIN, *common, "max_minutes=0.02", cwd=tmp_path)
+    output = run(TRAIN, *common, f"max_minutes={state['seconds'] / 60 + 0.001}", cwd=tmp_path)
+    assert f"at step {last}" in output and "done: " in output

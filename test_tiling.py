@@ -294,6 +294,10 @@ def test_infer_tiles_the_dcae_and_decodes_its_latents_to_the_same(tmp_path, caps
     assert np.allclose(np.load(latents)["latents"], info["latents"][0].numpy(), atol=1e-5)
     assert np.abs(direct - (expected[0] * 255).round().permute(0, 2, 3, 1).numpy()).max() <= 1
     assert np.array_equal(infer_py(latents, "--out", "again"), direct)
+    assert "encoded" not in capsys.readouterr().out
+    tiles = ("--tile", "0", "--tile-frames", "0", "--lpips", "none")
+    infer_py(latents, "--out", "other")
+    assert "encoded in tiles of 64 x 64 px x 8 frames, overlap 0.5, decoded without tiles" in capsys.readouterr().out
 
 
 def test_infer_names_tiles_that_do_not_fit(tmp_path, capsys, monkeypatch):

@@ -83,6 +83,7 @@ class Tiled:
         if not 0 <= tile_overlap_factor <= 0.5:
             raise ValueError(f"tile_overlap_factor is a part of the tile from 0 to 0.5, got {tile_overlap_factor}")
         self.model = model
+        self.overlap = tile_overlap_factor
         self.space_tile = self.space_overlap = self.time_tile = self.time_overlap = 0  # in latents; tile 0: the whole
         if use_spatial_tiling:
             self.space_tile = in_latents("spatial_tile_size", spatial_tile_size, model.space_factor)
@@ -100,7 +101,8 @@ class Tiled:
 
     def __str__(self):
         space, time = self.space_tile * self.model.space_factor, self.time_tile * self.model.time_factor
-        return " x ".join([f"{space} x {space} px"] * bool(space) + [f"{time} frames"] * bool(time))
+        sides = " x ".join([f"{space} x {space} px"] * bool(space) + [f"{time} frames"] * bool(time))
+        return f"{sides}, overlap {self.overlap:g}"
 
     @torch.no_grad()
     def encode(self, video):

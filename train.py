@@ -12,7 +12,6 @@ import copy
 import math
 import os
 import sys
-import time
 from dataclasses import asdict
 
 import torch
@@ -26,7 +25,7 @@ from config import ConfigError, exit_with_usage, load_config, parse_buckets
 from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, place,
                     resident_memory, synchronize, tune)
 from latent_cache import LatentCache
-from logbook import Logbook, count, summary
+from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, copy_from_rank_0, from_rank_0, gather, start_ranks,
                    stay_together)
@@ -49,7 +48,7 @@ def train(cfg):
     model, origin = make_model(cfg, buckets)
     objective = Objective(cfg, model, device, autocast)
     for quantizer in objective.quantizers:
-        quantizer.before_reduce = lambda: stay_together(control, 3)  # the flags of `accumulate`
+        quantizer.before_reduce = lambda: stay_together(control, 4)  # the flags of `accumulate`
     judges = load_judges(cfg, device)
     resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, log))
     if cfg.latent_cache:
@@ -71,7 +70,7 @@ def train(cfg):
     # eps: gradients of 1e-10 are rounding noise, which PyTorch's 1e-8 turns into steps (3e-6 apart on 1 and 2 ranks).
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   eps=1e-7, fused=device.type in ("cuda", "cpu"))
-    step, samples, best = 0, 0, -math.inf
+    step, samples, best, seconds = 0, 0, -math.inf, 0.0
     # Since the last log line: sums of the objective's scalars, good steps; and steps skipped, in a row and in all.
     tally = torch.zeros(len(objective.names) + 3, device=device)
     if resume_from:
@@ -79,6 +78,7 @@ def train(cfg):
         try:
             restore(state, model, average, optimizer, teacher, resume_from)
             step, samples, best = state["step"], state["samples"], float(state["best"])
+            seconds = float(state.get("seconds", 0))
             if len(state["tally"]) == len(tally):
                 tally.copy_(state["tally"])
             objective.load_state(state.get("objective") or {})
@@ -95,8 +95,10 @@ def train(cfg):
         del state
     copy_from_rank_0([*model.state_dict().values(), *average.state_dict().values()])
 
-    if step >= cfg.max_steps:
-        log(f"nothing to do: step {step} of {cfg.max_steps}; set max_steps higher to go on, or name=... for a new run")
+    time_limit = 60 * cfg.max_minutes or math.inf
+    if step >= cfg.max_steps or seconds >= time_limit:
+        log(f"nothing to do: step {step} of {cfg.max_steps}, {seconds / 60:.1f} minutes of training; set max_steps or "
+            "max_minutes higher to go on, or name=... for a new run")
         return
     log(summary(model, buckets[0].size, buckets[0].frames, device), screen=False)
     log.start(asdict(cfg), step)
@@ -116,7 +118,7 @@ def train(cfg):
     # ---- one step's forward and backward passes on this rank, and saving ------------------------------------------
     def accumulate(micro_batches, pieces, trouble):
         """Adds up the gradients and the objective's scalars over this rank's clips. Returns what all ranks agree on:
-        (memory ran out, stop, trouble)."""
+        (memory ran out, stop, time is over, trouble)."""
         out_of_memory = False
         gradients.all.zero_()
         objective.begin(step)
@@ -136,7 +138,7 @@ def train(cfg):
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
-        return agree(control, out_of_memory, stop, trouble)
+        return agree(control, out_of_memory, stop, clock.total() >= time_limit, trouble)
 
     def save():
         """Every rank calls this. Returns what went wrong, or an empty string."""
@@ -149,8 +151,9 @@ def train(cfg):
             return next(filter(None, problems))
         problem = checkpoint.save_run(folder, dict(
             model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
-            tally=tally.cpu(), world=world, random=list(states), teacher=teacher, model=model.state_dict(),
-            ema=average.state_dict(), optimizer=optimizer.state_dict(), objective=objective.state()), cfg.keep_last)
+            seconds=clock.total(), tally=tally.cpu(), world=world, random=list(states), teacher=teacher,
+            model=model.state_dict(), ema=average.state_dict(), optimizer=optimizer.state_dict(),
+            objective=objective.state()), cfg.keep_last)
         log(problem or f"step {step}: saved {folder}/step_{step:08d}.pt")
         return problem
 
@@ -162,9 +165,9 @@ def train(cfg):
     stop = StopSignal()
     bar = tqdm(initial=step, total=cfg.max_steps, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.05)
     pieces = 1  # parts of a micro-batch; doubles when memory runs out
-    clips_done, since = 0, time.monotonic()
-    stopping = False
-    while step < cfg.max_steps and not stopping:
+    clips_done, clock = 0, Clock(seconds)
+    stopping = last = False  # stopped from outside; the run's last step
+    while not last and not stopping:
         micro_batches, trouble = [], ""
         try:
             for batch in (next(batches) for _ in range(cfg.accumulation)):
@@ -173,7 +176,7 @@ def train(cfg):
         except datasets.DataError as error:
             trouble = str(error)
         while True:
-            out_of_memory, stopping, no_data = accumulate(micro_batches, pieces, trouble)
+            out_of_memory, stopping, time_over, no_data = accumulate(micro_batches, pieces, trouble)
             if no_data:
                 give_up(f"no data ({trouble or 'on another rank'})", "Look at the files that train.log names.")
             if not out_of_memory:
@@ -205,14 +208,15 @@ def train(cfg):
         tally = torch.cat([tally[:-2] + good, (tally[-2:-1] + 1) * bad, tally[-1:] + bad])
         step_clips = cfg.accumulation * world * len(micro_batches[0]["video"])
         step, samples, clips_done = step + 1, samples + step_clips, clips_done + step_clips
+        last = step >= cfg.max_steps or time_over
         bar.update()
 
-        if step % cfg.log_every == 0 or step == cfg.max_steps:
+        if step % cfg.log_every == 0 or last:
             *sums, good, bad_row, bad_all = tally.tolist()
             values = spread({name: s / good if good else math.nan for name, s in zip(objective.names, sums)})
             values.update(objective.codes_used())
             synchronize(device)
-            speed = clips_done / (time.monotonic() - since)
+            speed = clips_done / clock.lap()
             log.scalars(step, "train", **values, gradient_norm=norm, learning_rate=learning_rate(cfg, step - 1),
                         clips_per_second=speed, skipped_steps=bad_all, resident_memory_gb=resident_memory() / 1e9,
                         gpu_memory_gb=peak_memory(device) / 1e9 if device.type == "cuda" else 0.0)
@@ -221,13 +225,14 @@ def train(cfg):
             log(f"step {step}: {line}, gradient norm {norm:.3f}, {speed:.2f} clips/s"
                 + (f", {int(bad_all)} steps skipped (not finite)" if bad_all else ""), screen=bad_row > 0)
             tally[:-2] = 0
-            clips_done, since = 0, time.monotonic()
+            clips_done = 0
             if bad_row >= cfg.max_bad_steps:
                 give_up(f"the loss or a gradient was not finite {int(bad_row)} steps in a row",
                         "The weights are those from before. Try a lower lr, precision=fp32, or other data.")
-        if len(val_clips) and (step == cfg.max_steps or step % cfg.val_every == 0 and not stopping):
-            result, shown = evaluate(average, val_share, device, autocast, control, **judges)
-            log(f"step {step}: validation {describe_validation(result)}")
+        if len(val_clips) and (last or step % cfg.val_every == 0 and not stopping):
+            with clock.stopped():
+                result, shown = evaluate(average, val_share, device, autocast, control, **judges)
+            log(f"step {step}: validation {describe_validation(result)}, after {clock.total() / 60:.1f} minutes")
             log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
             log.pictures(step, shown)
             if objective.score(result) > best:
@@ -238,18 +243,18 @@ def train(cfg):
                         ema=average.state_dict()))
                     if problem:
                         log(problem)
-            clips_done, since = 0, time.monotonic()
-        if step % cfg.save_every == 0 or step == cfg.max_steps or stopping:
-            save()
-            clips_done, since = 0, time.monotonic()
+        if step % cfg.save_every == 0 or last or stopping:
+            with clock.stopped():
+                save()
     bar.close()
     log.close()
-    if stopping:
+    if stopping and not last:
         again = "resume=auto" if cfg.resume == "none" else "the same command"
         cause = "torchrun was killed: stopped" if stop.orphaned() else "stopped by a signal"
         log(f"{cause} after step {step} of {cfg.max_steps}: {again} goes on from here")
     else:
-        log(f"done: {step} steps. Look at them: python infer.py {folder} VIDEO, and tensorboard --logdir {folder}")
+        log(f"done: {step} steps in {clock.total() / 60:.1f} minutes. Look at them: python infer.py {folder} VIDEO, "
+            f"and tensorboard --logdir {folder}")
 
 
 # ---- in the order in which train() calls them --------------------------------------------------------------------
@@ -261,13 +266,15 @@ def make_model(cfg, buckets):
         model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    for bucket in buckets:
-        if bucket.size % model.space_factor:
-            raise ConfigError(f"size {bucket.size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
+    for size in (*(bucket.size for bucket in buckets), cfg.val_size):
+        if size % model.space_factor:
+            raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
                               f"{model.space_factor}")
     if not cfg.init_from:
         if cfg.model == "vq_latents":
             raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
+        if cfg.init == "pytorch":
+            pytorch_weights(model)
         return model, "from scratch"
     source, words = checkpoint.load_model(cfg.init_from)
     target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
@@ -280,6 +287,14 @@ def make_model(cfg, buckets):
                           f"({min(different)} differs): set {fit} to match")
     target.load_state_dict(given)
     return model, f"from {cfg.init_from}"
+
+
+def pytorch_weights(model):
+    """Start as the published training notebook does: PyTorch's own random weights, mid-grey at the end."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.reset_parameters()
+    torch.nn.init.constant_(model.decoder[-1].bias, 0.5)
 
 
 def load_judges(cfg, device):
@@ -324,7 +339,7 @@ def find_clips(cfg, bucket, control):
     train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))
     augment = datasets.Augment(cfg.random_crop, cfg.min_crop, cfg.flip, cfg.color_jitter, cfg.blur)
     clips = datasets.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment, cfg.image_sequences)
-    val_clips = datasets.ValClips(val, bucket.size, bucket.frames, cfg.val_clips_per_video,
+    val_clips = datasets.ValClips(val, cfg.val_size or bucket.size, bucket.frames, cfg.val_clips_per_video,
                                   val_limit(cfg, bucket.frames), cfg.image_sequences)
     if val and not len(val_clips):
         found.append(f"no validation: no held-out file gives clips of {bucket.frames} frames")
