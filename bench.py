@@ -156,34 +156,79 @@ def codec(options):
                     yield row
 
 
-def train_rows(options, kinds):
-    """A training step of a TAEHV at 64 x 64 x 12: forward, backward, AdamW."""
+def published(model, video):
+    """A TAEHV's reconstruction of N T 3 H W by the published file's routine, which is retyped here: layout as it comes,
+    the frames before are padded and concatenated, space is enlarged before time grows."""
+    from model_taehv import MemBlock, TGrow, TPool
+    n, x = len(video), video.flatten(0, 1)
+    for layer in [*model.encoder, *model.decoder]:
+        if isinstance(layer, MemBlock):
+            frames = x.reshape(n, len(x) // n, *x.shape[1:])
+            past = F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :frames.shape[1]].reshape(x.shape)
+            x = layer.act(layer.conv(torch.cat([x, past], 1)) + layer.skip(x))
+        elif isinstance(layer, TPool):
+            x = layer.conv(x.reshape(-1, layer.stride * x.shape[1], *x.shape[2:]))
+        elif isinstance(layer, TGrow):
+            x = layer.conv(x).reshape(-1, *x.shape[1:])
+        else:
+            x = layer(x)
+    return x.unflatten(0, (n, -1))[:, model.frames_to_trim:]
+
+
+def train_call(options, size, batch, label):
+    """(a training step, its forward and backward passes, the reconstruction that it makes) of a TAEHV. "plain": the
+    published routine and PyTorch's AdamW; "ours": as train.py does it, but without the norm of the gradients."""
     from model_taehv import TAEHV
     device = pick_device(options.device)
     tune(device)
-    calls, batch = {}, 2 if options.quick else 4
-    for kind in kinds:
-        for layout in ("as PyTorch lays out", "channels-last"):
-            torch.manual_seed(0)
-            model = TAEHV().to(device) if layout != "channels-last" else place(TAEHV(), device)
-            optimizer = torch.optim.AdamW(model.parameters(), fused=device.type in ("cpu", "cuda"))
-            video = torch.rand(batch, 12, 3, 64, 64, device=device)
+    torch.manual_seed(0)
+    model = TAEHV().to(device) if label in ("plain fp32", "plain bf16") else place(TAEHV(), device)
+    ours = label.startswith("ours")
+    optimizer = torch.optim.AdamW(model.parameters(), **dict(fused=device.type in ("cpu", "cuda")) if ours else {})
+    video = torch.rand(batch, 12, 3, size, size, device=device)
 
-            def step(model=model, optimizer=optimizer, video=video, kind=kind):
-                with torch.autocast(device.type, TYPES["bf16"], enabled=kind == "bf16"):
-                    output, _ = model(video)
-                (output.float() - model.targets(video)).abs().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            calls[f"{layout} {kind}"] = step
-    seconds = alternate(calls, options.repeat, device)
-    first = seconds[next(iter(calls))]
-    return [dict(what=f"train taehv 64x64x12, batch {batch}", how=label, value=batch / seconds[label], unit="clips/s",
-                 ratio=first / seconds[label], type=label.split()[-1]) for label in calls]
+    def forward(video=video):
+        with torch.autocast(device.type, torch.bfloat16, enabled="bf16" in label):
+            return model(video)[0] if ours else published(model, video)
+
+    def passes(video=video):
+        F.l1_loss(forward(video).float(), model.targets(video)).backward()
+
+    def step():
+        passes()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step, passes, forward
+
+
+def train_rows(options, size, batch, labels):
+    calls = {label: train_call(options, size, batch, label) for label in labels}
+    outputs = [forward().detach().float() for _, _, forward in calls.values()]
+    for label, output in zip(labels, outputs):
+        error = (output - outputs[0]).norm() / outputs[0].norm()
+        assert error < (0.05 if "bf16" in label else 1e-4), f"{label} is {error:.1e} away from {labels[0]}"
+    seconds = alternate({label: step for label, (step, _, _) in calls.items()}, options.repeat, outputs[0].device)
+    first = next((label for label in labels if label == "plain bf16"), labels[0])
+    return [dict(what=f"train taehv {size}x{size}x12, batch {batch}", how=label, value=batch / seconds[label],
+                 unit="clips/s", ratio=seconds[first] / seconds[label], type=label.split()[1]) for label in labels]
+
+
+def train_memory(options, size, batch, label):
+    """Bytes for each clip at the peak of the two passes, beyond the weights and their gradients."""
+    step, passes, _ = train_call(options, size, batch, label)
+    video = torch.rand(batch, 12, 3, size, size, device=pick_device(options.device))
+    passes(video[:1, :4, :, :16, :16])  # the gradients exist from here on
+    return memory_of(lambda: passes(video), video.device) / batch
 
 
 def train(options):
-    yield from alone(train_rows, options, [options.precision] if options.precision else ["fp32", "bf16"])
+    """A training step: forward and backward passes, AdamW. Ratios are to "plain bf16" if that is run."""
+    labels = ["plain fp32", "plain bf16", "plain bf16 channels-last", "ours fp32", "ours bf16"]
+    labels = [label for label in labels if options.precision in (None, label.split()[1])]
+    for size, batch in [(32, 2)] if options.quick else [(64, 4), (128, 2)]:
+        for row in alone(train_rows, options, size, batch, labels):
+            row["memory"] = alone(train_memory, options, size, batch, row["how"])
+            yield row
 
 
 def notebook_clip(path, size, frames, rng):

@@ -4,13 +4,15 @@
     latents = model.encode(video)                    # N T 3 H W in [0, 1]  ->  N T/4 16 H/8 W/8
     video = model.decode(latents)                    # ... and back, clamped to [0, 1]
 
-This file works alone: it needs torch, and tqdm only where a progress bar is asked for. State_dict names, shapes and
-results are those of github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and streams
-alike, everything is channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four
-times less work there), and `targets()` says which input frames an output stands for.
+This file works alone: it needs torch, and tqdm only where a progress bar is asked for. With step_taehv.py beside it,
+training steps are quicker (`quick_step`). State_dict names, shapes and results are those of
+github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and streams alike, everything is
+channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four times less work there),
+and `targets()` says which input frames an output stands for.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
 """
+import importlib.util
 import math
 import os
 
@@ -300,6 +302,7 @@ class TAEHV(nn.Module):
         init_weights(self.encoder, self.decoder, self.patch_size, self.frame_places,
                      shift=0 if self.is_h3 else self.time_factor - 1)
         self.gradient_checkpointing = False
+        self.quick_step = importlib.util.find_spec("step_taehv") is not None  # where gradients are wanted
         self.config = dict(variant=variant, patch_size=self.patch_size, latent_channels=self.latent_channels,
                            encoder_time_downscale=list(pooling), decoder_time_upscale=list(growth),
                            decoder_space_upscale=[s == 2 for s in space], arch_variant=self.arch_variant)
@@ -447,6 +450,9 @@ class TAEHV(nn.Module):
         return TAEHVStream(self, memory_limit, total_latents)
 
     def _run(self, blocks, x, memory=None, progress=None):
+        if self.quick_step and torch.is_grad_enabled() and memory is None and progress is None:
+            from step_taehv import run_blocks as run_step
+            return run_step(blocks, x, self.gradient_checkpointing)
         return run_blocks(blocks, x, memory, self.gradient_checkpointing and torch.is_grad_enabled(), progress)
 
     def _unshuffle(self, video):

@@ -1,0 +1,141 @@
+"""The quicker training step: the numbers and gradients of the plain path, for all variants and ways to train."""
+import copy
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model_taehv
+import step_taehv
+from model_taehv import TAEHV, MemBlock
+
+
+def make(variant="taehv", dtype=torch.float32, **changes):
+    """A model in training mode, all of whose weights matter, channels-last as train.py has it."""
+    torch.manual_seed(0)
+    model = TAEHV(variant, **changes).train()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=(1.6 / p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
+    return model.to(dtype=dtype, memory_format=torch.channels_last)
+
+
+def clips(model, frames=8, dtype=torch.float32):
+    size = (2, frames, 3, model.space_factor, 2 * model.space_factor)
+    return torch.rand(size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def passes(model, video, quick=True, autocast=False):
+    """[reconstruction, latents, gradients of all weights that learn]."""
+    model.zero_grad()
+    model.quick_step = quick
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, info = model(video)
+    pattern = torch.linspace(-1, 1, output.numel()).view_as(output)  # the mean alone would reach few weights
+    (output.float() if autocast else output).mul(pattern).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), "latents": info["latents"].detach(), **gradients}
+
+
+def error(ours, theirs):
+    """The largest relative distance of two results of `passes`."""
+    assert list(ours) == list(theirs)
+    return max(((ours[k].double() - theirs[k].double()).norm() / theirs[k].double().norm()).item() for k in ours)
+
+
+PREVIEWS = [{"decoder_time_upscale": (False, False)}, {"decoder_space_upscale": (True, False, True)}]
+CASES = [(v, {}) for v in ("taehv", "taew2_2", "taeltx_2", "taecvx", "taeh3", "taew2_2_super")] + [
+    ("taehv", changes) for changes in PREVIEWS]
+
+
+@pytest.mark.parametrize(("variant", "changes"), CASES)
+def test_results_and_gradients_are_the_plain_paths(variant, changes):
+    model = make(variant, torch.float64, **changes)  # in float32 a ReLU at zero may open in one and not in the other
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    video = clips(model, {"taeh3": 20, "taew2_2_super": 5}.get(variant, 8), torch.float64)
+    results = passes(model, video), passes(model, video, quick=False)
+    assert error(*results) < 1e-12 and len(results[0]) == 2 + len(before)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("frames", [1, 4, 12])  # one latent: no memory block has a frame before
+def test_float32_is_within_rounding_and_repeats_to_the_bit(frames):
+    model = make()
+    video = clips(model, frames)
+    ours, again, theirs = passes(model, video), passes(model, video), passes(model, video, quick=False)
+    assert error({"output": ours["output"]}, {"output": theirs["output"]}) < 1e-5
+    assert all(torch.equal(ours[k], again[k]) for k in ours)
+    exact = passes(copy.deepcopy(model).double(), video.double(), quick=False)
+    assert error(ours, exact) < 2 * error(theirs, exact) + 1e-5
+
+
+def test_bf16_is_within_its_own_error():
+    model = make()
+    video = clips(model)
+    exact = passes(model, video, quick=False)
+    ours, theirs = (passes(model, video, quick, autocast=True) for quick in (True, False))
+    assert ours["output"].dtype == theirs["output"].dtype == torch.bfloat16
+    assert 0 < error(ours, exact) < 1.5 * error(theirs, exact)
+
+
+@pytest.mark.parametrize("variant", ["taehv", "taew2_2_super"])
+def test_checkpointing_changes_no_gradient(variant):
+    model = make(variant)
+    video = clips(model)
+    plain = passes(model, video)
+    model.gradient_checkpointing = True
+    again = passes(model, video)
+    assert all(torch.equal(again[k], plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "decoder"])
+def test_a_half_can_be_frozen(frozen):
+    model = make(dtype=torch.float64)
+    video = clips(model, dtype=torch.float64)
+    whole = passes(model, video)
+    getattr(model, frozen).requires_grad_(False)
+    half = passes(model, video)
+    assert half and not any(k.startswith(frozen) for k in half)
+    assert error(half, {k: v for k, v in whole.items() if not k.startswith(frozen)}) < 1e-12
+
+
+def test_what_needs_no_gradient_is_not_computed(monkeypatch):
+    wanted, original = [], step_taehv.conv_backward
+    monkeypatch.setattr(step_taehv, "conv_backward", lambda g, x, w, *t: (wanted.append(t), original(g, x, w, *t))[1])
+    block, x = MemBlock(4, 4), torch.rand(6, 4, 5, 5)
+    block.conv[0].weight.requires_grad_(False)
+    step_taehv.remember(block, x, 2).sum().backward()
+    assert wanted == [(True, True, True), (True, True, True), (False, False, True), (False, False, False)]
+    assert block.conv[0].weight.grad is None and block.conv[0].bias.grad is not None
+
+
+def test_without_gradients_the_plain_path_runs():
+    model = make().eval()
+    results = []
+    for model.quick_step in (True, False):
+        with torch.no_grad():
+            results.append(model(clips(model))[0])
+    assert torch.equal(*results)
+
+
+def test_it_compiles_into_one_graph():
+    torch.manual_seed(0)
+    blocks = [MemBlock(8, 8), torch.nn.Upsample(scale_factor=2), model_taehv.TGrow(8, 2),
+              torch.nn.Conv2d(8, 8, 3, padding=1, bias=False)]
+    blocks, video = torch.nn.Sequential(*blocks), torch.rand(2, 3, 8, 4, 4)
+    gradients = []
+    for run in (step_taehv.run_blocks, torch.compile(step_taehv.run_blocks, backend="aot_eager", fullgraph=True)):
+        blocks.zero_grad()
+        run(blocks, video).square().sum().backward()
+        gradients.append([p.grad.clone() for p in blocks.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*gradients))
+
+
+def test_the_model_trains_without_this_file(tmp_path):
+    shutil.copy(model_taehv.__file__, tmp_path)
+    code = ("import torch, model_taehv; m = model_taehv.TAEHV(); assert not m.quick_step; "
+            "m(torch.rand(1, 4, 3, 8, 8))[0].sum().backward(); assert m.encoder[0].weight.grad is not None")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
