@@ -114,12 +114,11 @@ def test_training_mode_is_refused():
 
 
 def test_bench_prints_a_table_and_writes_json(tmp_path):
-    output = run(os.path.join(ROOT, "bench.py"), "codec", "train", "quantizer", "loader", "--quick",
-                 "--families", "taehv", "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
+    output = run(os.path.join(ROOT, "bench.py"), "codec", "quantizer", "loader", "--quick", "--families", "taehv",
+                 "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
     found = json.loads((tmp_path / "rows.json").read_text())
     rows = {(row["what"].split()[0], row["how"]): row for row in found["rows"]}
     assert {how for _, how in rows} >= {"plain fp32", "fast fp32", "ours, EMA", "all distances, one-hot", "ours"}
     assert all(row["value"] > 0 and row["what"] in output for row in found["rows"])
-    assert rows["train", "ours fp32"]["memory"] < rows["train", "plain fp32"]["memory"]
     assert rows["taehv", "plain fp32"]["ratio"] == 1 and found["peak"]["fp32"] > 1e9
     assert rows["quantizer,", "all distances, one-hot"]["memory"] > rows["quantizer,", "ours, VQ"]["memory"]

@@ -1,5 +1,6 @@
 """The quicker training step: the numbers and gradients of the plain path, for all variants and ways to train."""
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import torch
 
 import model_taehv
 import step_taehv
+from conftest import ROOT, run
 from model_taehv import TAEHV, MemBlock
 
 
@@ -126,9 +128,9 @@ def test_it_compiles_into_one_graph():
               torch.nn.Conv2d(8, 8, 3, padding=1, bias=False)]
     blocks, video = torch.nn.Sequential(*blocks), torch.rand(2, 3, 8, 4, 4)
     gradients = []
-    for run in (step_taehv.run_blocks, torch.compile(step_taehv.run_blocks, backend="aot_eager", fullgraph=True)):
+    for call in (step_taehv.run_blocks, torch.compile(step_taehv.run_blocks, backend="aot_eager", fullgraph=True)):
         blocks.zero_grad()
-        run(blocks, video).square().sum().backward()
+        call(blocks, video).square().sum().backward()
         gradients.append([p.grad.clone() for p in blocks.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*gradients))
 
@@ -139,3 +141,10 @@ def test_the_model_trains_without_this_file(tmp_path):
             "m(torch.rand(1, 4, 3, 8, 8))[0].sum().backward(); assert m.encoder[0].weight.grad is not None")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_bench_compares_it_with_the_published_routine(tmp_path):
+    run(os.path.join(ROOT, "bench.py"), "train", "--quick", "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
+    plain, ours = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (plain["how"], ours["how"], plain["ratio"]) == ("plain fp32", "ours fp32", 1)
+    assert 0 < ours["memory"] < plain["memory"] and ours["value"] > 0
