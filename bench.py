@@ -3,18 +3,23 @@
     python bench.py                              # every section: half an hour on two cores
     python bench.py codec --sizes 256x256 480x832 --json fast.json
     python bench.py loader --data videos/        # real clips; without --data, clips are made on the fly
+    python bench.py quality --data train/ --val-data val/     # training runs of 12 minutes; only where asked for
     python bench.py codec quantizer --quick      # small sizes, few repetitions: does it run?
 
 Sections: codec (encode and decode, plain and fast), train (a training step), loader (clips from videos, cached clips),
-quantizer (against full distances and one-hot matrices). Each row is timed in turn with the row that it is compared to,
-within one process of its own; medians. "of peak" is the share of the multiplication rate that a matrix product reaches
-here, in float32 or bf16; memory is the process's peak over what it held before.
+quantizer (against full distances and one-hot matrices), quality (PSNR of a TAEHV from scratch after so many minutes,
+and how much sooner our recipe has the PSNR that the published notebook's ends with). Each row is timed in turn with the
+row that it is compared to, within one process of its own; medians. "of peak" is the share of the multiplication rate
+that a matrix product reaches here, in float32 or bf16; memory is the process's peak over what it held before.
 """
 import argparse
 import json
+import math
 import multiprocessing
 import os
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from config import load_config
 from device import describe, peak_memory, pick_device, pick_precision, place, reset_peak_memory, synchronize, tune
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -341,7 +347,37 @@ def quantizer(options):
                    unit="s", memory=memory, ratio=first / seconds)
 
 
-SECTIONS = {"codec": codec, "train": train, "loader": loader, "quantizer": quantizer}
+RECIPES = {"the notebook's recipe": ["taehv_notebook"], "ours": ["taehv", "size=64", "batch_size=2", "pixel_loss=l2",
+           "warmup_steps=20", "ema_decay=0.98"]}
+
+
+def learning_curve(options, recipe, seed, folder):
+    """[(minutes of training, validation PSNR at 128 px)] of a run of train.py."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    batch = load_config(recipe).batch_size
+    settings = [f"data={options.data}", f"val_data={options.val_data}", "val_size=128", "val_clips_per_video=4",
+                f"val_every={max(1, options.val_every // batch)}", f"max_minutes={options.minutes}",
+                f"device={options.device}", f"seed={seed}", f"out_dir={folder}"]
+    done = subprocess.run([sys.executable, script, *recipe, *settings], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # train.py has said why
+    found = re.findall(r"validation psnr (\S+) dB.* after (\S+) minutes", done.stdout)
+    return [(float(minutes), float(psnr)) for psnr, minutes in found]
+
+
+def quality(options):
+    for seed in range(options.seeds):
+        first = None
+        for how, recipe in RECIPES.items():
+            with tempfile.TemporaryDirectory() as folder:
+                curve = learning_curve(options, recipe, seed, folder)
+            minutes, psnr = first = first or curve[-1]
+            soonest = minutes if first == curve[-1] else next((m for m, p in curve if p >= psnr), math.inf)
+            yield dict(what=f"quality, {options.minutes:g} minutes, seed {seed}", how=how, value=curve[-1][1],
+                       unit="dB", ratio=minutes / soonest, curve=curve)
+
+
+SECTIONS = {"codec": codec, "train": train, "loader": loader, "quantizer": quantizer, "quality": quality}
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -357,7 +393,8 @@ def show(row, peak):
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("sections", nargs="*", metavar="SECTION",
+                        help=f"{', '.join(SECTIONS)} (default: all but quality)")
     parser.add_argument("--families", nargs="+", default=list(families()), metavar="NAME",
                         help="models of codec (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", default=["256x256"], metavar="HxW", help="frames of codec (%(default)s)")
@@ -366,6 +403,10 @@ def parse(arguments=None):
     parser.add_argument("--at-once", action="store_true", help="whole clips in one pass too, the published default")
     parser.add_argument("--repeat", type=int, default=5, help="turns (default: %(default)s)")
     parser.add_argument("--data", help="folder of videos for loader")
+    parser.add_argument("--val-data", help="folder of videos for quality's validation")
+    parser.add_argument("--minutes", type=float, default=12, help="of training in quality (default: %(default)s)")
+    parser.add_argument("--val-every", type=int, default=160, help="clips between validations (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe in quality (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--json", metavar="FILE", help="write all rows there")
     parser.add_argument("--quick", action="store_true", help="small and few: to see that it runs")
@@ -381,8 +422,11 @@ def parse(arguments=None):
         parser.error("--sizes: height x width of 16 or more are wanted, like 480x832")
     if options.repeat < 1 or options.frames < 4:
         parser.error("--repeat must be 1 or more, and --frames 4 or more")
-    if options.data and not os.path.isdir(options.data):
-        parser.error(f"--data: {options.data!r} is no folder")
+    for name, folder in (("data", options.data), ("val-data", options.val_data)):
+        if folder and not os.path.isdir(folder):
+            parser.error(f"--{name}: {folder!r} is no folder")
+        if not folder and "quality" in options.sections:
+            parser.error(f"quality wants --{name}, a folder of videos")
     if options.quick:
         options.sizes, options.frames, options.repeat = [(64, 64)], 4, 1
     return options
@@ -398,7 +442,7 @@ def main():
           f"memory {peak['copy'] / 1e9:.1f} GB/s; auto is {str(pick_precision('auto', device)).removeprefix('torch.')}")
     print(f"{'':42} {'':32} {'':9} {'':9} {'to 1st':>7} {'memory':>9} {'of peak':>7}")
     rows = []
-    for name in options.sections or SECTIONS:
+    for name in options.sections or [name for name in SECTIONS if name != "quality"]:
         for row in SECTIONS[name](options):
             show(row, peak)
             rows.append(row)

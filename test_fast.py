@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fast_taehv
-from conftest import ROOT, run
+from conftest import ROOT, run, write_clip
 from model_taehv import TAEHV, VARIANTS
 from model_vq_latents import VQLatents
 
@@ -122,3 +122,13 @@ def test_bench_prints_a_table_and_writes_json(tmp_path):
     assert all(row["value"] > 0 and row["what"] in output for row in found["rows"])
     assert rows["taehv", "plain fp32"]["ratio"] == 1 and found["peak"]["fp32"] > 1e9
     assert rows["quantizer,", "all distances, one-hot"]["memory"] > rows["quantizer,", "ours, VQ"]["memory"]
+
+
+def test_bench_compares_recipes_by_training(clips, tmp_path):
+    write_clip(str(tmp_path / "val" / "a.mp4"))
+    output = run(os.path.join(ROOT, "bench.py"), "quality", "--data", clips, "--val-data", "val", "--minutes", "0.01",
+                 "--seeds", "1", "--device", "cpu", "--json", "rows.json", cwd=tmp_path, timeout=500)
+    notebook, ours = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert notebook["how"] == "the notebook's recipe" and notebook["ratio"] == 1 and notebook["how"] in output
+    assert ours["value"] > notebook["value"] and ours["ratio"] > 0, "ours starts with the colours"
+    assert [psnr for _, psnr in ours["curve"]][-1] == ours["value"] and len(notebook["curve"]) >= 1

@@ -232,7 +232,7 @@ def train(cfg):
         if len(val_clips) and (last or step % cfg.val_every == 0 and not stopping):
             with clock.stopped():
                 result, shown = evaluate(average, val_share, device, autocast, control, **judges)
-            log(f"step {step}: validation {describe_validation(result)}, after {clock.total() / 60:.1f} minutes")
+            log(f"step {step}: validation {describe_validation(result)}, after {clock.total() / 60:.2f} minutes")
             log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
             log.pictures(step, shown)
             if objective.score(result) > best:
