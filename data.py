@@ -520,7 +520,7 @@ def endless(loader):
 
 
 def start_loader(loader):
-    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
     multiprocessing.resource_tracker.ensure_running()  # its start would unblock them again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # inherited by the processes that iter() starts
     try:

@@ -1,12 +1,8 @@
 """Faults, caused: two ranks in trouble, kills, full disks, damaged files, signals, resumes. Minutes: about seven."""
 
-import functools
 import io
-import json
-import math
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -21,42 +17,12 @@ import torch
 import checkpoint
 import config
 import data
-import latent_cache
-import latent_file
 import objective
 import train
-from conftest import ROOT, command, run, write_clip
-from model_taehv import TAEHV
+from conftest import (CODES, COMMON, FRAMES, ROOT, SERAENA, command, different, log_of, run, spoilt, state_of,
+                      write_clip)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and /proc as Linux has them")
-
-COMMON = "workers=0 val_fraction=0 warmup_steps=2 schedule=constant precision=fp32 device=cpu log_every=1".split()
-COMMON += "save_every=100 val_every=100 color_jitter=0.1 perceptual_weight=0 gan_ramp=2 gan_start=0".split()
-NET = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
-CODES = [*COMMON, *NET.split(), "net.embed_dim=8", "batch_size=2"]
-FRAMES = ["vqgan_ema", *CODES, *"net.n_embed=16 net.kmeans_init=false net.restart_below=0 size=16 gan_weight=0".split()]
-SERAENA = "taehv size=16 frames=4 batch_size=1 seraena_weight=0.5 seraena_replay_mb=2".split() + COMMON
-
-
-@pytest.fixture(autouse=True)
-def signals_are_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def here(clips, tmp_path):
-    """Runs training in this process; returns the run's folder. `data=` is the shared clips unless given."""
-
-    def train_here(*settings):
-        cfg = config.load_config([settings[0], f"data={clips}", f"out_dir={tmp_path}", *settings[1:]])
-        train.train(cfg)
-        return tmp_path / cfg.name
-
-    return train_here
-
 
 @pytest.fixture
 def at(monkeypatch):
@@ -72,62 +38,8 @@ def at(monkeypatch):
     return set_actions
 
 
-def log_of(folder):
-    return (folder / "train.log").read_text()
-
-
-def state_of(folder, step):
-    return checkpoint.read(str(folder / f"step_{step:08d}.pt"))
-
-
-def different(a, b, place="state"):
-    """Where two nested states differ, to the bit: a list of places."""
-    if torch.is_tensor(a):
-        return [] if torch.is_tensor(b) and torch.equal(a, b) else [place]
-    if isinstance(a, dict):
-        return [d for k in a.keys() | b.keys() for d in different(a.get(k), b.get(k), f"{place}.{k}")]
-    if isinstance(a, (list, tuple)) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in different(x, y, f"{place}.{i}")]
-    return [] if a == b else [place]
-
-
 # ---- two ranks, one of them in trouble ---------------------------------------------------------------------------
 
-SPOILT = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import torch
-import torch.distributed as dist
-import adversary, checkpoint, data, objective, quantize, seraena, train
-now = [0]
-def spoil(owner, name, faults):  # faults: (step, rank): what happens instead, once
-    original = getattr(owner, name)
-    def spoilt(*arguments, **keywords):
-        fault = faults.pop((now[0], dist.get_rank()), lambda call: call())
-        return fault(lambda: original(*arguments, **keywords))
-    setattr(owner, name, spoilt)
-def memory(_):
-    raise torch.cuda.OutOfMemoryError("injected")
-def in_backward(fault):
-    def call_and_hook(call):
-        loss = call()
-        loss.register_hook(fault)
-        return loss
-    return call_and_hook
-def kill(number):
-    return lambda _: os.kill(number(), signal.SIGKILL)
-def note_step(self, step, begin=objective.Objective.begin):
-    now[0] = step + 1
-    begin(self, step)
-objective.Objective.begin = note_step
-def note_weights(self, state=objective.Objective.rank_state):  # every rank calls it as it saves
-    weights = [checkpoint.fingerprint(part) for part in (self.model, self.adversary, self.seraena)]
-    os.write(1, f"\\nweights of {{dist.get_rank()}} after {{now[0]}} are {{weights}}\\n".encode())
-    return state(self)
-objective.Objective.rank_state = note_weights
-{faults}
-train.main()
-"""
 
 # An out-of-memory error costs a split of the batch of 16 each time. Step 10 is for a rank without data.
 MANY = """
@@ -143,11 +55,6 @@ def unreadable(self, source, *arguments):
     return read(self, source, *arguments)
 data.TrainClips.read = unreadable
 """
-
-
-def spoilt(folder, faults):
-    (folder / "spoilt.py").write_text(SPOILT.format(root=ROOT, faults=faults))
-    return "spoilt.py"
 
 
 def assert_ranks_are_equal(output, world=2):
@@ -479,147 +386,6 @@ def test_broken_files_and_files_that_break_are_named_and_training_goes_on(here, 
     at({22: lambda: shutil.rmtree(folder)})
     with pytest.raises(config.ConfigError, match="no data .50 files in a row could not be read.* at step 2.*is saved"):
         here(*FRAMES, f"data={folder}", "max_steps=40", "name=broken")
-
-
-# ---- files and words of strangers --------------------------------------------------------------------------------
-
-ODD = [None, True, -1, 0, 3, 2**70, 0.5, math.nan, math.inf, "", "x", "\0", "../x", "\ud800", "x" * 9999, [], {}, [[1]]]
-
-
-def scrambled(content, rng):
-    """Bytes or text with something flipped, left out, put in, doubled or cut off."""
-    place, other = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    some = rng.choices(range(256) if isinstance(content, bytes) else "=.,:(-1e9\0é[", k=3)
-    some = bytes(some) if isinstance(content, bytes) else "".join(some)
-    return rng.choice([content[:place] + some + content[place + 3:], content[:place] + content[other:], content[:place],
-                       content[:other] + content[place:], content[:place] + some + content[place:]])
-
-
-def with_something_odd(tree, rng):
-    """A copy of nested lists and dicts in which one node, at any depth, is another thing or is gone."""
-    if not isinstance(tree, (dict, list)) or not tree or rng.random() < 0.1:
-        return rng.choice(ODD)
-    tree = tree.copy()
-    key = rng.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
-    if rng.random() < 0.15:
-        del tree[key]
-    else:
-        tree[key] = with_something_odd(tree[key], rng)
-    return tree
-
-
-def answers(read, *errors):
-    """"read", or "refused" by one of these errors, in one line; any other error fails, and so does no end."""
-    def too_long(*_):
-        raise AssertionError("it hangs")
-
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(20)
-    try:
-        read()
-        return "read"
-    except errors as error:
-        assert str(error) and "\n" not in str(error) and len(str(error)) < 12_000, error
-        return "refused"
-    finally:
-        signal.alarm(0)
-
-
-def test_scrambled_settings_are_refused_in_one_line():
-    rng, seen = random.Random(1), []
-    settings = ["size=64", "lr=1e-4", "net.ch_mult=1,2,4", "buckets=16x4:0.6:1, 32x1:0.4:2", "name=mine", "flip=true",
-                "val_metrics=lpips,fid", "resume=auto", "--max-steps=7"]
-    for _ in range(4000):
-        chosen = rng.choice(settings)
-        arguments = ["taehv", *rng.sample(settings, 2), scrambled(chosen, rng)]
-        read = functools.partial(config.load_config, arguments)
-        seen.append(answers(lambda: config.parse_buckets(read()), config.ConfigError))  # noqa: B023
-    assert min(seen.count("read"), seen.count("refused")) > 300
-    for name in ("../x", "/tmp/x", "..", "a/b", "a\\b", "-\0"):
-        read = functools.partial(config.load_config, [f"name={name}"])
-        assert answers(read, config.ConfigError) == "refused", name
-
-
-def test_scrambled_annotations_are_refused_in_one_line(tmp_path):
-    rng, seen, path = random.Random(2), [], tmp_path / "a.json"
-    tree = {"list": [{"path": "a.mp4", "caption": "b"}, {"path": "c/d.mp4"}], "more": 1}
-    for i in range(600):
-        path.write_bytes(json.dumps(with_something_odd(tree, rng)).encode() if i % 2 else
-                         scrambled(json.dumps(tree).encode(), rng))
-        seen.append(answers(lambda: data.probe(data.find_sources(str(path))), data.DataError))
-    assert min(seen.count("read"), seen.count("refused")) > 50
-
-
-def test_scrambled_latents_are_refused_in_one_line(tmp_path):
-    rng, seen, path = random.Random(3), [], str(tmp_path / "a.latents.npz")
-    model, video = TAEHV(), type("Video", (), dict(fps=25.0, height=16, width=24))
-    def write(about=None):
-        with latent_file.LatentWriter(path, model, video, 8, 2) as writer:
-            writer.about = about or writer.about
-            writer.write(torch.zeros(1, 1, 16, 2, 3))
-            writer.write(torch.ones(1, 1, 16, 2, 3))
-            return writer.about
-    about = write()
-    with open(path, "rb") as file:
-        content = file.read()
-    for i in range(300):
-        if i % 2:
-            write(with_something_odd(about, rng) or 7)
-        else:
-            with open(path, "wb") as file:
-                file.write(scrambled(content, rng))
-        seen.append(answers(lambda: list(latent_file.LatentReader(path, model)), latent_file.LatentFileError))
-    assert min(seen.count("read"), seen.count("refused")) > 20
-
-
-@pytest.mark.parametrize("kind", ["weights", "run"])
-def test_scrambled_checkpoints_are_refused_in_one_line(kind, here, tmp_path):
-    rng, seen = random.Random(4), []
-    folder = here(*FRAMES, "max_steps=1", "name=a")
-    path = str(folder / "step_00000001.pt")
-    state = {**state_of(folder, 1)}
-    with open(path, "rb") as file:
-        content = file.read()
-    resume = [*FRAMES, "max_steps=2", "name=b", f"resume={path}"]
-    for i in range(30):
-        if i % 4 == 3:
-            with open(path, "wb") as file:
-                file.write(scrambled(content, rng))
-        else:
-            torch.save(with_something_odd(state, rng), path)
-        shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        seen.append(answers((lambda: here(*resume)) if kind == "run" else lambda: checkpoint.load_model(path),
-                            config.ConfigError, checkpoint.CheckpointError))
-    assert min(seen.count("read"), seen.count("refused")) > 3, seen
-
-
-def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
-    rng, seen = random.Random(5), []
-    small = {name: (tmp_path / "cache" / name) for name in sorted(os.listdir(cache))}
-    shutil.copytree(cache, tmp_path / "cache")
-    index = json.loads(small["index.json"].read_text())
-
-    def read():
-        found = latent_cache.LatentCache(str(tmp_path / "cache"))
-        train_clips, _, _ = found.split(0.3, 0, 4)
-        if found.problem():
-            raise data.DataError(found.problem())
-        train_clips.sample(3)
-
-    for i in range(300):
-        name = rng.choice(["index.json", "index.json", *small])
-        before = small[name].read_bytes()
-        if name == "index.json" and i % 3:
-            odd = with_something_odd(index, rng)
-            if isinstance(odd, dict):
-                odd.pop("crc32", None)
-                odd["crc32"] = latent_cache.index_crc(odd)
-            small[name].write_text(json.dumps(odd))
-        else:
-            small[name].write_bytes(scrambled(before, rng))
-        seen.append(answers(read, data.DataError))
-        small[name].write_bytes(before)
-    assert seen.count("refused") > 150 and answers(read, data.DataError) == "read"
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ from synthetic import make_demo
 
 
 def train(cfg):
-    """One run, from the settings to its last checkpoint. ConfigError, DeviceError, DataError or CheckpointError say in
-    one line what is wrong; all ranks raise the same."""
+    """One run, from the settings to its last checkpoint. Returns the exit code. ConfigError, DeviceError, DataError or
+    CheckpointError say in one line what is wrong; all ranks raise the same."""
     # ---- ranks, log, and everything that can be wrong before the first step ----------------------------------------
     device = pick_device(cfg.device)
     tune(device)
@@ -51,7 +51,8 @@ def train(cfg):
     for quantizer in objective.quantizers:
         quantizer.before_reduce = lambda: stay_together(control, 3)  # the flags of `accumulate`
     judges = load_judges(cfg, device)
-    resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, log))
+    restarted, = agree(control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, restarted, log))
     if cfg.latent_cache:
         clips, val_clips, teacher, found = find_cached_clips(cfg, model, rank, world, control)
     else:
@@ -97,7 +98,7 @@ def train(cfg):
 
     if step >= cfg.max_steps:
         log(f"nothing to do: step {step} of {cfg.max_steps}; set max_steps higher to go on, or name=... for a new run")
-        return
+        return 0
     log(summary(model, buckets[0].size, buckets[0].frames, device), screen=False)
     log.start(asdict(cfg), step)
     title = " ".join(filter(None, [cfg.model, model.config.get("variant")]))
@@ -248,8 +249,9 @@ def train(cfg):
         again = "resume=auto" if cfg.resume == "none" else "the same command"
         cause = "torchrun was killed: stopped" if stop.orphaned() else "stopped by a signal"
         log(f"{cause} after step {step} of {cfg.max_steps}: {again} goes on from here")
-    else:
-        log(f"done: {step} steps. Look at them: python infer.py {folder} VIDEO, and tensorboard --logdir {folder}")
+        return stop.exit_code(control)
+    log(f"done: {step} steps. Look at them: python infer.py {folder} VIDEO, and tensorboard --logdir {folder}")
+    return 0
 
 
 # ---- in the order in which train() calls them --------------------------------------------------------------------
@@ -294,13 +296,13 @@ def load_judges(cfg, device):
     return judges
 
 
-def find_resume(cfg, folder, log):
-    """Path of the checkpoint to go on from, or None."""
+def find_resume(cfg, folder, restarted, log):
+    """Path of the checkpoint to go on from, or None. `restarted`: torchrun has started these ranks anew."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out_dir={cfg.out_dir}: {folder} cannot be made ({error.strerror})") from None
-    present, restarted = checkpoint.checkpoints(folder), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    present = checkpoint.checkpoints(folder)
     if cfg.resume == "none" and present and not restarted:
         raise ConfigError(f"resume=none, but {folder} holds checkpoints: choose another name=, or remove it")
     if cfg.resume not in ("auto", "none"):
@@ -472,9 +474,8 @@ def main():
     exit_with_usage(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
-    code = 0
     try:
-        train(load_config(sys.argv[1:]))
+        code = train(load_config(sys.argv[1:]))
     except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise these together
             print(f"train.py: {error}", file=sys.stderr)
