@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import time
 import pytest
 import torch
 
-from conftest import FRAMES, command, different, log_of, run, spoilt, state_of
+from conftest import FRAMES, ROOT, command, different, log_of, run, spoilt, state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals as Linux has them")
 
@@ -79,7 +80,7 @@ def whole(clips, tmp_path_factory):
 
 def assert_same_end(whole, folder):
     assert "done: 9 steps" in log_of(folder)
-    assert set(different(state_of(whole, 9), state_of(folder, 9))) <= {"state.config.name"}, "all, to the bit"
+    assert set(different(state_of(whole, 9), state_of(folder, 9))) <= {"state.config.name", "state.config.out_dir"}
 
 
 def test_two_machines_are_one_with_as_many_ranks(agents, whole, tmp_path):
@@ -130,3 +131,62 @@ def test_with_one_machine_allowed_the_other_goes_on_alone(agents, tmp_path):
     assert "done: 9 steps" in log and state["samples"] == 2 * 4 + 5
     assert {int(v["step"]) for v in state["optimizer"]["state"].values()} == {9}
     assert all(torch.isfinite(v).all() for v in state["model"].values() if v.is_floating_point())
+
+
+# ---- Slurm -------------------------------------------------------------------------------------------------------
+
+# srun answers SIGTERM by killing its tasks; scancel sends a signal to the tasks alone (with cgroups, not to what they
+# have started). `requeue` would end the batch shell too, which ends by itself here.
+TOOLS = {
+    "srun": """
+        export BATCH=$PPID
+        for node in 1 2; do "$@" & tasks+=" $!"; done
+        echo $tasks > tasks
+        trap 'kill -KILL $tasks' TERM
+        code=0; for task in $tasks; do wait $task || code=$?; done; exit $code""",
+    "scancel": """[ "$*" = "--signal=TERM 7" ] && kill -TERM $(cat tasks)""",
+    "scontrol": """if [ "$*" = "show hostnames" ]; then echo 127.0.0.1; echo other; else echo "$*" >> requeued; fi""",
+    "torchrun": """exec $PYTHON -m torch.distributed.run "$@" """,
+}
+TIME_IS_UP = """
+received = []
+def receive(self, number, frame, original=train.StopSignal.receive):
+    received.append(number)
+    original(self, number, frame)
+train.StopSignal.receive = receive
+def wait(call):
+    if dist.get_rank() == 0:
+        os.kill(int(os.environ["BATCH"]), signal.SIGUSR1)
+    while not received:
+        signal.sigtimedwait([], 0.05)
+    return call()
+if not os.path.exists("requeued"):
+    spoil(objective, "pixel_loss", {(3, rank): wait for rank in (0, 1)})
+"""
+
+
+def test_the_slurm_script_saves_before_its_time_is_up_queues_itself_again_and_goes_on(clips, whole, tmp_path):
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        script = re.search(r"```bash\n(#!/bin/bash.*?)```", file.read(), re.S)[1]
+    changes = {"train.py taehv data=/shared/videos": shlex.join([spoilt(tmp_path, TIME_IS_UP), *RUN, f"data={clips}"]),
+               "/shared/runs": f"{tmp_path} name=slurm", "nproc_per_node 8": "nproc_per_node 1",
+               ":29500": f":{free_port()} --rdzv_conf {QUICK}"}
+    for there, here in changes.items():
+        assert script.count(there) == 1
+        script = script.replace(there, here)
+    (tmp_path / "job.sh").write_text(script)
+    for name, lines in TOOLS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+                   "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    codes = []
+    for _ in range(2):
+        done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n", done.stdout[-3000:]
+        codes.append(done.returncode)
+    log = log_of(tmp_path / "slurm")
+    assert "stopped by a signal after step 3 of 9" in log and "step_00000003.pt at step 3" in log
+    assert codes == [128 + signal.SIGUSR1, 0], done.stdout[-3000:]
+    assert_same_end(whole, tmp_path / "slurm")
