@@ -140,6 +140,21 @@ def here(clips, tmp_path):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def at(monkeypatch):
+    """at({step: action}): calls action() as that step begins."""
+    from objective import Objective
+
+    def set_actions(actions):
+        def begin(self, step, original=Objective.begin):
+            actions.pop(step + 1, lambda: None)()
+            original(self, step)
+
+        monkeypatch.setattr(Objective, "begin", begin)
+
+    return set_actions
+
+
 def log_of(folder):
     return (folder / "train.log").read_text()
 

@@ -1,4 +1,4 @@
-"""Faults, caused: two ranks in trouble, kills, full disks, damaged files, signals, resumes. Minutes: about seven."""
+"""Faults, caused: two ranks in trouble, kills, full disks, damaged files; memory over time. Minutes: about three."""
 
 import io
 import multiprocessing
@@ -17,26 +17,10 @@ import torch
 import checkpoint
 import config
 import data
-import objective
-import train
-from conftest import (CODES, COMMON, FRAMES, ROOT, SERAENA, command, different, log_of, run, spoilt, state_of,
+from conftest import (CODES, FRAMES, ROOT, SERAENA, command, different, log_of, run, spoilt, state_of,
                       write_clip)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and /proc as Linux has them")
-
-@pytest.fixture
-def at(monkeypatch):
-    """at({step: action}): calls action() as that step begins."""
-
-    def set_actions(actions):
-        def begin(self, step, original=objective.Objective.begin):
-            actions.pop(step + 1, lambda: None)()
-            original(self, step)
-
-        monkeypatch.setattr(objective.Objective, "begin", begin)
-
-    return set_actions
-
 
 # ---- two ranks, one of them in trouble ---------------------------------------------------------------------------
 
@@ -132,6 +116,24 @@ def test_the_ranks_of_a_killed_launcher_save_and_one_rank_goes_on_with_their_sam
     assert worst < 1e-4, "the same samples in the same order"
 
 
+def test_an_error_of_one_rank_is_readable_and_ends_all_at_once(clips, tmp_path):
+    """Here in validation, where another rank waits for it."""
+    faults = """
+import time
+def fail(call):
+    with open("failed", "w") as file:
+        file.write(str(time.time()))
+    raise ValueError("injected")
+spoil(train, "evaluate", {(2, 1): fail})
+"""
+    output = run(spoilt(tmp_path, faults), *FRAMES, f"data={clips}", "val_fraction=0.3", "val_every=2", "max_steps=9",
+                 ranks=2, cwd=tmp_path, expect=1)
+    assert time.time() - float((tmp_path / "failed").read_text()) < 15, "timeout_minutes is 30"
+    assert re.search(r"rank 1: Traceback.*\n(rank 1:   .*\n)+rank 1: ValueError: injected\n", output), output
+    assert len(re.findall("rank 0: no answer from another rank .*: its own message says why", output)) == 1
+    assert "rank 0: Traceback" not in output and "[rank0]: Traceback" not in output
+
+
 # ---- saving and loading ------------------------------------------------------------------------------------------
 
 
@@ -215,115 +217,6 @@ def test_damaged_checkpoints_are_passed_over_and_lose_nothing_but_time(here):
         path.write_bytes(b"")
     with pytest.raises(config.ConfigError, match="none of the 4 checkpoints in .* can be read: choose another name="):
         here(*FRAMES, "max_steps=9", "name=damaged")
-
-
-# ---- signals, and going on after them ----------------------------------------------------------------------------
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-GAN = ["gan_weight=0.5", "size=32"]
-FAMILIES = {
-    "taehv with Seraena": SERAENA,
-    "vq and a PatchGAN": ["vqgan", *CODES, "net.n_embed=16", *GAN, "gan_every=2"],
-    "ema with restarts": ["vqgan_ema", *CODES, "net.n_embed=64", "size=16", "gan_weight=0"],
-    "optvq and a PatchGAN": ["vqgan_optvq", *CODES, "net.n_embed=16", "net.num_head=2", *GAN, "net.use_prob=true"],
-    "rvq": ["vqgan", *CODES, "net.quantizer=rvq", "net.n_embed=16", "net.depth=2", "net.kind=ema", "size=16",
-            "gan_weight=0", "net.restart_below=0.5"],
-    "fsq": ["vqgan", *CODES, "net.quantizer=fsq", "size=16", "gan_weight=0", "net.embed_dim=4"],
-    "vqvae2": ["vqvae2", *COMMON, "net.hidden_channels=8", "net.res_channels=4", "net.nb_entries=16", "size=64",
-               "batch_size=2"],
-    "vqvae_video": ["vqvae_video", *COMMON, "net.group_count=2", "net.n_hid=8", "net.n_init=64",
-                    "net.vocab_size=16", "net.n_blk_per_group=1", "net.sequence_length=4", "frames=4", "size=32",
-                    "batch_size=1"],
-    "dcae and a clip PatchGAN": ["dcae_disc", *COMMON, "net.width_list=(32,32,32,32,32,32)",
-                                 "net.encoder_depth_list=(1,1,1,1,1,1)", "net.decoder_depth_list=(1,1,1,1,1,1)",
-                                 "net.latent_channels=16", "buckets=32x4:0.7:1, 32x1:0.3:2", "gan_lecam=0.1",
-                                 "gan_norm=group", "gan_start=4"],
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_stopped_anywhere_a_run_goes_on_as_if_never_stopped(name, here, at):
-    """SIGTERM in step 5 of 8: no multiple of anything, and in the middle of an epoch of four files."""
-    settings = [*FAMILIES[name], "max_steps=8", "log_every=4", "val_every=3", "save_every=4", "val_fraction=0.3"]
-    whole = here(*settings, "name=whole")
-    at({5: terminate})
-    parts = here(*settings, "name=parts")
-    assert checkpoint.checkpoints(str(parts))[0].endswith("step_00000005.pt")
-    assert "training: 4 files" in log_of(parts) and "stopped by a signal after step 5 of 8" in log_of(parts)
-    here(*settings, "name=parts")
-    differences = different(state_of(whole, 8), state_of(parts, 8))
-    assert set(differences) <= {"state.config.name"}, "weights, averages, optimizers, chance, counters"
-    ranks = [checkpoint.read_rank(str(folder / "step_00000008.pt"), 0) for folder in (whole, parts)]
-    assert different(*ranks) == [] and (ranks[0][0] is not None) == ("Seraena" in name)
-    lines = [re.findall(r"(step \d+: (?:loss|validation) .*?)(?:, [\d.]+ clips/s)?\n", log_of(folder))
-             for folder in (whole, parts)]
-    assert lines[0] == lines[1] and [line.split(":")[0] for line in lines[0]] == ["step 3", "step 4", "step 6",
-                                                                                  "step 8", "step 8"]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(parts))
-    events.Reload()
-    speeds = events.Scalars("train/clips_per_second")
-    assert [e.step for e in speeds] == [4, 8] and all(0 < e.value < 1e5 for e in speeds)
-
-
-def test_a_damaged_file_of_one_ranks_replayed_samples_costs_only_these(here):
-    folder = here(*SERAENA, "max_steps=2", "name=a")
-    (folder / "step_00000002.rank0").write_bytes(b"damaged")
-    here(*SERAENA, "max_steps=3", "name=a")
-    assert re.search("warning: .*rank0' is .*; that rank goes on without its replayed samples", log_of(folder))
-    assert "done: 3 steps" in log_of(folder)
-
-
-def test_a_stop_during_validation_lets_it_end_and_saves(here, monkeypatch):
-    evaluate = train.evaluate
-
-    def stopped(*arguments, **keywords):
-        terminate()
-        assert not any(p.requires_grad for p in arguments[0].parameters()), "a graph that grows with each step"
-        return evaluate(*arguments, **keywords)
-
-    monkeypatch.setattr(train, "evaluate", stopped)
-    folder = here(*FRAMES, "max_steps=9", "val_fraction=0.3", "val_every=2", "name=val")
-    log = log_of(folder)
-    assert "step 2: validation psnr" in log and "stopped by a signal after step 3 of 9" in log
-    assert os.path.exists(folder / "step_00000003.pt") and os.path.exists(folder / "best.pt")
-    monkeypatch.undo()
-    here(*FRAMES, "max_steps=4", "val_fraction=0.3", "val_every=2", "name=val")
-    assert "step_00000003.pt at step 3" in log_of(folder) and "step 4: validation psnr" in log_of(folder)
-
-
-STUCK = """
-import sys, time
-sys.path.insert(0, {root!r})
-import objective, train
-def stuck(*_):
-    print("stuck", flush=True)
-    while True:
-        time.sleep(60)
-objective.pixel_loss = stuck
-train.main()
-"""
-
-
-def test_a_second_ctrl_c_ends_at_once(clips, tmp_path):
-    (tmp_path / "stuck.py").write_text(STUCK.format(root=ROOT))
-    process = subprocess.Popen(command("stuck.py", *FRAMES, f"data={clips}", "name=stuck"), cwd=tmp_path,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        while "stuck" not in process.stdout.readline():
-            assert process.poll() is None
-        first = time.monotonic()
-        while process.poll() is None and time.monotonic() < first + 30:
-            process.send_signal(signal.SIGINT)  # those of the first two seconds count as one
-            time.sleep(0.1)
-        assert 2 <= time.monotonic() - first < 10 and process.wait() == 128 + signal.SIGINT
-    finally:
-        process.kill()
 
 
 # ---- data --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files and words of strangers, scrambled: one clear line each, no hang, no other error."""
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -71,6 +72,12 @@ def test_scrambled_settings_are_refused_in_one_line():
         read = functools.partial(config.load_config, arguments)
         seen.append(answers(lambda: config.parse_buckets(read()), config.ConfigError))  # noqa: B023
     assert min(seen.count("read"), seen.count("refused")) > 300
+    for key, value in itertools.product(("lr", "pixel_weight", "timeout_minutes", "gan_lecam"), ("inf", "-inf", "nan")):
+        with pytest.raises(config.ConfigError, match=f"{key}={value}: a finite number is wanted"):
+            config.load_config([f"{key}={value}"])
+    for text in ("timeout_minutes=1e300", f"buckets={9 ** 999}x4:1:1", f"buckets=16x4:{9 ** 999}:1"):
+        with pytest.raises(config.ConfigError):
+            config.parse_buckets(config.load_config([text]))
     for name in ("../x", "/tmp/x", "..", "a/b", "a\\b", "-\0"):
         read = functools.partial(config.load_config, [f"name={name}"])
         assert answers(read, config.ConfigError) == "refused", name

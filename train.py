@@ -73,6 +73,7 @@ def train(cfg):
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   eps=1e-7, fused=device.type in ("cuda", "cpu"))
     step, samples, best = 0, 0, -math.inf
+    pieces = 1  # parts of a micro-batch; doubles when memory runs out
     # Since the last log line: sums of the objective's scalars, good steps; and steps skipped, in a row and in all.
     tally = torch.zeros(len(objective.names) + 3, device=device)
     if resume_from:
@@ -80,6 +81,8 @@ def train(cfg):
         try:
             restore(state, model, average, optimizer, teacher, resume_from)
             step, samples, best = state["step"], state["samples"], float(state["best"])
+            if (state["config"]["batch_size"], state["config"]["buckets"]) == (cfg.batch_size, cfg.buckets):
+                pieces = state["pieces"]
             if len(state["tally"]) == len(tally):
                 tally.copy_(state["tally"])
             objective.load_state(state.get("objective") or {})
@@ -107,7 +110,8 @@ def train(cfg):
     for line in found:
         log(line)
     if resume_from:
-        log(f"resumed from {resume_from} at step {step}")
+        log(f"resumed from {resume_from} at step {step}"
+            + (f"; micro-batches are split in {pieces}, since memory ran out" if pieces > 1 else ""))
 
     schedule = datasets.TrainSchedule(clips, buckets, cfg.seed, world, rank, cfg.accumulation, step, samples)
     batches = clips.batches(schedule, cfg.workers if cfg.workers >= 0 else default_workers(device),
@@ -150,8 +154,9 @@ def train(cfg):
             return next(filter(None, problems))
         problem = checkpoint.save_run(folder, dict(
             model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
-            tally=tally.cpu(), world=world, random=list(states), teacher=teacher, model=model.state_dict(),
-            ema=average.state_dict(), optimizer=optimizer.state_dict(), objective=objective.state()), cfg.keep_last)
+            pieces=pieces, tally=tally.cpu(), world=world, random=list(states), teacher=teacher,
+            model=model.state_dict(), ema=average.state_dict(), optimizer=optimizer.state_dict(),
+            objective=objective.state()), cfg.keep_last)
         log(problem or f"step {step}: saved {folder}/step_{step:08d}.pt")
         return problem
 
@@ -162,7 +167,6 @@ def train(cfg):
     # ---- the loop -------------------------------------------------------------------------------------------------
     stop = StopSignal()
     bar = tqdm(initial=step, total=cfg.max_steps, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.05)
-    pieces = 1  # parts of a micro-batch; doubles when memory runs out
     clips_done, since = 0, time.monotonic()
     stopping = False
     while step < cfg.max_steps and not stopping:
@@ -414,7 +418,8 @@ def restore(state, model, average, optimizer, teacher, path):
     if state.get("teacher", "") != teacher:
         raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
                           "choose another name= for this run, with init_from=")
-    if any(type(state[key]) is not int or not 0 <= state[key] < 2 ** 60 for key in ("step", "samples")):
+    counts = state["step"], state["samples"], state.setdefault("pieces", 1) - 1
+    if any(type(count) is not int or not 0 <= count < 2 ** 60 for count in counts):
         raise ConfigError(f"{path} counts impossible steps or samples: choose another name= for this run")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["ema"])
