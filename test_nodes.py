@@ -149,6 +149,7 @@ TOOLS = {
     "torchrun": """exec $PYTHON -m torch.distributed.run "$@" """,
 }
 TIME_IS_UP = """
+import time
 received = []
 def receive(self, number, frame, original=train.StopSignal.receive):
     received.append(number)
@@ -157,7 +158,8 @@ train.StopSignal.receive = receive
 def wait(call):
     if dist.get_rank() == 0:
         os.kill(int(os.environ["BATCH"]), signal.SIGUSR1)
-    while not received:
+    limit = time.monotonic() + 30
+    while not received and time.monotonic() < limit:
         signal.sigtimedwait([], 0.05)
     return call()
 if not os.path.exists("requeued"):
