@@ -20,6 +20,7 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import stat
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -532,6 +533,13 @@ def start_loader(loader):
 def start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
     torch.set_num_threads(1)
+    # PyTorch looks at the parent's id, which is the helper's (see below): this would outlive a killed run, for good.
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def end_with(process):
+    process.join()
+    os._exit(1)
 
 
 def worker_context():

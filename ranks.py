@@ -31,7 +31,7 @@ def start_ranks(device, timeout_minutes):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         where = dict(store=fresh_store(rank, world, timeout), rank=rank, world_size=world)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
-    sys.excepthook = end_at_once
+    sys.excepthook = end_at_once  # instead of PyTorch's own
     # Ranks agree over this group: between CPUs, so that no GPU has to be waited for.
     control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     return dist.get_rank(), dist.get_world_size(), control
@@ -39,14 +39,15 @@ def start_ranks(device, timeout_minutes):
 
 def end_at_once(kind, error, trace):
     """For sys.excepthook: an error on one rank. Its traceback, or one line if it is only that another rank is gone,
-    and the process's end, without what the interpreter or NCCL would wait for: so the others notice within moments."""
-    rank = int(os.environ["RANK"])
+    and the process's end, without what the interpreter or NCCL would wait for: other ranks notice within moments, and
+    data processes, which take no part in signals, would hold up the interpreter's end for good."""
+    rank = os.environ.get("RANK")
     if "/gloo/" in str(error):
         reason = str(error).splitlines()[0].rpartition("/gloo/")[2].partition("] ")[2].partition(". ")[0]
         print(f"rank {rank}: no answer from another rank ({reason}): its own message says why", file=sys.stderr)
     else:
         lines = "".join(traceback.format_exception(kind, error, trace))
-        print(textwrap.indent(lines, f"rank {rank}: "), end="", file=sys.stderr)
+        print(textwrap.indent(lines, f"rank {rank}: " if rank else ""), end="", file=sys.stderr)
     sys.stderr.flush()
     os._exit(1)
 

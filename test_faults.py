@@ -134,6 +134,22 @@ spoil(train, "evaluate", {(2, 1): fail})
     assert "rank 0: Traceback" not in output and "[rank0]: Traceback" not in output
 
 
+def test_an_error_ends_the_data_processes_too(clips, tmp_path):
+    """They are deaf to signals, so the interpreter's own end waits for them in vain."""
+    (tmp_path / "wrong.py").write_text(f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import objective, train
+def wrong(*_):
+    raise ValueError("injected")
+if __name__ == "__main__":  # data processes import this too
+    objective.pixel_loss = wrong
+    train.main()
+""")
+    output = run("wrong.py", *FRAMES, "workers=1", f"data={clips}", cwd=tmp_path, expect=1, timeout=100)
+    assert output.count("Traceback") == 1 and "ValueError: injected" in output
+
+
 # ---- saving and loading ------------------------------------------------------------------------------------------
 
 

@@ -28,8 +28,8 @@ from device import (DeviceError, default_workers, describe, peak_memory, pick_de
 from latent_cache import LatentCache
 from logbook import Logbook, count, summary
 from objective import Objective, evaluate, spread
-from ranks import (Gradients, LeftStep, StopSignal, agree, copy_from_rank_0, from_rank_0, gather, start_ranks,
-                   stay_together)
+from ranks import (Gradients, LeftStep, StopSignal, agree, copy_from_rank_0, end_at_once, from_rank_0, gather,
+                   start_ranks, stay_together)
 from synthetic import make_demo
 
 
@@ -477,6 +477,7 @@ def describe_validation(result):
 
 def main():
     exit_with_usage(sys.argv[1:])
+    sys.excepthook = end_at_once
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
