@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 
@@ -236,7 +237,7 @@ def parse_buckets(config):
         return [(config.size, config.frames, 1.0, config.batch_size)]
     buckets = []
     for item in config.buckets.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*x\s*(\d+)\s*:\s*(\d*\.?\d+)\s*:\s*(\d+)\s*", item)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(\d{1,9})\s*:\s*(\d{0,9}\.?\d{1,18})\s*:\s*(\d{1,9})\s*", item)
         if not match or not int(match[1]) * int(match[2]) * int(match[4]) * float(match[3]) > 0:
             raise ConfigError(f"buckets: {item.strip()!r} is not like 128x12:0.8:4 (size x frames:probability:batch)")
         if int(match[1]) < 16:
@@ -267,7 +268,7 @@ AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_s
                "gan_every",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay", 0.9999: "beta1 beta2 ema_decay",
-           2 ** 62: "seed"}
+           10 ** 6: "timeout_minutes", 2 ** 62: "seed"}
 
 
 def use_images(config, overrides):
@@ -283,6 +284,9 @@ def check(config):
         if getattr(config, key) not in choices:
             value = getattr(config, key)
             raise ConfigError(f"{key}={value}{nearest(str(value), choices)}: one of {', '.join(choices)} is wanted")
+    for field in dataclasses.fields(config):
+        if field.type is float and not math.isfinite(value := getattr(config, field.name)):
+            raise ConfigError(f"{field.name}={value}: a finite number is wanted")
     for limits, word, fits in ((AT_LEAST, "least", float.__ge__), (AT_MOST, "most", float.__le__)):
         for limit, keys in limits.items():
             for key in keys.split():

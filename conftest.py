@@ -1,6 +1,7 @@
 """Clips and helpers that the tests share."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -108,3 +109,112 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# ---- small runs, and faults in them ----------------------------------------------------------------------------------
+
+COMMON = "workers=0 val_fraction=0 warmup_steps=2 schedule=constant precision=fp32 device=cpu log_every=1".split()
+COMMON += "save_every=100 val_every=100 color_jitter=0.1 perceptual_weight=0 gan_ramp=2 gan_start=0".split()
+NET = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
+CODES = [*COMMON, *NET.split(), "net.embed_dim=8", "batch_size=2"]
+FRAMES = ["vqgan_ema", *CODES, *"net.n_embed=16 net.kmeans_init=false net.restart_below=0 size=16 gan_weight=0".split()]
+SERAENA = "taehv size=16 frames=4 batch_size=1 seraena_weight=0.5 seraena_replay_mb=2".split() + COMMON
+
+
+@pytest.fixture
+def here(clips, tmp_path):
+    """Runs training in this process; returns the run's folder. `data=` is the shared clips unless given."""
+    import config
+    import train
+
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def train_here(*settings):
+        cfg = config.load_config([settings[0], f"data={clips}", f"out_dir={tmp_path}", *settings[1:]])
+        train.train(cfg)
+        return tmp_path / cfg.name
+
+    yield train_here
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at({step: action}): calls action() as that step begins."""
+    from objective import Objective
+
+    def set_actions(actions):
+        def begin(self, step, original=Objective.begin):
+            actions.pop(step + 1, lambda: None)()
+            original(self, step)
+
+        monkeypatch.setattr(Objective, "begin", begin)
+
+    return set_actions
+
+
+def log_of(folder):
+    return (folder / "train.log").read_text()
+
+
+def state_of(folder, step):
+    from checkpoint import read
+
+    state = read(str(folder / f"step_{step:08d}.pt"))
+    assert state.pop("seconds") > 0  # the clock is no part of what runs have in common
+    return state
+
+
+def different(a, b, place="state"):
+    """Where two nested states differ, to the bit: a list of places."""
+    if torch.is_tensor(a):
+        return [] if torch.is_tensor(b) and torch.equal(a, b) else [place]
+    if isinstance(a, dict):
+        return [d for k in a.keys() | b.keys() for d in different(a.get(k), b.get(k), f"{place}.{k}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in different(x, y, f"{place}.{i}")]
+    return [] if a == b else [place]
+
+
+SPOILT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+import torch.distributed as dist
+import adversary, checkpoint, data, objective, quantize, seraena, train
+now = [0]
+def spoil(owner, name, faults):  # faults: (step, rank): what happens instead, once
+    original = getattr(owner, name)
+    def spoilt(*arguments, **keywords):
+        fault = faults.pop((now[0], dist.get_rank()), lambda call: call())
+        return fault(lambda: original(*arguments, **keywords))
+    setattr(owner, name, spoilt)
+def memory(_):
+    raise torch.cuda.OutOfMemoryError("injected")
+def in_backward(fault):
+    def call_and_hook(call):
+        loss = call()
+        loss.register_hook(fault)
+        return loss
+    return call_and_hook
+def kill(number):
+    return lambda _: os.kill(number(), signal.SIGKILL)
+def note_step(self, step, begin=objective.Objective.begin):
+    now[0] = step + 1
+    begin(self, step)
+objective.Objective.begin = note_step
+def note_weights(self, state=objective.Objective.rank_state):  # every rank calls it as it saves
+    weights = [checkpoint.fingerprint(part) for part in (self.model, self.adversary, self.seraena)]
+    os.write(1, f"\\nweights of {{dist.get_rank()}} after {{now[0]}} are {{weights}}\\n".encode())
+    return state(self)
+objective.Objective.rank_state = note_weights
+{faults}
+train.main()
+"""
+
+
+def spoilt(folder, faults):
+    (folder / "spoilt.py").write_text(SPOILT.format(root=ROOT, faults=faults))
+    return "spoilt.py"

@@ -20,6 +20,7 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import stat
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -520,7 +521,7 @@ def endless(loader):
 
 
 def start_loader(loader):
-    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
     multiprocessing.resource_tracker.ensure_running()  # its start would unblock them again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # inherited by the processes that iter() starts
     try:
@@ -532,6 +533,13 @@ def start_loader(loader):
 def start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
     torch.set_num_threads(1)
+    # PyTorch looks at the parent's id, which is the helper's (see below): this would outlive a killed run, for good.
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def end_with(process):
+    process.join()
+    os._exit(1)
 
 
 def worker_context():

@@ -5,7 +5,10 @@ flags at one place of every step, and then do the same thing.
 """
 import os
 import signal
+import sys
+import textwrap
 import time
+import traceback
 import uuid
 from datetime import timedelta
 
@@ -28,14 +31,32 @@ def start_ranks(device, timeout_minutes):
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         where = dict(store=fresh_store(rank, world, timeout), rank=rank, world_size=world)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
+    sys.excepthook = end_at_once  # instead of PyTorch's own
     # Ranks agree over this group: between CPUs, so that no GPU has to be waited for.
     control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     return dist.get_rank(), dist.get_world_size(), control
 
 
+def end_at_once(kind, error, trace):
+    """For sys.excepthook: an error on one rank. Its traceback, or one line if it is only that another rank is gone,
+    and the process's end, without what the interpreter or NCCL would wait for: other ranks notice within moments, and
+    data processes, which take no part in signals, would hold up the interpreter's end for good."""
+    rank = os.environ.get("RANK")
+    if "/gloo/" in str(error):
+        reason = str(error).splitlines()[0].rpartition("/gloo/")[2].partition("] ")[2].partition(". ")[0]
+        print(f"rank {rank}: no answer from another rank ({reason}): its own message says why", file=sys.stderr)
+    else:
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        print(textwrap.indent(lines, f"rank {rank}: " if rank else ""), end="", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def fresh_store(rank, world, timeout):
     """A part of torchrun's store that is for this start of the ranks alone. torchrun (seen with PyTorch 2.15) keeps one
-    store over all its restarts: a rank that is early finds there where the dead ones listened, and fails or hangs."""
+    store over all its restarts: a rank that is early finds there where the dead ones listened, and fails or hangs. (Of
+    several machines, torchrun then waits in vain for one that is replaced, which no rank can mend. With its variable
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each start has a store of its own, and does not need this function.)"""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store, mine, began = dist.TCPStore(*address, timeout=timeout), uuid.uuid4().hex, time.monotonic()
     if rank == 0:
@@ -112,17 +133,22 @@ def gather(control, value):
 
 
 class StopSignal:
-    """True once SIGTERM, SIGINT or SIGUSR1 has come. A second one ends the process at once (launchers repeat a signal
-    within moments: those count as one). True also once torchrun was killed: its ranks would train on, unseen, while the
-    next start shares their folder."""
+    """True once SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal; nohup's wish to ignore it is kept) has come. A
+    second one ends the process at once (launchers repeat a signal within moments: those count as one). True also once
+    torchrun was killed: its ranks would train on, unseen, while the next start shares their folder."""
 
     def __init__(self):
         self.since = None
         self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
+        self.screens = [number for number in (1, 2) if os.isatty(number)]
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def receive(self, number, _):
+        if number == signal.SIGHUP:
+            for screen in self.screens:  # what is written to a terminal that is gone is an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), screen)
         if self.since is None:
             self.since = time.monotonic()
         elif time.monotonic() - self.since > 2:
@@ -133,6 +159,12 @@ class StopSignal:
 
     def __bool__(self):
         return self.since is not None or self.orphaned()
+
+    def exit_code(self, control):
+        """Of a run that has stopped; all ranks ask together. 0 where a rank of the same machine got the signal. 1 on
+        other machines: their torchruns then wait for that one to come back, where 0 would mean that all is done."""
+        machine = os.environ.get("GROUP_RANK")
+        return 0 if (machine, True) in gather(control, (machine, self.since is not None)) else 1
 
 
 class Gradients:

@@ -1,12 +1,8 @@
-"""Faults, caused: two ranks in trouble, kills, full disks, damaged files, signals, resumes. Minutes: about seven."""
+"""Faults, caused: two ranks in trouble, kills, full disks, damaged files; memory over time. Minutes: about three."""
 
-import functools
 import io
-import json
-import math
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -21,113 +17,13 @@ import torch
 import checkpoint
 import config
 import data
-import latent_cache
-import latent_file
-import objective
-import train
-from conftest import ROOT, command, run, write_clip
-from model_taehv import TAEHV
+from conftest import (CODES, FRAMES, ROOT, SERAENA, command, different, log_of, run, spoilt, state_of,
+                      write_clip)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and /proc as Linux has them")
 
-COMMON = "workers=0 val_fraction=0 warmup_steps=2 schedule=constant precision=fp32 device=cpu log_every=1".split()
-COMMON += "save_every=100 val_every=100 color_jitter=0.1 perceptual_weight=0 gan_ramp=2 gan_start=0".split()
-NET = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
-CODES = [*COMMON, *NET.split(), "net.embed_dim=8", "batch_size=2"]
-FRAMES = ["vqgan_ema", *CODES, *"net.n_embed=16 net.kmeans_init=false net.restart_below=0 size=16 gan_weight=0".split()]
-SERAENA = "taehv size=16 frames=4 batch_size=1 seraena_weight=0.5 seraena_replay_mb=2".split() + COMMON
-
-
-@pytest.fixture(autouse=True)
-def signals_are_as_before():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def here(clips, tmp_path):
-    """Runs training in this process; returns the run's folder. `data=` is the shared clips unless given."""
-
-    def train_here(*settings):
-        cfg = config.load_config([settings[0], f"data={clips}", f"out_dir={tmp_path}", *settings[1:]])
-        train.train(cfg)
-        return tmp_path / cfg.name
-
-    return train_here
-
-
-@pytest.fixture
-def at(monkeypatch):
-    """at({step: action}): calls action() as that step begins."""
-
-    def set_actions(actions):
-        def begin(self, step, original=objective.Objective.begin):
-            actions.pop(step + 1, lambda: None)()
-            original(self, step)
-
-        monkeypatch.setattr(objective.Objective, "begin", begin)
-
-    return set_actions
-
-
-def log_of(folder):
-    return (folder / "train.log").read_text()
-
-
-def state_of(folder, step):
-    return checkpoint.read(str(folder / f"step_{step:08d}.pt"))
-
-
-def different(a, b, place="state"):
-    """Where two nested states differ, to the bit: a list of places."""
-    if torch.is_tensor(a):
-        return [] if torch.is_tensor(b) and torch.equal(a, b) else [place]
-    if isinstance(a, dict):
-        return [d for k in a.keys() | b.keys() for d in different(a.get(k), b.get(k), f"{place}.{k}")]
-    if isinstance(a, (list, tuple)) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in different(x, y, f"{place}.{i}")]
-    return [] if a == b else [place]
-
-
 # ---- two ranks, one of them in trouble ---------------------------------------------------------------------------
 
-SPOILT = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import torch
-import torch.distributed as dist
-import adversary, checkpoint, data, objective, quantize, seraena, train
-now = [0]
-def spoil(owner, name, faults):  # faults: (step, rank): what happens instead, once
-    original = getattr(owner, name)
-    def spoilt(*arguments, **keywords):
-        fault = faults.pop((now[0], dist.get_rank()), lambda call: call())
-        return fault(lambda: original(*arguments, **keywords))
-    setattr(owner, name, spoilt)
-def memory(_):
-    raise torch.cuda.OutOfMemoryError("injected")
-def in_backward(fault):
-    def call_and_hook(call):
-        loss = call()
-        loss.register_hook(fault)
-        return loss
-    return call_and_hook
-def kill(number):
-    return lambda _: os.kill(number(), signal.SIGKILL)
-def note_step(self, step, begin=objective.Objective.begin):
-    now[0] = step + 1
-    begin(self, step)
-objective.Objective.begin = note_step
-def note_weights(self, state=objective.Objective.rank_state):  # every rank calls it as it saves
-    weights = [checkpoint.fingerprint(part) for part in (self.model, self.adversary, self.seraena)]
-    os.write(1, f"\\nweights of {{dist.get_rank()}} after {{now[0]}} are {{weights}}\\n".encode())
-    return state(self)
-objective.Objective.rank_state = note_weights
-{faults}
-train.main()
-"""
 
 # An out-of-memory error costs a split of the batch of 16 each time. Step 10 is for a rank without data.
 MANY = """
@@ -143,11 +39,6 @@ def unreadable(self, source, *arguments):
     return read(self, source, *arguments)
 data.TrainClips.read = unreadable
 """
-
-
-def spoilt(folder, faults):
-    (folder / "spoilt.py").write_text(SPOILT.format(root=ROOT, faults=faults))
-    return "spoilt.py"
 
 
 def assert_ranks_are_equal(output, world=2):
@@ -223,6 +114,40 @@ def test_the_ranks_of_a_killed_launcher_save_and_one_rank_goes_on_with_their_sam
     assert orphans["samples"] == whole["samples"] == 2 * (step + 3)
     worst = max((orphans["model"][k] - whole["model"][k]).abs().max().item() for k in whole["model"])
     assert worst < 1e-4, "the same samples in the same order"
+
+
+def test_an_error_of_one_rank_is_readable_and_ends_all_at_once(clips, tmp_path):
+    """Here in validation, where another rank waits for it."""
+    faults = """
+import time
+def fail(call):
+    with open("failed", "w") as file:
+        file.write(str(time.time()))
+    raise ValueError("injected")
+spoil(train, "evaluate", {(2, 1): fail})
+"""
+    output = run(spoilt(tmp_path, faults), *FRAMES, f"data={clips}", "val_fraction=0.3", "val_every=2", "max_steps=9",
+                 ranks=2, cwd=tmp_path, expect=1)
+    assert time.time() - float((tmp_path / "failed").read_text()) < 15, "timeout_minutes is 30"
+    assert re.search(r"rank 1: Traceback.*\n(rank 1:   .*\n)+rank 1: ValueError: injected\n", output), output
+    assert len(re.findall("rank 0: no answer from another rank .*: its own message says why", output)) == 1
+    assert "rank 0: Traceback" not in output and "[rank0]: Traceback" not in output
+
+
+def test_an_error_ends_the_data_processes_too(clips, tmp_path):
+    """They are deaf to signals, so the interpreter's own end waits for them in vain."""
+    (tmp_path / "wrong.py").write_text(f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+import objective, train
+def wrong(*_):
+    raise ValueError("injected")
+if __name__ == "__main__":  # data processes import this too
+    objective.pixel_loss = wrong
+    train.main()
+""")
+    output = run("wrong.py", *FRAMES, "workers=1", f"data={clips}", cwd=tmp_path, expect=1, timeout=100)
+    assert output.count("Traceback") == 1 and "ValueError: injected" in output
 
 
 # ---- saving and loading ------------------------------------------------------------------------------------------
@@ -310,115 +235,6 @@ def test_damaged_checkpoints_are_passed_over_and_lose_nothing_but_time(here):
         here(*FRAMES, "max_steps=9", "name=damaged")
 
 
-# ---- signals, and going on after them ----------------------------------------------------------------------------
-
-
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-GAN = ["gan_weight=0.5", "size=32"]
-FAMILIES = {
-    "taehv with Seraena": SERAENA,
-    "vq and a PatchGAN": ["vqgan", *CODES, "net.n_embed=16", *GAN, "gan_every=2"],
-    "ema with restarts": ["vqgan_ema", *CODES, "net.n_embed=64", "size=16", "gan_weight=0"],
-    "optvq and a PatchGAN": ["vqgan_optvq", *CODES, "net.n_embed=16", "net.num_head=2", *GAN, "net.use_prob=true"],
-    "rvq": ["vqgan", *CODES, "net.quantizer=rvq", "net.n_embed=16", "net.depth=2", "net.kind=ema", "size=16",
-            "gan_weight=0", "net.restart_below=0.5"],
-    "fsq": ["vqgan", *CODES, "net.quantizer=fsq", "size=16", "gan_weight=0", "net.embed_dim=4"],
-    "vqvae2": ["vqvae2", *COMMON, "net.hidden_channels=8", "net.res_channels=4", "net.nb_entries=16", "size=64",
-               "batch_size=2"],
-    "vqvae_video": ["vqvae_video", *COMMON, "net.group_count=2", "net.n_hid=8", "net.n_init=64",
-                    "net.vocab_size=16", "net.n_blk_per_group=1", "net.sequence_length=4", "frames=4", "size=32",
-                    "batch_size=1"],
-    "dcae and a clip PatchGAN": ["dcae_disc", *COMMON, "net.width_list=(32,32,32,32,32,32)",
-                                 "net.encoder_depth_list=(1,1,1,1,1,1)", "net.decoder_depth_list=(1,1,1,1,1,1)",
-                                 "net.latent_channels=16", "buckets=32x4:0.7:1, 32x1:0.3:2", "gan_lecam=0.1",
-                                 "gan_norm=group", "gan_start=4"],
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_stopped_anywhere_a_run_goes_on_as_if_never_stopped(name, here, at):
-    """SIGTERM in step 5 of 8: no multiple of anything, and in the middle of an epoch of four files."""
-    settings = [*FAMILIES[name], "max_steps=8", "log_every=4", "val_every=3", "save_every=4", "val_fraction=0.3"]
-    whole = here(*settings, "name=whole")
-    at({5: terminate})
-    parts = here(*settings, "name=parts")
-    assert checkpoint.checkpoints(str(parts))[0].endswith("step_00000005.pt")
-    assert "training: 4 files" in log_of(parts) and "stopped by a signal after step 5 of 8" in log_of(parts)
-    here(*settings, "name=parts")
-    differences = different(state_of(whole, 8), state_of(parts, 8))
-    assert set(differences) <= {"state.config.name"}, "weights, averages, optimizers, chance, counters"
-    ranks = [checkpoint.read_rank(str(folder / "step_00000008.pt"), 0) for folder in (whole, parts)]
-    assert different(*ranks) == [] and (ranks[0][0] is not None) == ("Seraena" in name)
-    lines = [re.findall(r"(step \d+: (?:loss|validation) .*?)(?:, [\d.]+ clips/s)?\n", log_of(folder))
-             for folder in (whole, parts)]
-    assert lines[0] == lines[1] and [line.split(":")[0] for line in lines[0]] == ["step 3", "step 4", "step 6",
-                                                                                  "step 8", "step 8"]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(parts))
-    events.Reload()
-    speeds = events.Scalars("train/clips_per_second")
-    assert [e.step for e in speeds] == [4, 8] and all(0 < e.value < 1e5 for e in speeds)
-
-
-def test_a_damaged_file_of_one_ranks_replayed_samples_costs_only_these(here):
-    folder = here(*SERAENA, "max_steps=2", "name=a")
-    (folder / "step_00000002.rank0").write_bytes(b"damaged")
-    here(*SERAENA, "max_steps=3", "name=a")
-    assert re.search("warning: .*rank0' is .*; that rank goes on without its replayed samples", log_of(folder))
-    assert "done: 3 steps" in log_of(folder)
-
-
-def test_a_stop_during_validation_lets_it_end_and_saves(here, monkeypatch):
-    evaluate = train.evaluate
-
-    def stopped(*arguments, **keywords):
-        terminate()
-        assert not any(p.requires_grad for p in arguments[0].parameters()), "a graph that grows with each step"
-        return evaluate(*arguments, **keywords)
-
-    monkeypatch.setattr(train, "evaluate", stopped)
-    folder = here(*FRAMES, "max_steps=9", "val_fraction=0.3", "val_every=2", "name=val")
-    log = log_of(folder)
-    assert "step 2: validation psnr" in log and "stopped by a signal after step 3 of 9" in log
-    assert os.path.exists(folder / "step_00000003.pt") and os.path.exists(folder / "best.pt")
-    monkeypatch.undo()
-    here(*FRAMES, "max_steps=4", "val_fraction=0.3", "val_every=2", "name=val")
-    assert "step_00000003.pt at step 3" in log_of(folder) and "step 4: validation psnr" in log_of(folder)
-
-
-STUCK = """
-import sys, time
-sys.path.insert(0, {root!r})
-import objective, train
-def stuck(*_):
-    print("stuck", flush=True)
-    while True:
-        time.sleep(60)
-objective.pixel_loss = stuck
-train.main()
-"""
-
-
-def test_a_second_ctrl_c_ends_at_once(clips, tmp_path):
-    (tmp_path / "stuck.py").write_text(STUCK.format(root=ROOT))
-    process = subprocess.Popen(command("stuck.py", *FRAMES, f"data={clips}", "name=stuck"), cwd=tmp_path,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        while "stuck" not in process.stdout.readline():
-            assert process.poll() is None
-        first = time.monotonic()
-        while process.poll() is None and time.monotonic() < first + 30:
-            process.send_signal(signal.SIGINT)  # those of the first two seconds count as one
-            time.sleep(0.1)
-        assert 2 <= time.monotonic() - first < 10 and process.wait() == 128 + signal.SIGINT
-    finally:
-        process.kill()
-
-
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
@@ -479,147 +295,6 @@ def test_broken_files_and_files_that_break_are_named_and_training_goes_on(here, 
     at({22: lambda: shutil.rmtree(folder)})
     with pytest.raises(config.ConfigError, match="no data .50 files in a row could not be read.* at step 2.*is saved"):
         here(*FRAMES, f"data={folder}", "max_steps=40", "name=broken")
-
-
-# ---- files and words of strangers --------------------------------------------------------------------------------
-
-ODD = [None, True, -1, 0, 3, 2**70, 0.5, math.nan, math.inf, "", "x", "\0", "../x", "\ud800", "x" * 9999, [], {}, [[1]]]
-
-
-def scrambled(content, rng):
-    """Bytes or text with something flipped, left out, put in, doubled or cut off."""
-    place, other = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    some = rng.choices(range(256) if isinstance(content, bytes) else "=.,:(-1e9\0é[", k=3)
-    some = bytes(some) if isinstance(content, bytes) else "".join(some)
-    return rng.choice([content[:place] + some + content[place + 3:], content[:place] + content[other:], content[:place],
-                       content[:other] + content[place:], content[:place] + some + content[place:]])
-
-
-def with_something_odd(tree, rng):
-    """A copy of nested lists and dicts in which one node, at any depth, is another thing or is gone."""
-    if not isinstance(tree, (dict, list)) or not tree or rng.random() < 0.1:
-        return rng.choice(ODD)
-    tree = tree.copy()
-    key = rng.choice(list(tree) if isinstance(tree, dict) else range(len(tree)))
-    if rng.random() < 0.15:
-        del tree[key]
-    else:
-        tree[key] = with_something_odd(tree[key], rng)
-    return tree
-
-
-def answers(read, *errors):
-    """"read", or "refused" by one of these errors, in one line; any other error fails, and so does no end."""
-    def too_long(*_):
-        raise AssertionError("it hangs")
-
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(20)
-    try:
-        read()
-        return "read"
-    except errors as error:
-        assert str(error) and "\n" not in str(error) and len(str(error)) < 12_000, error
-        return "refused"
-    finally:
-        signal.alarm(0)
-
-
-def test_scrambled_settings_are_refused_in_one_line():
-    rng, seen = random.Random(1), []
-    settings = ["size=64", "lr=1e-4", "net.ch_mult=1,2,4", "buckets=16x4:0.6:1, 32x1:0.4:2", "name=mine", "flip=true",
-                "val_metrics=lpips,fid", "resume=auto", "--max-steps=7"]
-    for _ in range(4000):
-        chosen = rng.choice(settings)
-        arguments = ["taehv", *rng.sample(settings, 2), scrambled(chosen, rng)]
-        read = functools.partial(config.load_config, arguments)
-        seen.append(answers(lambda: config.parse_buckets(read()), config.ConfigError))  # noqa: B023
-    assert min(seen.count("read"), seen.count("refused")) > 300
-    for name in ("../x", "/tmp/x", "..", "a/b", "a\\b", "-\0"):
-        read = functools.partial(config.load_config, [f"name={name}"])
-        assert answers(read, config.ConfigError) == "refused", name
-
-
-def test_scrambled_annotations_are_refused_in_one_line(tmp_path):
-    rng, seen, path = random.Random(2), [], tmp_path / "a.json"
-    tree = {"list": [{"path": "a.mp4", "caption": "b"}, {"path": "c/d.mp4"}], "more": 1}
-    for i in range(600):
-        path.write_bytes(json.dumps(with_something_odd(tree, rng)).encode() if i % 2 else
-                         scrambled(json.dumps(tree).encode(), rng))
-        seen.append(answers(lambda: data.probe(data.find_sources(str(path))), data.DataError))
-    assert min(seen.count("read"), seen.count("refused")) > 50
-
-
-def test_scrambled_latents_are_refused_in_one_line(tmp_path):
-    rng, seen, path = random.Random(3), [], str(tmp_path / "a.latents.npz")
-    model, video = TAEHV(), type("Video", (), dict(fps=25.0, height=16, width=24))
-    def write(about=None):
-        with latent_file.LatentWriter(path, model, video, 8, 2) as writer:
-            writer.about = about or writer.about
-            writer.write(torch.zeros(1, 1, 16, 2, 3))
-            writer.write(torch.ones(1, 1, 16, 2, 3))
-            return writer.about
-    about = write()
-    with open(path, "rb") as file:
-        content = file.read()
-    for i in range(300):
-        if i % 2:
-            write(with_something_odd(about, rng) or 7)
-        else:
-            with open(path, "wb") as file:
-                file.write(scrambled(content, rng))
-        seen.append(answers(lambda: list(latent_file.LatentReader(path, model)), latent_file.LatentFileError))
-    assert min(seen.count("read"), seen.count("refused")) > 20
-
-
-@pytest.mark.parametrize("kind", ["weights", "run"])
-def test_scrambled_checkpoints_are_refused_in_one_line(kind, here, tmp_path):
-    rng, seen = random.Random(4), []
-    folder = here(*FRAMES, "max_steps=1", "name=a")
-    path = str(folder / "step_00000001.pt")
-    state = {**state_of(folder, 1)}
-    with open(path, "rb") as file:
-        content = file.read()
-    resume = [*FRAMES, "max_steps=2", "name=b", f"resume={path}"]
-    for i in range(30):
-        if i % 4 == 3:
-            with open(path, "wb") as file:
-                file.write(scrambled(content, rng))
-        else:
-            torch.save(with_something_odd(state, rng), path)
-        shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        seen.append(answers((lambda: here(*resume)) if kind == "run" else lambda: checkpoint.load_model(path),
-                            config.ConfigError, checkpoint.CheckpointError))
-    assert min(seen.count("read"), seen.count("refused")) > 3, seen
-
-
-def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
-    rng, seen = random.Random(5), []
-    small = {name: (tmp_path / "cache" / name) for name in sorted(os.listdir(cache))}
-    shutil.copytree(cache, tmp_path / "cache")
-    index = json.loads(small["index.json"].read_text())
-
-    def read():
-        found = latent_cache.LatentCache(str(tmp_path / "cache"))
-        train_clips, _, _ = found.split(0.3, 0, 4)
-        if found.problem():
-            raise data.DataError(found.problem())
-        train_clips.sample(3)
-
-    for i in range(300):
-        name = rng.choice(["index.json", "index.json", *small])
-        before = small[name].read_bytes()
-        if name == "index.json" and i % 3:
-            odd = with_something_odd(index, rng)
-            if isinstance(odd, dict):
-                odd.pop("crc32", None)
-                odd["crc32"] = latent_cache.index_crc(odd)
-            small[name].write_text(json.dumps(odd))
-        else:
-            small[name].write_bytes(scrambled(before, rng))
-        seen.append(answers(read, data.DataError))
-        small[name].write_bytes(before)
-    assert seen.count("refused") > 150 and answers(read, data.DataError) == "read"
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

@@ -27,14 +27,14 @@ from device import (DeviceError, default_workers, describe, peak_memory, pick_de
 from latent_cache import LatentCache
 from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
-from ranks import (Gradients, LeftStep, StopSignal, agree, copy_from_rank_0, from_rank_0, gather, start_ranks,
-                   stay_together)
+from ranks import (Gradients, LeftStep, StopSignal, agree, copy_from_rank_0, end_at_once, from_rank_0, gather,
+                   start_ranks, stay_together)
 from synthetic import make_demo
 
 
 def train(cfg):
-    """One run, from the settings to its last checkpoint. ConfigError, DeviceError, DataError or CheckpointError say in
-    one line what is wrong; all ranks raise the same."""
+    """One run, from the settings to its last checkpoint. Returns the exit code. ConfigError, DeviceError, DataError or
+    CheckpointError say in one line what is wrong; all ranks raise the same."""
     # ---- ranks, log, and everything that can be wrong before the first step ----------------------------------------
     device = pick_device(cfg.device)
     tune(device)
@@ -50,7 +50,8 @@ def train(cfg):
     for quantizer in objective.quantizers:
         quantizer.before_reduce = lambda: stay_together(control, 4)  # the flags of `accumulate`
     judges = load_judges(cfg, device)
-    resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, log))
+    restarted, = agree(control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    resume_from = from_rank_0(control, lambda: find_resume(cfg, folder, restarted, log))
     if cfg.latent_cache:
         clips, val_clips, teacher, found = find_cached_clips(cfg, model, rank, world, control)
     else:
@@ -71,6 +72,7 @@ def train(cfg):
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   eps=1e-7, fused=device.type in ("cuda", "cpu"))
     step, samples, best, seconds = 0, 0, -math.inf, 0.0
+    pieces = 1  # parts of a micro-batch; doubles when memory runs out
     # Since the last log line: sums of the objective's scalars, good steps; and steps skipped, in a row and in all.
     tally = torch.zeros(len(objective.names) + 3, device=device)
     if resume_from:
@@ -79,6 +81,8 @@ def train(cfg):
             restore(state, model, average, optimizer, teacher, resume_from)
             step, samples, best = state["step"], state["samples"], float(state["best"])
             seconds = float(state.get("seconds", 0))
+            if (state["config"]["batch_size"], state["config"]["buckets"]) == (cfg.batch_size, cfg.buckets):
+                pieces = state["pieces"]
             if len(state["tally"]) == len(tally):
                 tally.copy_(state["tally"])
             objective.load_state(state.get("objective") or {})
@@ -99,7 +103,7 @@ def train(cfg):
     if step >= cfg.max_steps or seconds >= time_limit:
         log(f"nothing to do: step {step} of {cfg.max_steps}, {seconds / 60:.1f} minutes of training; set max_steps or "
             "max_minutes higher to go on, or name=... for a new run")
-        return
+        return 0
     log(summary(model, buckets[0].size, buckets[0].frames, device), screen=False)
     log.start(asdict(cfg), step)
     title = " ".join(filter(None, [cfg.model, model.config.get("variant")]))
@@ -108,7 +112,8 @@ def train(cfg):
     for line in found:
         log(line)
     if resume_from:
-        log(f"resumed from {resume_from} at step {step}")
+        log(f"resumed from {resume_from} at step {step}"
+            + (f"; micro-batches are split in {pieces}, since memory ran out" if pieces > 1 else ""))
 
     schedule = datasets.TrainSchedule(clips, buckets, cfg.seed, world, rank, cfg.accumulation, step, samples)
     batches = clips.batches(schedule, cfg.workers if cfg.workers >= 0 else default_workers(device),
@@ -151,8 +156,8 @@ def train(cfg):
             return next(filter(None, problems))
         problem = checkpoint.save_run(folder, dict(
             model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
-            seconds=clock.total(), tally=tally.cpu(), world=world, random=list(states), teacher=teacher,
-            model=model.state_dict(), ema=average.state_dict(), optimizer=optimizer.state_dict(),
+            seconds=clock.total(), pieces=pieces, tally=tally.cpu(), world=world, random=list(states),
+            teacher=teacher, model=model.state_dict(), ema=average.state_dict(), optimizer=optimizer.state_dict(),
             objective=objective.state()), cfg.keep_last)
         log(problem or f"step {step}: saved {folder}/step_{step:08d}.pt")
         return problem
@@ -164,7 +169,6 @@ def train(cfg):
     # ---- the loop -------------------------------------------------------------------------------------------------
     stop = StopSignal()
     bar = tqdm(initial=step, total=cfg.max_steps, unit="step", disable=rank > 0, dynamic_ncols=True, smoothing=0.05)
-    pieces = 1  # parts of a micro-batch; doubles when memory runs out
     clips_done, clock = 0, Clock(seconds)
     stopping = last = False  # stopped from outside; the run's last step
     while not last and not stopping:
@@ -252,9 +256,10 @@ def train(cfg):
         again = "resume=auto" if cfg.resume == "none" else "the same command"
         cause = "torchrun was killed: stopped" if stop.orphaned() else "stopped by a signal"
         log(f"{cause} after step {step} of {cfg.max_steps}: {again} goes on from here")
-    else:
-        log(f"done: {step} steps in {clock.total() / 60:.1f} minutes. Look at them: python infer.py {folder} VIDEO, "
-            f"and tensorboard --logdir {folder}")
+        return stop.exit_code(control)
+    log(f"done: {step} steps in {clock.total() / 60:.1f} minutes. Look at them: python infer.py {folder} VIDEO, and "
+        f"tensorboard --logdir {folder}")
+    return 0
 
 
 # ---- in the order in which train() calls them --------------------------------------------------------------------
@@ -309,13 +314,13 @@ def load_judges(cfg, device):
     return judges
 
 
-def find_resume(cfg, folder, log):
-    """Path of the checkpoint to go on from, or None."""
+def find_resume(cfg, folder, restarted, log):
+    """Path of the checkpoint to go on from, or None. `restarted`: torchrun has started these ranks anew."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out_dir={cfg.out_dir}: {folder} cannot be made ({error.strerror})") from None
-    present, restarted = checkpoint.checkpoints(folder), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    present = checkpoint.checkpoints(folder)
     if cfg.resume == "none" and present and not restarted:
         raise ConfigError(f"resume=none, but {folder} holds checkpoints: choose another name=, or remove it")
     if cfg.resume not in ("auto", "none"):
@@ -427,7 +432,8 @@ def restore(state, model, average, optimizer, teacher, path):
     if state.get("teacher", "") != teacher:
         raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
                           "choose another name= for this run, with init_from=")
-    if any(type(state[key]) is not int or not 0 <= state[key] < 2 ** 60 for key in ("step", "samples")):
+    counts = state["step"], state["samples"], state.setdefault("pieces", 1) - 1
+    if any(type(count) is not int or not 0 <= count < 2 ** 60 for count in counts):
         raise ConfigError(f"{path} counts impossible steps or samples: choose another name= for this run")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["ema"])
@@ -485,11 +491,11 @@ def describe_validation(result):
 
 def main():
     exit_with_usage(sys.argv[1:])
+    sys.excepthook = end_at_once
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
-    code = 0
     try:
-        train(load_config(sys.argv[1:]))
+        code = train(load_config(sys.argv[1:]))
     except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise these together
             print(f"train.py: {error}", file=sys.stderr)
