@@ -347,8 +347,8 @@ def quantizer(options):
                    unit="s", memory=memory, ratio=first / seconds)
 
 
-RECIPES = {"the notebook's recipe": ["taehv_notebook"], "ours": ["taehv", "size=64", "batch_size=2", "pixel_loss=l2",
-           "warmup_steps=20", "ema_decay=0.98"]}
+RECIPES = {"the notebook's recipe": ["taehv_notebook"], "ours": ["taehv", "size=64", "batch_size=2", "lr=1e-4",
+           "pixel_loss=l2", "warmup_steps=20", "ema_decay=0.98"]}
 
 
 def learning_curve(options, recipe, seed, folder):

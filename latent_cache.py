@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import tokenize
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,7 +84,7 @@ class LatentCache:
         return int(self.starts[-1])
 
     def open(self, i, kind, shape, dtype):
-        array = np.load(shard_path(self.path, i, kind + ".npy"), mmap_mode="r", allow_pickle=False)
+        array = open_array(shard_path(self.path, i, kind + ".npy"))
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"shard {i}: {kind} of shape {array.shape}, {shape} expected")
         return array
@@ -292,12 +293,20 @@ def prepare_folder(out, plan):
     return plan
 
 
+def open_array(path):
+    """A .npy file in place, without reading it. OSError or ValueError if that cannot be."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except tokenize.TokenError as error:  # what NumPy makes of some damaged headers
+        raise ValueError(f"{path}: damaged header ({error})") from None
+
+
 def shard_is_done(out, i, count):
     """Whether the shard is there, whole, with `count` clips."""
     try:
         with open(shard_path(out, i, "json"), encoding="utf-8") as file:
             about = json.load(file)
-        arrays = [np.load(shard_path(out, i, kind), mmap_mode="r", allow_pickle=False) for kind in about["crc32"]]
+        arrays = [open_array(shard_path(out, i, kind)) for kind in about["crc32"]]
         return about["clips"] == count and len(arrays) == 2 and all(len(a) == count for a in arrays)
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -1,10 +1,12 @@
 """Latents in files: NAME.latents.npz, which NumPy's ordinary np.load reads.
 
 `latents` is float32 T C h w; `about` is a JSON text with what decoding needs: the model's config, frames per second,
-height, width and number of frames of the video, and the tiles it was encoded in. This file works alone with numpy and torch.
+height, width and number of frames of the video, and the tiles it was encoded in. This file works alone with numpy and
+torch.
 """
 import json
 import os
+import tokenize
 import zipfile
 
 import numpy as np
@@ -63,8 +65,8 @@ class LatentWriter:
 
 
 class LatentReader:
-    """Reads such a file latent by latent. LatentFileError if it is damaged, foreign, or not the model's. `note`: another
-    variant's, or other tiles than `tiles`, in which it is to be decoded."""
+    """Reads such a file latent by latent. LatentFileError if it is damaged, foreign, or not the model's. `note`: if
+    it is another variant's, or encoded in other tiles than `tiles`, in which it is to be decoded."""
 
     def __init__(self, path, model, tiles=""):
         self.path = path
@@ -79,7 +81,7 @@ class LatentReader:
             self.fps, self.height, self.width = float(about["fps"]), int(about["height"]), int(about["width"])
             self.frames, made_by = int(about["frames"]), about["model_config"]
         except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, zipfile.BadZipFile, RuntimeError,
-                NotImplementedError) as error:
+                NotImplementedError, MemoryError, tokenize.TokenError) as error:  # the last by NumPy, of a header
             raise LatentFileError(f"{path}: no file of latents, or damaged ({error})") from None
         factor = model.space_factor
         needed = (-(-self.height // factor), -(-self.width // factor))

@@ -465,7 +465,7 @@ def test_the_readme_tells_what_there_is():
 
 
 def test_a_run_of_minutes_ends_by_itself_and_is_scored_at_another_size(clips, tmp_path):
-    common = [*SMALL, f"data={clips}", "val_data=" + clips, "val_clips=2", "val_size=32", "max_steps=100000", "name=timed"]
+    common = [*SMALL, f"data={clips}", f"val_data={clips}", "val_clips=2", "val_size=32", "name=timed"]
     output = run(TRAIN, *common, "max_minutes=0.02", cwd=tmp_path)
     (last,) = re.findall(r"done: (\d+) steps in 0.\d minutes", output)
     assert f"step {last}: validation psnr" in output and int(last) < 10000

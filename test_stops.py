@@ -60,7 +60,7 @@ def test_stopped_anywhere_a_run_goes_on_as_if_never_stopped(name, here, at):
     assert set(differences) <= {"state.config.name"}, "weights, averages, optimizers, chance, counters"
     of_rank_0 = [checkpoint.read_rank(str(folder / "step_00000008.pt"), 0) for folder in (whole, parts)]
     assert different(*of_rank_0) == [] and (of_rank_0[0][0] is not None) == ("Seraena" in name)
-    lines = [re.findall(r"(step \d+: (?:loss|validation) .*?)(?:, [\d.]+ clips/s)?\n", log_of(folder))
+    lines = [re.findall(r"(step \d+: (?:loss|validation) .*?)(?:, [\d.]+ clips/s|, after .*)?\n", log_of(folder))
              for folder in (whole, parts)]
     assert lines[0] == lines[1] and [line.split(":")[0] for line in lines[0]] == ["step 3", "step 4", "step 6",
                                                                                   "step 8", "step 8"]
