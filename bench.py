@@ -358,6 +358,8 @@ def learning_curve(options, recipe, seed, folder):
     settings = [f"data={options.data}", f"val_data={options.val_data}", "val_size=128", "val_clips_per_video=4",
                 f"val_every={max(1, options.val_every // batch)}", f"max_minutes={options.minutes}",
                 f"device={options.device}", f"seed={seed}", f"out_dir={folder}"]
+    if options.quick:
+        settings += ["size=32", "batch_size=2", "val_size=32", "val_clips=2"]
     done = subprocess.run([sys.executable, script, *recipe, *settings], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # train.py has said why

@@ -21,7 +21,8 @@ class Logbook:
         if self.rank > 0:
             return
         if screen:
-            tqdm.write(line)
+            with contextlib.suppress(OSError):  # the terminal may be gone before SIGHUP is heard; train.log goes on
+                tqdm.write(line)
         self.write(line)
 
     def write(self, line):

@@ -606,7 +606,7 @@ def test_settings_are_parsed_and_checked():
         (["taehv", "lr"], "no key=value"),
         (["pixel_loss=charbonier"], "did you mean 'charbonnier'"),
         (["size=8"], "at least 16"),
-        (["lr=nan"], "at least"),
+        (["lr=nan"], "a finite number"),
         (["buckets=64"], "is not like"),
         (["val_fraction=1"], "at most"),
         (["min_frame_delta=9"], "above max_frame_delta"),

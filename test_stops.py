@@ -156,7 +156,7 @@ def test_a_closed_terminal_saves_and_ends(clips, tmp_path):
         os.chdir(tmp_path)
         os.execv(line[0], line)
     output = b""
-    while b"in step 3" not in output:
+    while b"in step 3\r\n" not in output:  # the whole line, or closing the terminal breaks off its writing
         output += os.read(terminal, 1000)  # an error where the run has ended
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
