@@ -121,7 +121,7 @@ DCAE = dict(model="dcae", size=256, frames=32, batch_size=1, buckets="256x32:0.8
 
 PRESETS = {
     # Synthetic clips, a few minutes on two cores.
-    "demo": dict(data="demo", size=64, max_steps=120, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=1e-3,
+    "demo": dict(data="demo", size=64, max_steps=120, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=3e-4,
                  ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
     # A TAEHV from scratch on your own videos.
     "taehv": dict(max_steps=50000, batch_size=8),
