@@ -162,23 +162,23 @@ def codec(options):
                     yield row
 
 
-def published(model, video):
-    """A TAEHV's reconstruction of N T 3 H W by the published file's routine, which is retyped here: layout as it comes,
-    the frames before are padded and concatenated, space is enlarged before time grows."""
-    from model_taehv import MemBlock, TGrow, TPool
-    n, x = len(video), video.flatten(0, 1)
-    for layer in [*model.encoder, *model.decoder]:
-        if isinstance(layer, MemBlock):
-            frames = x.reshape(n, len(x) // n, *x.shape[1:])
-            past = F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :frames.shape[1]].reshape(x.shape)
-            x = layer.act(layer.conv(torch.cat([x, past], 1)) + layer.skip(x))
-        elif isinstance(layer, TPool):
-            x = layer.conv(x.reshape(-1, layer.stride * x.shape[1], *x.shape[2:]))
-        elif isinstance(layer, TGrow):
-            x = layer.conv(x).reshape(-1, *x.shape[1:])
+def published(blocks, x):
+    """An encoder or decoder by the published file's whole-clip routine, which is retyped here: N T C H W to
+    N T' C' H' W', in the layout as it comes; the frames before are padded and concatenated, and space is enlarged
+    before time grows."""
+    from model_taehv import MemBlock, SuperMemBlock, TGrow, TPool
+    n, x = len(x), x.flatten(0, 1)
+    for block in blocks:
+        if isinstance(block, (MemBlock, SuperMemBlock)):
+            frames = x.unflatten(0, (n, -1))
+            x = block(x, F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1))
+        elif isinstance(block, TPool):
+            x = block.conv(x.reshape(-1, block.stride * x.shape[1], *x.shape[2:]))
+        elif isinstance(block, TGrow):
+            x = block.conv(x).reshape(-1, *x.shape[1:])
         else:
-            x = layer(x)
-    return x.unflatten(0, (n, -1))[:, model.frames_to_trim:]
+            x = block(x)
+    return x.unflatten(0, (n, -1))
 
 
 def train_call(options, size, batch, label):
@@ -195,7 +195,9 @@ def train_call(options, size, batch, label):
 
     def forward(video=video):
         with torch.autocast(device.type, torch.bfloat16, enabled="bf16" in label):
-            return model(video)[0] if ours else published(model, video)
+            if ours:
+                return model(video)[0]
+            return published([*model.encoder, *model.decoder], video)[:, model.frames_to_trim:]
 
     def passes(video=video):
         F.l1_loss(forward(video).float(), model.targets(video)).backward()

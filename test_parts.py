@@ -26,10 +26,11 @@ import data
 import metrics
 import model_taehv
 import synthetic
+from bench import published
 from conftest import ROOT, write_clip
 from golden.fill import fill_, make_input
 from losses import PIXEL_LOSSES, pixel_loss
-from model_taehv import TAEHV, VARIANTS, MemBlock, SuperMemBlock, TGrow, TPool, load_taehv, recognise
+from model_taehv import TAEHV, VARIANTS, load_taehv, recognise
 
 
 # ---- TAEHV -------------------------------------------------------------------------------------------------------
@@ -52,24 +53,6 @@ def test_taehv_computes_what_the_published_code_does(name):
     ):
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
-
-
-def published(blocks, x):
-    """The published whole-clip routine in its own layout: reshapes, zero-padded memory, no reordering."""
-    n = x.shape[0]
-    x = x.flatten(0, 1)
-    for block in blocks:
-        if isinstance(block, (MemBlock, SuperMemBlock)):
-            video = x.unflatten(0, (n, -1))
-            past = F.pad(video, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1)
-            x = block(x, past)
-        elif isinstance(block, TPool):
-            x = block.conv(x.reshape(-1, block.stride * x.shape[1], *x.shape[2:]))
-        elif isinstance(block, TGrow):
-            x = block.conv(x).reshape(-1, *x.shape[1:])
-        else:
-            x = block(x)
-    return x.unflatten(0, (n, -1))
 
 
 @pytest.mark.parametrize("name", ["taeh3", "taeltx_2", "taehv1_5_super", "taecvx"])
