@@ -3,8 +3,10 @@
 Used by infer.py.
 """
 import argparse
+import io
 import itertools
 import os
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -13,13 +15,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import report
-from device import synchronize
+from device import keep_freed_blocks, synchronize
+from fast_taehv import FastTAEHV
 from latent_file import LatentReader
 from model_dcae import DCAE
 from tiling import Tiled
 from token_file import TokenReader
 
 TOKENS = ".tokens"
+LARGE = 1280 * 720  # pixels
 
 
 class InputError(Exception):
@@ -46,8 +50,17 @@ class Codec:
     What it passes from encoder to decoder is a `piece`: latents 1 t C h w, or a tokenizer's codes, [int64 1 t h w].
     """
 
-    def __init__(self, job, total_latents):
-        self.model, self.device, self.dtype = job.model, job.device, job.dtype
+    def __init__(self, job, total_latents, reader):
+        """reader: of the video or latents, for its height and width. `note`: what is odd about it, or ""."""
+        self.model, self.device, self.dtype, self.note = job.model, job.device, job.dtype, ""
+        quick = getattr(job.model, "taehv", job.model)
+        if isinstance(quick, FastTAEHV):
+            large = reader.height * reader.width > LARGE and not job.tiled and job.dtype == torch.float32
+            quick.kept = torch.float16 if large else None
+            keep_freed_blocks(1 << 24 if large else 1 << 30)  # maps of many sizes leave holes that fit no other
+            if large:
+                self.note = ("it is large: memory blocks keep the frame before in float16, which costs an error of about "
+                             "0.0001 and saves a third of the memory")
         self.tokens = hasattr(job.model, "tokenize")
         # A GPU wants several latents at a time; a CPU is fastest with one.
         limit = 1 << 31 if job.device.type == "cuda" else None
@@ -68,14 +81,42 @@ class Codec:
         x = F.pad(x, (0, -x.shape[-1] % factor, 0, -x.shape[-2] % factor), mode="replicate")
         return self.timed("encode", self.stream.tokenize if self.tokens else self.stream.encode, x[None])
 
-    def decode(self, piece):
-        return self.timed("decode", self.stream.detokenize if self.tokens else self.stream.decode, piece)
-
     def flush_encoder(self):
         return self.timed("encode", self.stream.flush_encoder)
 
-    def flush_decoder(self):
-        return self.timed("decode", self.stream.flush_decoder)
+    def decode(self, pieces):
+        """All frames of all pieces, 3 H W in [0, 1], one by one."""
+        for piece in pieces:
+            if hasattr(self.stream, "frames"):
+                frames = self.stream.frames(piece)
+                while (frame := self.timed("decode", next, frames, None)) is not None:
+                    yield frame[0, 0]
+                    del frame  # not to be held while the next one is made
+            else:
+                yield from self.timed("decode", self.stream.detokenize if self.tokens else self.stream.decode, piece)[0]
+        yield from self.timed("decode", self.stream.flush_decoder)[0]
+
+
+class Spill:
+    """Pieces in a temporary file of a folder: all are written, then all are read. A context manager."""
+
+    def __init__(self, folder):
+        self.file = tempfile.TemporaryFile(dir=folder)
+
+    def write(self, piece):
+        torch.save(piece, buffer := io.BytesIO())
+        self.file.write(len(buffer.getbuffer()).to_bytes(8, "little") + buffer.getbuffer())
+
+    def __iter__(self):
+        self.file.seek(0)
+        while size := self.file.read(8):
+            yield torch.load(io.BytesIO(self.file.read(int.from_bytes(size, "little"))), weights_only=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
 
 
 def tile(model, options):
@@ -132,18 +173,14 @@ def open_codes(path, model, model_hash, tiles):
 
 def decode_file(reader, name, job):
     """Write comparison_videos/NAME_reconstructed.webm from a file of latents or tokens; returns its path."""
-    codec = Codec(job, reader.total)
+    codec = Codec(job, reader.total, reader)
     path = os.path.join(job.options.out, "comparison_videos", f"{name}_reconstructed.webm")
     os.makedirs(os.path.dirname(path), exist_ok=True)
 
-    def frames():
-        for piece in reader:
-            piece = [c.to(job.device) for c in piece] if codec.tokens else piece.to(job.device, job.dtype)
-            yield from codec.decode(piece)[0]
-        yield from codec.flush_decoder()[0]
-
+    frames = codec.decode([c.to(job.device) for c in piece] if codec.tokens else piece.to(job.device, job.dtype)
+                          for piece in reader)
     with report.VideoWriter(path, reader.fps, reader.width, reader.height) as writer:
-        for frame in tqdm(itertools.islice(frames(), reader.frames), total=reader.frames, desc=name[:30], unit="frame",
+        for frame in tqdm(itertools.islice(frames, reader.frames), total=reader.frames, desc=name[:30], unit="frame",
                           dynamic_ncols=True):
             writer.write(to_uint8(frame, reader.height, reader.width))
     return path

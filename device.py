@@ -74,10 +74,17 @@ def tune(device):
     elif device.type == "cpu":
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread, however many cores there are
             torch.set_num_threads(cores_per_rank())
-        if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-            libc = ctypes.CDLL(None)  # large blocks otherwise go back to the kernel, and come again page by page
-            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        keep_freed_blocks(1 << 30)
+
+
+def keep_freed_blocks(largest):
+    """Have the C allocator keep freed blocks of up to so many bytes: they otherwise go back to the kernel, and come
+    again page by page, which takes longer than many a layer. What it holds unused now, it gives back."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)
 
 
 def place(model, device, dtype=None):

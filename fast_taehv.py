@@ -24,7 +24,7 @@ from torch import nn
 
 from model_taehv import TAEHV, MemBlock, SuperMemBlock, TPool
 
-BAND = 1 << 22  # numbers of a full-size map that exist at a time: bounds memory, costs no time (1 << 17 costs 5 %)
+BAND = 1 << 21  # numbers of a full-size map that exist at a time: bounds memory, costs no time (1 << 17 costs 5 %)
 
 
 def has_onednn(dtype):
@@ -62,6 +62,8 @@ class Conv:
 
 
 # ---- steps: generators of frames (N C H W, channels-last) from frames; memory: a dict, as in model_taehv -----------
+#
+# A step lets go of a frame before it hands it on (`yield frames.pop()`): else one map too many would live for each step.
 
 
 class Plain:
@@ -81,11 +83,14 @@ class ConvRelu:
 
     def __call__(self, frames, memory):
         for x in frames:
-            yield self.conv(x, relu=self.relu)
+            done = [self.conv(x, relu=self.relu)]
+            del x
+            yield done.pop()
 
 
 class Memory:
-    """A memory block."""
+    """A memory block. It overwrites the frames that it gets, and is done band by band: of a large frame exist no other
+    maps than itself and what is kept of the frame before, in the type memory["kept"]."""
 
     def __init__(self, block):
         first, second, third = block.conv[0], block.conv[2], block.conv[4]
@@ -95,10 +100,35 @@ class Memory:
 
     def __call__(self, frames, memory):
         for x in frames:
-            past = memory.get(self)  # of the frame before, already convolved: nothing at a clip's start, for zeros
-            h = self.now(x, past, relu=True)
-            memory[self] = self.before(x)
-            yield self.third(self.second(h, relu=True), x, relu=True)
+            if self not in memory:
+                memory[self] = torch.zeros_like(x, dtype=memory["kept"])
+            cuts = bands(x.shape[2], x.shape[1] * x.shape[3])
+            done = [self.whole(x, memory) if len(cuts) == 1 else self.in_bands(x, memory[self], cuts)]
+            del x
+            yield done.pop()
+
+    def whole(self, x, memory):
+        past, memory[self] = memory[self].to(x.dtype), self.before(x).to(memory["kept"])
+        return self.third(self.second(self.now(x, past, relu=True), relu=True), x, relu=True)
+
+    def in_bands(self, batch, kept, cuts):
+        above = torch.empty_like(batch[:1, :, :6], memory_format=torch.channels_last).split(3, 2)
+        for x, past in zip(batch.split(1), kept.split(1)):
+            for start, end in cuts:
+                first, last = start > 0, end < x.shape[2]  # the edges that lie within the frame
+                slab, old = (torch.cat([rows[:, :, :3 * first], m[:, :, start:end + 3 * last].to(x.dtype)], 2)
+                             for rows, m in zip(above, (x, past)))
+                for rows, m in zip(above, (slab, old)):  # what is overwritten here and the next band needs
+                    rows.copy_(m[:, :, 3 * first + end - start - 3:][:, :, :3])
+
+                def good(rows):  # each convolution spoils a row more, for want of those beyond
+                    return rows[:, :, first:rows.shape[2] - last]
+                y = good(self.second(good(self.now(slab, old, relu=True)), relu=True))
+                slab = good(good(slab))
+                past[:, :, start:end] = good(self.before(slab))
+                x[:, :, start:end] = good(self.third(y, slab, relu=True))
+                del slab, old, y  # before the next band: the allocator then has one hole for all of them
+        return batch
 
 
 class SuperMemory:
@@ -113,37 +143,56 @@ class SuperMemory:
 
 
 class PoolConv:
-    """Temporal pooling and the strided convolution behind it; before them, perhaps, the encoder's first layer."""
+    """Temporal pooling and the strided convolution behind it: a sum over frames, added up as they come."""
 
-    def __init__(self, pool, layer, first=None):
+    def __init__(self, pool, layer):
         merged = torch.einsum("ocyx,ci->oiyx", layer.weight.float(), pool.conv.weight[:, :, 0, 0].float())
         self.convs = [Conv(w.to(layer.weight.dtype), stride=2) for w in merged.chunk(pool.stride, 1)]
-        self.first = first and Conv(first.weight, first.bias)
+
+    def __call__(self, frames, memory):
+        total, place = [None], 0
+        for x in frames:
+            total.append(self.convs[place](x, total.pop()))
+            place = (place + 1) % len(self.convs)
+            del x
+            if place == 0:
+                yield total.pop()
+                total.append(None)
+
+
+class FirstPoolConv:
+    """The encoder's first layer, temporal pooling, the strided convolution behind it."""
+
+    def __init__(self, first, pool, layer):
+        self.first, self.convs = Conv(first.weight, first.bias), PoolConv(pool, layer).convs
 
     def __call__(self, frames, memory):
         for group in zip(*[iter(frames)] * len(self.convs)):
-            yield self.pooled(group) if self.first is None else self.in_bands(group)
-
-    def pooled(self, group):
-        total = None
-        for conv, x in zip(self.convs, group):
-            total = conv(x, total)
-        return total
-
-    def in_bands(self, group):
-        height, width = group[0].shape[-2:]
-        half, done = -(-height // 2), []
-        for start, end in bands(half, 2 * width * 2 * 64):
-            top = max(0, 2 * start - 2)  # the first row of what follows is wrong there, where rows above are missing
-            slab = self.pooled([self.first(x[:, :, top:2 * end + 1], relu=True) for x in group])
-            done.append(slab[:, :, start - top // 2:end - top // 2])
-        return done[0] if len(done) == 1 else torch.cat(done, 2)
+            n, _, height, width = group[0].shape
+            half, out = -(-height // 2), None
+            for start, end in bands(half, 4 * 64 * width):
+                top, slab = max(0, 2 * start - 2), None  # of what follows, the first row is wrong there
+                for conv, x in zip(self.convs, group):
+                    slab = conv(self.first(x[:, :, top:2 * end + 1], relu=True), slab)
+                out = paste(out, slab[:, :, start - top // 2:end - top // 2], start, half)
+            yield out
 
 
 def bands(height, row_size):
-    """[(first row, row behind the last)] of bands whose rows of `row_size` numbers stay in a core's cache."""
-    rows = max(8, BAND // row_size)
-    return [(start, min(start + rows, height)) for start in range(0, height, rows)]
+    """[(first row, row behind the last)] of bands of equal height, at least 4, that hold about BAND numbers each."""
+    count = -(-height // max(8, BAND // row_size))
+    return [(height * k // count, height * (k + 1) // count) for k in range(count)]
+
+
+def paste(out, rows, start, height):
+    """Put rows, N C h W, into a map of `height` rows, made with the first of them; returns it."""
+    if out is None:
+        if rows.shape[2] == height:
+            return rows
+        out = torch.empty(len(rows), rows.shape[1], height, rows.shape[3], dtype=rows.dtype, device=rows.device,
+                          memory_format=torch.channels_last)
+    out[:, :, start:start + rows.shape[2]] = rows
+    return out
 
 
 class GrowConv:
@@ -162,8 +211,11 @@ class GrowConv:
 
     def __call__(self, frames, memory):
         for x in frames:
-            for kernel in self.kernels:
-                yield self.grown(x, kernel) if self.last is None else self.in_bands(x, kernel)
+            for place, kernel in enumerate(self.kernels, 1):
+                done = [self.grown(x, kernel) if self.last is None else self.in_bands(x, kernel)]
+                if place == len(self.kernels):
+                    del x
+                yield done.pop()
 
     def grown(self, x, kernel):
         relu = self.last is not None
@@ -177,12 +229,12 @@ class GrowConv:
         return out
 
     def in_bands(self, x, kernel):
-        done, scale = [], self.scale
-        for start, end in bands(x.shape[2], scale * x.shape[3] * scale * self.width):
+        out, scale, height = None, self.scale, x.shape[2]
+        for start, end in bands(height, scale * x.shape[3] * scale * self.width):
             top = max(0, start - (3 - scale))  # nearest upsampling needs one row less around
             slab = self.last(self.grown(x[:, :, top:end + 3 - scale], kernel))
-            done.append(slab[:, :, scale * (start - top):scale * (end - top)])
-        return done[0] if len(done) == 1 else torch.cat(done, 2)
+            out = paste(out, slab[:, :, scale * (start - top):scale * (end - top)], scale * start, scale * height)
+        return out
 
 
 def sub_pixel(weight):
@@ -204,7 +256,7 @@ def build_steps(blocks):
         layer = blocks.pop(0)
         if isinstance(layer, nn.Conv2d) and followed_by(nn.ReLU, TPool, nn.Conv2d):
             _, pool, strided = (blocks.pop(0) for _ in range(3))
-            steps.append(PoolConv(pool, strided, layer))
+            steps.append(FirstPoolConv(layer, pool, strided))
         elif isinstance(layer, nn.Conv2d):
             relu = followed_by(nn.ReLU) and bool(blocks.pop(0))
             steps.append(ConvRelu(layer, relu))
@@ -223,15 +275,27 @@ def build_steps(blocks):
 
 
 class FastTAEHV(TAEHV):
-    """What `fast` gives."""
+    """What `fast` gives.
+
+    `kept`: the type in which memory blocks keep the frame before; None for the model's own. What is kept is most of the
+    memory that large frames take. torch.float16 halves it, at an error of about 1e-4 of the largest value.
+    """
+
+    kept = None
 
     @torch.no_grad()
-    def _run(self, blocks, x, memory=None, progress=None):
+    def _frames(self, blocks, x, memory):
         frames = (frame.contiguous(memory_format=torch.channels_last) for frame in x.unbind(1))
-        memory = {} if memory is None else memory
+        memory.setdefault("kept", self.kept or x.dtype)
         for step in self.steps["encoder" if blocks is self.encoder else "decoder"]:
             frames = step(frames, memory)
-        return torch.stack(list(frames if progress is None else progress(frames)), 1)
+        for frame in frames:
+            yield frame.unsqueeze(1)
+            del frame
+
+    def _run(self, blocks, x, memory=None, progress=None):
+        frames = self._frames(blocks, x, {} if memory is None else memory)
+        return torch.cat(list(frames if progress is None else progress(frames)), 1)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ import checkpoint
 import data
 import metrics
 import report
-from codec import TOKENS, Codec, InputError, Job, decode_file, open_codes, padded_length, tile, to_uint8
+from codec import TOKENS, Codec, InputError, Job, Spill, decode_file, open_codes, padded_length, tile, to_uint8
 from compare import TeacherPass
 from device import DeviceError, describe, peak_memory, pick_device, pick_precision, place, reset_peak_memory, tune
 from latent_file import LATENTS, LatentFileError, LatentWriter
@@ -39,34 +39,27 @@ from token_file import TokenError, TokenWriter
 # ---- one video ---------------------------------------------------------------------------------------------------
 
 
-def paired_frames(codec, reader, frames, length, see):
+def encoded(codec, frames, length):
+    """Pieces (see Codec) of some frames, H W 3 uint8; the last one is repeated until `length` have gone in."""
+    for number, frame in enumerate(frames):
+        yield codec.encode(frame)
+    for _ in range(number + 1, length):
+        yield codec.encode(frame)
+    yield codec.flush_encoder()
+
+
+def paired_frames(codec, pieces, reader, frames, length):
     """(number, original, reconstruction), both H W 3 uint8, of the first `frames` frames, as the model gives them.
-
-    The last frame is repeated until `length` have gone in; `see` gets all pieces (see Codec).
-    """
-    index, waiting, done = codec.model.frame_index(length), collections.deque(), 0
-
-    def pieces():
-        for number, frame in enumerate(itertools.islice(reader, frames)):
-            waiting.append((number, frame))
-            yield codec.encode(frame)
-        for _ in range(number + 1, length):
-            yield codec.encode(frame)
-        yield codec.flush_encoder()
-
-    def outputs():
-        for piece in pieces():
-            see(piece)
-            yield codec.decode(piece)
-        yield codec.flush_decoder()
-
-    for output in (frame for piece in outputs() for frame in piece[0]):
-        while waiting and done < len(index) and waiting[0][0] < index[done]:
-            waiting.popleft()
-        if waiting and done < len(index) and waiting[0][0] == index[done]:
-            number, original = waiting.popleft()
-            yield number, original, to_uint8(output, reader.height, reader.width)
-        done += 1
+    reader: of the originals."""
+    outputs = (to_uint8(frame, reader.height, reader.width) for frame in codec.decode(pieces))
+    originals, number = iter(reader), -1
+    for place, output in zip(codec.model.frame_index(length), outputs):
+        while number < min(place, frames - 1):
+            original, number = next(originals, None), number + 1
+            if original is None:
+                raise data.DataError(f"only {number} of {frames} frames could be read a second time")
+        if number == place:
+            yield number, original, output
 
 
 def plan(source, reader, model, options):
@@ -98,7 +91,7 @@ class Quality:
         self.sums, self.counts = collections.Counter(), collections.Counter()
 
     def add(self, original, output):
-        a, b = (torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float() / 255 for x in (output, original))
+        a, b = (torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float().div_(255) for x in (output, original))
         if self.fid and self.counts["mse"] % self.every == 0:
             self.fid.add(a, b)
         values = {"mse": metrics.mse(a, b), "psnr": metrics.psnr(a, b).clamp(max=100),
@@ -122,14 +115,15 @@ def reconstruct(source, name, job):
     model, device, options = job.model, job.device, job.options
     reader = data.VideoReader(source.path)
     frames, length, notes = plan(source, reader, model, options)
+    total_latents = model.latent_frames(length)
+    codec = Codec(job, total_latents, reader)
+    notes += [codec.note] if codec.note else []
     if options.verbose:
         for note in notes:
             tqdm.write(f"{source.path}: {note}")
     beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor,
                          options.teacher_frames) if job.teacher else None
     reset_peak_memory(device)
-    total_latents = model.latent_frames(length)
-    codec = Codec(job, total_latents)
     pictured = {round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))}
     picture, latents_done, latent_errors = [], 0, []
     statistics = metrics.CodeStatistics(model.codebook_sizes) if codec.tokens else None
@@ -139,10 +133,9 @@ def reconstruct(source, name, job):
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
     about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
-    with Outputs(options.out, videos, reader, source.is_image) as outputs, \
+    with Outputs(options.out, videos, reader, source.is_image) as outputs, Spill(options.out) as spill, \
             LatentWriter(latents_path, model, reader, frames, total_latents, str(job.tiled or "")) as latent_file, \
-            open_tokens(tokens_path, model, about) as token_file, \
-            tqdm(total=frames, desc=name[:30], unit="frame", dynamic_ncols=True) as bar:
+            open_tokens(tokens_path, model, about) as token_file:
 
         def see(piece):
             nonlocal latents_done
@@ -159,13 +152,17 @@ def reconstruct(source, name, job):
                     latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
                 latents_done += 1
 
-        for number, original, output in paired_frames(codec, reader, frames, length, see):
+        # All is encoded before anything is decoded: only one of the two holds maps of past frames at a time.
+        for piece in encoded(codec, progress(reader, frames, f"{name[:30]} encode"), length):
+            see(piece)
+            spill.write(piece)
+        pairs = paired_frames(codec, spill, reader, frames, length)
+        for number, original, output in progress(pairs, frames, f"{name[:30]} decode"):
             theirs = beside.frame(number) if beside else None
             quality.add(original, output)
             if theirs is not None:
                 teacher_quality.add(original, theirs)
             outputs.write(original, output, theirs, bool(beside))
-            bar.update()
     os.makedirs(os.path.join(options.out, "latent_visualizations"), exist_ok=True)
     latent_picture = f"latent_visualizations/{name}_latents.png"
     data.cv2.imwrite(os.path.join(options.out, latent_picture), report.latent_picture(np.stack(picture))[..., ::-1])
@@ -187,6 +184,11 @@ def reconstruct(source, name, job):
             encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
             peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
     return row
+
+
+def progress(frames, total, name):
+    """The first `total` frames, with a bar."""
+    return tqdm(itertools.islice(frames, total), total=total, desc=name, unit="frame", dynamic_ncols=True)
 
 
 def open_tokens(path, model, about):

@@ -455,6 +455,10 @@ class TAEHV(nn.Module):
             return run_step(blocks, x, self.gradient_checkpointing)
         return run_blocks(blocks, x, memory, self.gradient_checkpointing and torch.is_grad_enabled(), progress)
 
+    def _frames(self, blocks, x, memory):
+        """What `_run` gives, frame by frame."""
+        yield from self._run(blocks, x, memory).split(1, 1)
+
     def _unshuffle(self, video):
         return F.pixel_unshuffle(video, self.patch_size) if self.patch_size > 1 else video
 
@@ -483,7 +487,7 @@ class TAEHVStream:
         self._frames, self._latents = [], []   # input that waits for a full group, as pieces N t C H W
         self._last_frame = None
         self._encoder_memory, self._decoder_memory = {}, {}
-        self._held_latents = self._held_frames = None  # H3 drops its last outputs, so the newest are held back
+        self._held_latents, self._held_frames = None, []  # H3 drops its last outputs, so the newest are held back
         self._empty_latents = self._empty_frames = None
         self._decoded = 0                      # raw decoder frames so far
         self._decoding = False
@@ -508,8 +512,7 @@ class TAEHVStream:
             self._frames.append(frames)
             self._last_frame = frames[:, -1:]
         group = H3_FRAMES if model.is_h3 else model.time_factor * self._group(*frames.shape[-2:], frames.element_size())
-        done = [self._encode_group(piece) for piece in take(self._frames, group)]
-        return torch.cat([self._empty_latents, *done], 1)
+        return join(self._empty_latents, [self._encode_group(piece) for piece in take(self._frames, group)])
 
     def _encode_group(self, frames):
         model = self.model
@@ -533,43 +536,48 @@ class TAEHVStream:
             chunk = H3_FRAMES if self.model.is_h3 else self.model.time_factor
             pad = self._last_frame.expand(-1, -rest.shape[1] % chunk, -1, -1, -1)
             done.append(self._encode_group(torch.cat([rest, pad], 1)))
-        self._frames, self._last_frame = [], None
-        return torch.cat([self._empty_latents, *done], 1)
+        self._frames, self._last_frame, self._encoder_memory = [], None, {}
+        return join(self._empty_latents, done)
 
     @torch.no_grad()
     def decode(self, latents):
         """Take N t C h w latents, return the frames N t' 3 H W that are complete, in [0, 1]."""
-        model = self.model
+        frames = [*self.frames(latents)]
+        return join(self._empty_frames, frames)
+
+    @torch.no_grad()
+    def frames(self, latents):
+        """Like `decode`, but an iterator over frames N 1 3 H W: large ones then never exist all at once."""
         n, _, _, h, w = latents.shape
         self._decoding = True
         if self._empty_frames is None:
-            self._empty_frames = latents.new_empty(n, 0, 3, h * model.space_upscale, w * model.space_upscale)
+            self._empty_frames = latents.new_empty(n, 0, 3, h * self.model.space_upscale, w * self.model.space_upscale)
         if latents.shape[1]:
             self._latents.append(latents)
-        if model.is_cogvideox and self.total_latents is None:
-            return self._empty_frames
-        return self._decode_waiting(h, w, latents.element_size())
+        if not self.model.is_cogvideox or self.total_latents is not None:
+            yield from self._waiting_frames()
 
-    def _decode_waiting(self, h, w, itemsize):
-        group = self._group(h * self.model.space_factor, w * self.model.space_factor, itemsize)
-        done = [self._decode_group(piece) for piece in take(self._latents, group)]
-        return torch.cat([self._empty_frames, *done], 1)
+    def _waiting_frames(self):
+        height, width = self._empty_frames.shape[-2:]
+        scale = self.model.space_factor // self.model.space_upscale
+        group = self._group(height * scale, width * scale, self._empty_frames.element_size())
+        for piece in take(self._latents, group):
+            yield from self._decode_group(piece)
 
     def _decode_group(self, latents):
-        model = self.model
-        frames = model._run(model.decoder, latents, self._decoder_memory)
-        first, self._decoded = self._decoded, self._decoded + frames.shape[1]
-        trim = model.frames_to_trim
-        if model.is_h3:
-            size = H3_LATENTS * model.t_upscale
-            frames = frames[:, [i for i in range(frames.shape[1]) if (first + i) % size >= trim]]
-            if self._held_frames is not None:
-                frames = torch.cat([self._held_frames, frames], 1)
-            keep = max(0, frames.shape[1] - H3_DROPPED * model.t_upscale)
-            frames, self._held_frames = frames[:, :keep], frames[:, keep:]
-        elif not (model.is_cogvideox and self.total_latents % 2 == 0):
-            frames = frames[:, max(0, trim - first):]
-        return model._shuffle(frames).clamp(0, 1)
+        model, trim = self.model, self.model.frames_to_trim
+        for frame in model._frames(model.decoder, latents, self._decoder_memory):
+            place, self._decoded = self._decoded, self._decoded + 1
+            if model.is_h3:
+                if place % (H3_LATENTS * model.t_upscale) < trim:
+                    continue
+                self._held_frames.append(frame)
+                if len(self._held_frames) <= H3_DROPPED * model.t_upscale:
+                    continue
+                frame = self._held_frames.pop(0)
+            elif place < trim and not (model.is_cogvideox and self.total_latents % 2 == 0):
+                continue
+            yield model._shuffle(frame).clamp(0, 1)
 
     @torch.no_grad()
     def flush_decoder(self):
@@ -579,17 +587,16 @@ class TAEHVStream:
         model, done = self.model, []
         if model.is_cogvideox and self.total_latents is None:
             self.total_latents = sum(piece.shape[1] for piece in self._latents)
-            h, w = (size // model.space_upscale for size in self._empty_frames.shape[-2:])
-            done.append(self._decode_waiting(h, w, self._empty_frames.element_size()))
+            done += self._waiting_frames()
         if self._latents:
-            done.append(self._decode_group(torch.cat(self._latents, 1)))
+            done += self._decode_group(torch.cat(self._latents, 1))
             self._latents = []
-        if self._held_frames is not None:  # as published: blank frames fill the last chunk, 3 latents' worth go
+        if self._held_frames:  # as published: blank frames fill the last chunk, 3 latents' worth go
             blank = -self._decoded % (H3_LATENTS * model.t_upscale) - H3_DROPPED * model.t_upscale
-            held, self._held_frames = self._held_frames, None
+            held, self._held_frames = torch.cat(self._held_frames, 1), []
             held = F.pad(held, (0, 0, 0, 0, 0, 0, 0, blank)) if blank > 0 else held[:, :held.shape[1] + blank]
             done.append(model._shuffle(held).clamp(0, 1))
-        return torch.cat([self._empty_frames, *done], 1)
+        return join(self._empty_frames, done)
 
     def flush(self):
         """End of the clip: the remaining frames if this stream was decoding, else the remaining latents. The stream is
@@ -610,6 +617,11 @@ def take(pieces, size):
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         pieces[:] = [joined[:, size:]] if joined.shape[1] > size else []
         yield joined[:, :size]
+
+
+def join(empty, pieces):
+    """Pieces N t C H W one after the other; `empty`, N 0 C H W, if there are none."""
+    return pieces[0] if len(pieces) == 1 else torch.cat([empty, *pieces], 1)
 
 
 def strides(value, name):

@@ -53,6 +53,43 @@ def test_results_are_the_plain_models(variant, changes, band, monkeypatch):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("band", [1, 1 << 22])
+@torch.no_grad()
+def test_past_frames_in_half_precision_cost_little(band, monkeypatch):
+    monkeypatch.setattr(fast_taehv, "BAND", band)
+    model, video = make(), clip()
+    quick, latents = model.fast(), model.encode(video)
+    quick.kept = torch.float16
+    assert 1e-6 < error(quick.encode(video), latents) < 1e-3
+    assert 1e-6 < error(quick._decode(latents), model._decode(latents)) < 1e-3
+    stream = quick.stream()
+    stream.encode(video)
+    assert sum(torch.is_tensor(kept) for kept in stream._encoder_memory.values()) == 9
+    assert {kept.dtype for kept in stream._encoder_memory.values() if torch.is_tensor(kept)} == {torch.float16}
+    stream.flush_encoder()
+    assert not stream._encoder_memory, "a clip's end lets go of it"
+
+
+@pytest.mark.parametrize(("kept", "most"), [(None, 8.0), (torch.float16, 5.5)])
+@torch.no_grad()
+def test_large_frames_need_few_maps(kept, most, tmp_path, monkeypatch):
+    """In half-size maps of 64 channels: 5.25 (2.63 in half precision) are kept, 1 and 0.5 in work, 0.2 a frame."""
+    height, width = 160, 256
+    monkeypatch.setattr(fast_taehv, "BAND", height * width)  # sixteenths of such a map
+    quick = make().fast()
+    quick.kept = kept
+    stream, latents = quick.stream(), torch.randn(1, 2, 16, height // 8, width // 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for latent in latents.split(1, 1):
+            for frame in stream.frames(latent):
+                del frame
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    live = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
+    maps = (max(live) - live[0]) / (height * width / 4 * 64 * 4)
+    assert most - 3 < maps < most
+
+
 @pytest.mark.parametrize("cut", [1, 5, 13])
 @torch.no_grad()
 def test_streams_do_not_depend_on_the_cutting(cut):
