@@ -1,6 +1,6 @@
 """How fast, and in how much memory: a table, and the same as JSON.
 
-    python bench.py                              # every section but quality: a quarter of an hour on two cores
+    python bench.py                              # every section but quality: half an hour on two cores
     python bench.py codec --sizes 256x256 480x832 --json fast.json
     python bench.py loader --data videos/        # real clips; without --data, clips are made on the fly
     python bench.py quality --data train/ --val-data val/     # training runs of 12 minutes; only where asked for
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from bench_loader import loader
 from config import load_config
 from device import describe, pick_device, pick_precision, place, tune
-from measure import TYPES, Waiting, alone, alternate, flops, memory_of, peaks
+from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 
 SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise
 
@@ -120,11 +120,6 @@ def codec(options):
                         yield f"{title}: memory, {row['how']}"
                         row["memory"] = alone(codec_memory, options, name, size, row["how"], task)
                     yield row
-
-
-def has_fp16(device):
-    """Whether float16, the published default, is more than an emulation that takes minutes for a frame."""
-    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def published_pass(model, task, x):
@@ -317,7 +312,8 @@ def parse(arguments=None):
     parser.add_argument("--sizes", nargs="+", default=[], metavar="HxW",
                         help="frames of codec (default: 256x256, and 480x832 for taehv, on a GPU for all)")
     parser.add_argument("--frames", type=int, default=16, help="of a clip in codec (default: %(default)s)")
-    parser.add_argument("--precision", nargs="+", choices=TYPES, help="default: both; fp32 where the CPU emulates bf16")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"),
+                        help="default: both; fp32 where the CPU emulates bf16")
     parser.add_argument("--at-once", action="store_true", help="whole clips in one pass too, in codec")
     parser.add_argument("--repeat", type=int, default=5, help="turns, fewer where they take minutes (%(default)s)")
     parser.add_argument("--data", help="folder of videos for loader")

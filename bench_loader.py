@@ -136,7 +136,7 @@ def loader_rows(options, folder):
             rng = np.random.default_rng(turn)
             yield [read(s.path, int(rng.integers(s.frames - FRAMES + 1))) for s in sources]
     calls = {name: turns(read) for name, (read, _) in calls.items()}
-    seconds = alternate({name: lambda t=turn: next(t) for name, turn in calls.items()}, options.repeat, CPU)
+    seconds = alternate({name: lambda t=turn: next(t) for name, turn in calls.items()}, options.repeat, CPU, limit=120)
     first = seconds["a seek per frame, float, resize"]
     rows = [dict(what=f"loader, {len(sources)} videos, {SHAPE}", how=name, value=len(sources) / seconds[name],
                  unit="clips/s", ratio=first / seconds[name]) for name in calls]

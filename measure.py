@@ -9,10 +9,15 @@ import torch
 
 from device import peak_memory, pick_device, reset_peak_memory, synchronize, tune
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def alternate(functions, repeat, device, limit=60):
+def has_fp16(device):
+    """Whether float16 is more than an emulation that takes minutes for a frame."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def alternate(functions, repeat, device, limit=30):
     """{name: median seconds} of functions that take turns; each runs once before. There are `repeat` turns, or fewer:
     none but the first begins later than `limit` seconds."""
     times, begin = {name: [] for name in functions}, time.perf_counter()
@@ -47,8 +52,8 @@ def peaks(options):
     device = pick_device(options.device)
     tune(device)
     size, found = 1024 if device.type == "cpu" else 8192, {}
-    for name, dtype in TYPES.items():
-        a = torch.randn(size, size, device=device).to(dtype)
+    for name in [*TYPES] if has_fp16(device) else ["fp32", "bf16"]:
+        a = torch.randn(size, size, device=device).to(TYPES[name])
         seconds = alternate({"product": lambda a=a: a @ a}, 3 if options.quick else 15, device)["product"]
         found[name] = 2 * size ** 3 / seconds
     block = torch.empty(1 << (24 if device.type == "cpu" else 30), dtype=torch.uint8, device=device)
