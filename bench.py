@@ -1,94 +1,46 @@
 """How fast, and in how much memory: a table, and the same as JSON.
 
-    python bench.py                              # every section: half an hour on two cores
+    python bench.py                              # every section but quality: half an hour on two cores
     python bench.py codec --sizes 256x256 480x832 --json fast.json
     python bench.py loader --data videos/        # real clips; without --data, clips are made on the fly
     python bench.py quality --data train/ --val-data val/     # training runs of 12 minutes; only where asked for
     python bench.py codec quantizer --quick      # small sizes, few repetitions: does it run?
 
-Sections: codec (encode and decode, plain and fast), train (a training step), loader (clips from videos, cached clips),
-quantizer (against full distances and one-hot matrices), quality (PSNR of a TAEHV from scratch after so many minutes,
-and how much sooner our recipe has the PSNR that the published notebook's ends with). Each row is timed in turn with the
-row that it is compared to, within one process of its own; medians. "of peak" is the share of the multiplication rate
-that a matrix product reaches here, in float32 or bf16; memory is the process's peak over what it held before.
+Sections: codec (encode and decode: plain, fast, and as the published code does by default), train (a training step),
+loader (clips from videos, cached clips; see bench_loader.py), quantizer (against full distances and one-hot matrices),
+quality (PSNR of a TAEHV from scratch after so many minutes, and how much sooner our recipe has the PSNR that the
+published notebook's ends with). The rows of a comparison take turns within one process of their own; medians. Speed-ups
+are over the row that has 1.00x. "of peak" is the share of the multiplication rate that a matrix product reaches here in
+the same type (for reading, of the rate at which memory is copied); memory is the process's peak over what was held.
 """
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
+from bench_loader import loader
 from config import load_config
-from device import describe, peak_memory, pick_device, pick_precision, place, reset_peak_memory, synchronize, tune
+from device import describe, pick_device, pick_precision, place, tune
+from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-# ---- measuring ---------------------------------------------------------------------------------------------------
+SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise
 
 
-def alternate(functions, repeat, device):
-    """{name: median seconds} of functions that take turns; each runs once before."""
-    times = {name: [] for name in functions}
-    for turn in range(repeat + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+def types(options):
+    """What --precision says; else both, or float32 alone where bf16 is emulated."""
+    usual = ["fp32", "bf16"] if pick_precision("auto", pick_device(options.device)) == torch.bfloat16 else ["fp32"]
+    return options.precision or usual
 
 
-def memory_of(function, device):
-    """Bytes at the peak of a call beyond those before it."""
-    reset_peak_memory(device)
-    before = peak_memory(device)
-    function()
-    synchronize(device)
-    return peak_memory(device) - before
-
-
-def alone(function, *arguments):
-    """function(*arguments) in a fresh process: its memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
-
-
-def peaks(options):
-    """{type: multiplications and additions per second of a matrix product}, and bytes copied per second."""
-    device = pick_device(options.device)
-    tune(device)
-    size, found = 1024 if device.type == "cpu" else 8192, {}
-    for name, dtype in TYPES.items():
-        a = torch.randn(size, size, device=device).to(dtype)
-        seconds = alternate({"product": lambda a=a: a @ a}, 3 if options.quick else 15, device)["product"]
-        found[name] = 2 * size ** 3 / seconds
-    block = torch.empty(1 << (24 if device.type == "cpu" else 30), dtype=torch.uint8, device=device)
-    other = torch.empty_like(block)
-    found["copy"] = 2 * len(block) / alternate({"copy": lambda: other.copy_(block)}, 15, device)["copy"]
-    return found
-
-
-def flops(call):
-    """Multiplications and additions of the convolutions and linear layers in a call, as the plain model does them."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call()
-    return counter.get_total_flops()
-
-
-# ---- sections: each gives rows, dicts of what is printed -------------------------------------------------------------
+# ---- sections: each gives what it is about to measure (a str), then its rows (dicts) ---------------------------------
 
 
 def families():
@@ -112,12 +64,13 @@ def streamed(model, kind, pieces):
 
 def codec_call(options, name, size, label, task):
     """(function to time, model, its input) of encoding or decoding a clip. label: "plain fp32", "fast bf16", "at once
-    fp32" (the whole clip in one pass, the published default)."""
+    fp32" (the whole clip in one pass), "published fp16" (so too, by the published routine, in its layout)."""
     device = pick_device(options.device)
     tune(device)
     how, kind = label.rsplit(" ", 1)
     torch.manual_seed(0)
-    model = place(families()[name]().eval(), device, TYPES[kind])
+    model = families()[name]().eval()
+    model = model.to(device, TYPES[kind]) if how == "published" else place(model, device, TYPES[kind])
     height, width = (-(-n // model.space_factor) * model.space_factor for n in size)
     if task == "encode":
         x = torch.rand(1, options.frames, 3, height, width, device=device)
@@ -125,6 +78,8 @@ def codec_call(options, name, size, label, task):
         x = torch.randn(1, model.latent_frames(options.frames), model.latent_channels, height // model.space_factor,
                         width // model.space_factor, device=device)
     x = x.to(TYPES[kind])
+    if how == "published":
+        return torch.no_grad()(lambda: published_pass(model, task, x)), model, x
     if how == "at once":
         call = model.encode if task == "encode" else model.decode
         return torch.no_grad()(lambda: call(x)), model, x
@@ -149,17 +104,29 @@ def codec_memory(options, name, size, label, task):
 
 
 def codec(options):
-    kinds = [options.precision] if options.precision else ["fp32", "bf16"]
+    device = pick_device(options.device)
     for name in options.families:
-        ways = ["plain", *(["fast"] if name.startswith("tae") and pick_device(options.device).type == "cpu" else []),
+        ways = ["plain", *(["fast"] if name.startswith("tae") and device.type == "cpu" else []),
                 *(["at once"] if options.at_once else [])]
-        labels = [f"{way} {kind}" for kind in kinds for way in ways]
-        for size in options.sizes:
+        labels = [f"{way} {kind}" for kind in types(options) for way in ways]
+        if name.startswith("tae"):
+            labels.append("published fp16" if has_fp16(device) else "published fp32")
+        for size in options.sizes or (SIZES if device.type != "cpu" or name == "taehv" else SIZES[:1]):
             for task in ("encode", "decode"):
+                title = f"{name} {task} {size[0]}x{size[1]}"
+                yield title
                 for row in alone(codec_rows, options, name, size, labels, task):
                     if not options.quick:
+                        yield f"{title}: memory, {row['how']}"
                         row["memory"] = alone(codec_memory, options, name, size, row["how"], task)
                     yield row
+
+
+def published_pass(model, task, x):
+    """What the published encode_video and decode_video do by default with a TAEHV's weights: all frames at once."""
+    if task == "encode":
+        return published(model.encoder, model._unshuffle(x))
+    return model._shuffle(published(model.decoder, x)).clamp(0, 1)[:, model.frames_to_trim:]
 
 
 def published(blocks, x):
@@ -232,76 +199,12 @@ def train_memory(options, size, batch, label):
 def train(options):
     """A training step: forward and backward passes, AdamW. Ratios are to "plain bf16" if that is run."""
     labels = ["plain fp32", "plain bf16", "plain bf16 channels-last", "ours fp32", "ours bf16"]
-    labels = [label for label in labels if options.precision in (None, label.split()[1])]
+    labels = [label for label in labels if label.split()[1] in types(options)]
     for size, batch in [(32, 2)] if options.quick else [(64, 4), (128, 2)]:
+        yield f"train taehv {size}x{size}"
         for row in alone(train_rows, options, size, batch, labels):
             row["memory"] = alone(train_memory, options, size, batch, row["how"])
             yield row
-
-
-def notebook_clip(path, size, frames, rng):
-    """A clip as notebooks read it: a seek for each frame, all of it converted to RGB and to float, then resized."""
-    capture = data.open_video(path)
-    count = max(1, int(capture.get(data.cv2.CAP_PROP_FRAME_COUNT)))
-    first, clip = int(rng.integers(max(1, count - frames))), []
-    for t in range(first, first + frames):
-        capture.set(data.cv2.CAP_PROP_POS_FRAMES, min(t, count - 1))
-        ok, frame = capture.read()
-        if not ok:
-            break
-        frame = torch.from_numpy(data.cv2.cvtColor(frame, data.cv2.COLOR_BGR2RGB)).permute(2, 0, 1)[None].float() / 255
-        edge = min(frame.shape[-2:])
-        clip.append(F.interpolate(frame[..., :edge, :edge], size=(size, size), mode="area"))
-    return torch.cat(clip)
-
-
-def loader_rows(options, folder):
-    """Clips of 128 x 128 x 12 read by this process alone."""
-    data.start_worker(0)
-    sources, _ = data.probe([s for s in data.find_sources(folder) if not s.is_image])
-    clips, rng, number = data.TrainClips(sources, max_frame_delta=1), np.random.default_rng(0), iter(range(1 << 30))
-    calls = {"a seek per frame, float, resize": lambda: [notebook_clip(s.path, 128, 12, rng) for s in sources],
-             "ours": lambda: [clips[data.Key(*divmod(next(number), len(sources)), 128, 12)] for _ in sources]}
-    seconds = alternate(calls, options.repeat, torch.device("cpu"))
-    rows = [dict(what=f"loader, {len(sources)} videos, 128x128x12", how=label, value=len(sources) / seconds[label],
-                 unit="clips/s", ratio=seconds["a seek per frame, float, resize"] / seconds[label]) for label in calls]
-    return rows + cache_rows(options, rows[0]["value"])
-
-
-def cache_rows(options, notebook):
-    """Batches of 16 cached clips with their latents."""
-    from latent_cache import CachedClips, LatentCache, ShardWriter, write_index
-    count = 64 if options.quick else 512
-    with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        with ShardWriter(folder, 0, count) as shard:
-            shard.write("clips", rng.integers(0, 256, (count, 12, 128, 128, 3), dtype=np.uint8))
-            shard.write("latents", rng.standard_normal((count, 3, 16, 16, 16)).astype(np.float16))
-            shard.origins = [{"file": "noise"}] * count
-        write_index(folder, dict(format=1, complete=True, frames=12, size=128, latents=[3, 16, 16, 16],
-                                 latent_dtype="float16", teacher=dict(name="noise", fingerprint="0"),
-                                 shards=[dict(clips=count, crc32=shard.crc32)]))
-        clips = CachedClips(LatentCache(folder), range(count))
-        schedule = data.TrainSchedule(clips, [data.Bucket(128, 12, 1.0, 16)], 0)
-        batches = clips.batches(schedule, 0)
-        block = np.empty((16, 12, 128, 128, 3), np.uint8)
-        seconds = alternate({"cache": lambda: [next(batches) for _ in range(8)],
-                             "copy": lambda: [block.copy() for _ in range(8)]}, options.repeat, torch.device("cpu"))
-        batches.close()
-    speed = 8 * 16 / seconds["cache"]
-    return [dict(what="latent cache, 128x128x12", how="ours", value=speed, unit="clips/s", ratio=speed / notebook),
-            dict(what="latent cache, 128x128x12", how="copying memory alone", value=8 * 16 / seconds["copy"],
-                 unit="clips/s", ratio=8 * 16 / seconds["copy"] / notebook)]
-
-
-def loader(options):
-    if options.data:
-        yield from alone(loader_rows, options, options.data)
-        return
-    from synthetic import make_demo
-    with tempfile.TemporaryDirectory() as folder:
-        make_demo(os.path.join(folder, "demo"))
-        yield from alone(loader_rows, options, os.path.join(folder, "demo", "train"))
 
 
 def quantizer_step(kind, codes, vectors, dim):
@@ -343,6 +246,7 @@ def quantizer(options):
     first = None
     for label, kind in (("all distances, one-hot", "plain"), ("ours, VQ", "vq"), ("ours, EMA", "ema"),
                         ("ours, OptVQ", "optvq")):
+        yield f"quantizer: {label}"
         seconds, memory = alone(quantizer_step, kind, *sizes)
         first = first or seconds
         yield dict(what=f"quantizer, {sizes[0]} codes, {sizes[1]}x{sizes[2]}", how=label, value=seconds,
@@ -373,6 +277,7 @@ def quality(options):
     for seed in range(options.seeds):
         first = None
         for how, recipe in RECIPES.items():
+            yield f"quality: {how}, seed {seed}"
             with tempfile.TemporaryDirectory() as folder:
                 curve = learning_curve(options, recipe, seed, folder)
             minutes, psnr = first = first or curve[-1]
@@ -384,14 +289,17 @@ def quality(options):
 SECTIONS = {"codec": codec, "train": train, "loader": loader, "quantizer": quantizer, "quality": quality}
 
 
-# ---- the command -------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def show(row, peak):
+def show(row, peak, before):
+    """Print a row, under its comparison's name where that is another one than of the row before."""
+    if before is None or row["what"] != before["what"]:
+        print(f"{row['what']:46} {'':9} {'speed-up':>16} {'memory':>9} {'of peak':>8}")
     share = f"{100 * row['rate'] / peak[row['type']]:.0f} %" if row.get("rate") else ""
     memory = f"{row['memory'] / 1e6:.0f} MB" if row.get("memory") is not None else ""
-    print(f"{row['what']:42} {row['how']:32} {row['value']:9.2f} {row['unit']:9} {row['ratio']:6.2f}x {memory:>9} "
-          f"{share:>7}", flush=True)
+    print(f"    {row['how']:34} {row['value']:8.2f} {row['unit']:9} {row['ratio']:15.2f}x {memory:>9} {share:>8}"
+          + (f"\n        {row['note']}" if "note" in row else ""), flush=True)
 
 
 def parse(arguments=None):
@@ -401,11 +309,13 @@ def parse(arguments=None):
                         help=f"{', '.join(SECTIONS)} (default: all but quality)")
     parser.add_argument("--families", nargs="+", default=list(families()), metavar="NAME",
                         help="models of codec (default: %(default)s)")
-    parser.add_argument("--sizes", nargs="+", default=["256x256"], metavar="HxW", help="frames of codec (%(default)s)")
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="HxW",
+                        help="frames of codec (default: 256x256, and 480x832 for taehv, on a GPU for all)")
     parser.add_argument("--frames", type=int, default=16, help="of a clip in codec (default: %(default)s)")
-    parser.add_argument("--precision", choices=TYPES, help="one type only (default: both)")
-    parser.add_argument("--at-once", action="store_true", help="whole clips in one pass too, the published default")
-    parser.add_argument("--repeat", type=int, default=5, help="turns (default: %(default)s)")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"),
+                        help="default: both; fp32 where the CPU emulates bf16")
+    parser.add_argument("--at-once", action="store_true", help="whole clips in one pass too, in codec")
+    parser.add_argument("--repeat", type=int, default=5, help="turns, fewer where they take minutes (%(default)s)")
     parser.add_argument("--data", help="folder of videos for loader")
     parser.add_argument("--val-data", help="folder of videos for quality's validation")
     parser.add_argument("--minutes", type=float, default=12, help="of training in quality (default: %(default)s)")
@@ -444,11 +354,14 @@ def main():
     machine = describe(device)
     print(f"{machine}; matrix product {peak['fp32'] / 1e9:.0f} GFLOP/s in fp32, {peak['bf16'] / 1e9:.0f} in bf16; "
           f"memory {peak['copy'] / 1e9:.1f} GB/s; auto is {str(pick_precision('auto', device)).removeprefix('torch.')}")
-    print(f"{'':42} {'':32} {'':9} {'':9} {'to 1st':>7} {'memory':>9} {'of peak':>7}")
-    rows = []
+    rows, waiting = [], Waiting()
     for name in options.sections or [name for name in SECTIONS if name != "quality"]:
         for row in SECTIONS[name](options):
-            show(row, peak)
+            if isinstance(row, str):
+                waiting.start(row)
+                continue
+            waiting.clear()
+            show(row, peak, rows[-1] if rows else None)
             rows.append(row)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

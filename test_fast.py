@@ -152,7 +152,7 @@ def test_training_mode_is_refused():
 
 def test_bench_prints_a_table_and_writes_json(tmp_path):
     output = run(os.path.join(ROOT, "bench.py"), "codec", "quantizer", "loader", "--quick", "--families", "taehv",
-                 "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
+                 "--precision", "fp32", "--json", "rows.json", cwd=tmp_path, timeout=500)
     found = json.loads((tmp_path / "rows.json").read_text())
     rows = {(row["what"].split()[0], row["how"]): row for row in found["rows"]}
     assert {how for _, how in rows} >= {"plain fp32", "fast fp32", "ours, EMA", "all distances, one-hot", "ours"}

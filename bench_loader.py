@@ -1,0 +1,220 @@
+"""The section "loader" of bench.py: clips from videos, beside other ways to read them, and clips from a latent cache.
+
+All sides read the same frames of the same videos, in one process with one thread, and end with the same centred square.
+Their seconds are of CPU time: what a core can do, whatever else the machine does meanwhile.
+decord and PyAV are compared where they are installed (`pip install decord av`); nothing else in this repo uses them.
+"""
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from latent_cache import CachedClips, LatentCache, ShardWriter, write_index
+from measure import alone, alternate
+
+SIZE, FRAMES = 128, 12
+SHAPE = f"{SIZE}x{SIZE}x{FRAMES}"
+CPU = torch.device("cpu")
+
+
+# ---- clips from videos: path, first frame -> uint8 T H W 3, RGB ------------------------------------------------------
+
+
+def squares(frames):
+    """The centred square of each frame, resized as in data.py."""
+    if not len(frames):
+        return np.empty((0, SIZE, SIZE, 3), np.uint8)
+    height, width = frames[0].shape[:2]
+    edge = min(height, width)
+    top, left = round((height - edge) / 2), round((width - edge) / 2)
+    how = cv2.INTER_AREA if edge > SIZE else cv2.INTER_CUBIC
+    return np.stack([cv2.resize(f[top:top + edge, left:left + edge], (SIZE, SIZE), interpolation=how) for f in frames])
+
+
+def ours(path, first):
+    frames = data.grab_frames(data.open_video(path), first, FRAMES, 1)
+    if not frames:
+        return squares([])
+    return data.finish_clip(frames, SIZE, data.Augment(random_crop=False, flip=False), None)[0]
+
+
+def seek_per_frame(path, first):
+    """As notebooks read: a seek for each frame, all of it converted to RGB and to float, then resized."""
+    capture, clip = data.open_video(path), []
+    for t in range(first, first + FRAMES):
+        capture.set(cv2.CAP_PROP_POS_FRAMES, t)
+        ok, frame = capture.read()
+        if not ok:
+            break
+        frame = torch.from_numpy(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)[None].float() / 255
+        height, width = frame.shape[-2:]
+        edge = min(height, width)
+        top, left = round((height - edge) / 2), round((width - edge) / 2)
+        frame = F.interpolate(frame[..., top:top + edge, left:left + edge], size=(SIZE, SIZE), mode="area")
+        clip.append(frame[0].permute(1, 2, 0))
+    return (torch.stack(clip) * 255).round().byte().numpy() if clip else squares([])
+
+
+def with_decord(path, first):
+    import decord
+    batch = decord.VideoReader(path, num_threads=1).get_batch(range(first, first + FRAMES))
+    return squares(batch.asnumpy())
+
+
+def with_pyav(path, first):
+    """A seek to the keyframe before, by time; the frames between are decoded but not converted."""
+    import av
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        ticks = 1 / ((stream.average_rate or 25) * stream.time_base)  # per frame
+        target = (stream.start_time or 0) + int(first * ticks)
+        container.seek(target, stream=stream)
+        clip = []
+        for frame in container.decode(stream):
+            if frame.pts is None or frame.pts >= target - ticks / 2:
+                clip.append(frame.to_ndarray(format="rgb24"))
+            if len(clip) == FRAMES:
+                break
+    return squares(clip)
+
+
+def readers():
+    """({name: (function, what it raises for a video that it cannot read)}, what is not installed)."""
+    found, missing = {"ours": (ours, data.DataError)}, []
+    if importlib.util.find_spec("decord"):
+        import decord
+        decord.logging.set_level(decord.logging.QUIET)
+        found["decord, then resize"] = with_decord, (decord.DECORDError, IndexError)
+    else:
+        missing.append("decord")
+    if importlib.util.find_spec("av"):
+        import av
+        av.logging.set_level(None)  # a line per damaged block otherwise
+        found["PyAV, then resize"] = with_pyav, (av.FFmpegError, IndexError)
+    else:
+        missing.append("av")
+    return found, missing
+
+
+def usable(sources, calls):
+    """(the sources that all sides can read, {name: how many of them it reads otherwise than ours does, but for the
+    rounding of colours})."""
+    kept, other = [], dict.fromkeys(calls, 0)
+    for source in sources:
+        first, clips = (source.frames - FRAMES) // 2, {}
+        try:
+            for name, (read, errors) in calls.items():
+                clips[name] = read(source.path, first)
+        except errors:
+            continue
+        if len(clips["ours"]) < FRAMES:
+            continue
+        kept.append(source)
+        for name, clip in clips.items():
+            same = clip.shape == clips["ours"].shape and np.abs(clip.astype(int) - clips["ours"]).mean() < 2
+            other[name] += not same
+    return kept, other
+
+
+def loader_rows(options, folder):
+    data.start_worker(0)
+    sources, _ = data.probe([s for s in data.find_sources(folder) if not s.is_image])
+    calls, missing = readers()
+    sources, other = usable([s for s in sources if s.frames >= FRAMES], calls)
+    if not sources:
+        raise data.DataError(f"no video of {FRAMES} frames or more in {folder!r}")
+
+    def turns(read):
+        for turn in range(options.repeat + 1):  # elsewhere in the videos, but not at their ends: not all agree where
+            yield [read(s.path, int((0.1 + 0.618 * turn) % 0.95 * (s.frames - FRAMES))) for s in sources]
+    calls = {"a seek per frame, float, resize": turns(seek_per_frame),
+             **{name: turns(read) for name, (read, _) in calls.items()}}
+    calls = {name: lambda t=turn: next(t) for name, turn in calls.items()}
+    seconds = alternate(calls, options.repeat, CPU, limit=120, clock=time.process_time)
+    first = seconds["a seek per frame, float, resize"]
+    rows = [dict(what=f"loader, {len(sources)} videos, {SHAPE}, CPU time", how=name, value=len(sources) / seconds[name],
+                 unit="clips/s", ratio=first / seconds[name]) for name in calls]
+    for row in rows:
+        if other.get(row["how"]):
+            row["note"] = f"other pictures than ours for {other[row['how']]} of these videos"
+    if missing:
+        rows[1]["note"] = f"not compared with: {', '.join(missing)} (pip install {' '.join(missing)})"
+    return rows, first / len(sources)
+
+
+# ---- clips from a latent cache ---------------------------------------------------------------------------------------
+
+
+def write_cache(folder, count):
+    """A cache of noise; what the system holds of its files is given up where it allows that."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, 0, count) as shard:
+        shard.write("clips", rng.integers(0, 256, (count, FRAMES, SIZE, SIZE, 3), dtype=np.uint8))
+        shard.write("latents", rng.standard_normal((count, 3, 16, SIZE // 8, SIZE // 8)).astype(np.float16))
+        shard.origins = [{"file": "noise"}] * count
+    write_index(folder, dict(format=1, complete=True, frames=FRAMES, size=SIZE, latents=[3, 16, SIZE // 8, SIZE // 8],
+                             latent_dtype="float16", teacher=dict(name="noise", fingerprint="0"),
+                             shards=[dict(clips=count, crc32=shard.crc32)]))
+    for name in os.listdir(folder) if hasattr(os, "posix_fadvise") else ():
+        with open(os.path.join(folder, name), "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cache_rows(options, notebook):
+    """Batches of 16 cached clips with their latents: the first epoch, later ones, and copying as many bytes.
+
+    notebook: seconds that a clip takes with a seek per frame.
+    """
+    count = 64 if options.quick else 512
+    with tempfile.TemporaryDirectory() as folder:
+        write_cache(folder, count)
+        clips = CachedClips(LatentCache(folder), range(count))
+        batches = clips.batches(data.TrainSchedule(clips, [data.Bucket(SIZE, FRAMES, 1.0, 16)], 0), 0)
+        epochs = []
+        for _ in range(1 + options.repeat):
+            start = time.perf_counter()
+            for _ in range(count // 16):
+                next(batches)
+            epochs.append(time.perf_counter() - start)
+        batches.close()
+        memory = np.array(clips.cache.clips[0])  # a copy: no file
+        order = np.random.default_rng(0).permutation(count).reshape(-1, 16)
+        block = np.empty_like(memory[:16])
+
+        def fresh():
+            for places in order:
+                batch = np.empty_like(memory[:16])
+                for place, i in enumerate(places):
+                    batch[place] = memory[i]
+
+        def again():
+            for places in order:
+                for place, i in enumerate(places):
+                    block[place] = memory[i]
+        seconds = {"ours, first epoch, from the disk": epochs[0], "ours, later epochs": statistics.median(epochs[1:]),
+                   **alternate({"copies, each to fresh memory": fresh, "copies, to the same place": again},
+                               options.repeat, CPU)}
+    return [dict(what=f"latent cache, {SHAPE}", how=how, value=count / s, unit="clips/s", ratio=notebook / (s / count),
+                 rate=2 * count * memory[0].nbytes / s, type="copy") for how, s in seconds.items()]
+
+
+def loader(options):
+    yield "loader: clips from videos"
+    if options.data:
+        rows, notebook = alone(loader_rows, options, options.data)
+    else:
+        from synthetic import make_demo
+        with tempfile.TemporaryDirectory() as folder:
+            make_demo(os.path.join(folder, "demo"))
+            rows, notebook = alone(loader_rows, options, os.path.join(folder, "demo", "train"))
+    yield from rows
+    yield "loader: clips from a latent cache"
+    yield from alone(cache_rows, options, notebook)
