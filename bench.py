@@ -151,7 +151,8 @@ def codec_memory(options, name, size, label, task):
 def codec(options):
     kinds = [options.precision] if options.precision else ["fp32", "bf16"]
     for name in options.families:
-        ways = ["plain", *(["fast"] if name.startswith("tae") and pick_device(options.device).type == "cpu" else []),
+        has_fast = hasattr(families()[name](), "fast") and pick_device(options.device).type == "cpu"
+        ways = ["plain", *(["fast"] if has_fast else []),
                 *(["at once"] if options.at_once else [])]
         labels = [f"{way} {kind}" for kind in kinds for way in ways]
         for size in options.sizes:
