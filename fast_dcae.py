@@ -33,8 +33,8 @@ def windows(frames, size):
     for x in frames:
         window.append(x)
         if len(window) == size + 2:
-            yield window
-            window = window[size:]
+            ready, window = [window], window[size:]
+            yield ready.pop()  # no frame is held here that is not needed again
     yield window + [None] * (size + 2 - len(window))
 
 
@@ -63,19 +63,23 @@ class Winograd:
         self.kernels = [kernel(w.to(weight.dtype), bias if k == 1 else None) for k, w in enumerate(products)]
 
     def __call__(self, frames):
-        k = self.kernels
         for window in windows(frames, 4):
-            x = [torch.zeros_like(window[1]) if frame is None else frame for frame in window]
-            p, q, r, s = x[4].sub(x[2], alpha=4), x[3].sub(x[1], alpha=4), x[4] - x[2], x[3] - x[1]
-            one, two = k[1](p + q), k[2](p.sub_(q))
-            even, odd = one + two, one.sub_(two)
-            one, two = k[3](torch.add(r, s, alpha=2)), k[4](r.sub_(s, alpha=2))
-            even4, odd2 = one + two, one.sub_(two)
-            first, last = x[4].sub(x[2], alpha=5).add_(x[0], alpha=4), x[5].sub(x[3], alpha=5).add_(x[1], alpha=4)
-            yield k[0](first, even + even4)
-            yield torch.add(odd, odd2, alpha=2)
-            yield even.add_(even4, alpha=4)
-            yield k[5](last, odd.add_(odd2, alpha=8))
+            done = self.four([torch.zeros_like(window[1]) if x is None else x for x in window])
+            del window
+            while done:
+                yield done.pop(0)
+
+    def four(self, x):
+        k = self.kernels
+        p, q = x[4].sub(x[2], alpha=4), x[3].sub(x[1], alpha=4)
+        one, two = k[1](p + q), k[2](p.sub_(q))
+        even, odd = one + two, one.sub_(two)
+        p, q = x[4] - x[2], x[3] - x[1]
+        one, two = k[3](torch.add(p, q, alpha=2)), k[4](p.sub_(q, alpha=2))
+        even4, odd2 = one + two, one.sub_(two)
+        p, q = x[4].sub(x[2], alpha=5).add_(x[0], alpha=4), x[5].sub(x[3], alpha=5).add_(x[1], alpha=4)
+        return [k[0](p, even + even4), torch.add(odd, odd2, alpha=2), even.add_(even4, alpha=4),
+                k[5](q, odd.add_(odd2, alpha=8))]
 
 
 class First:
@@ -118,8 +122,9 @@ class Grow:
 
 
 def time_conv(weight, bias, stride=1):
-    exact = weight.dtype == torch.float32  # bf16 would lose too much
-    return (Winograd if exact else Taps)(weight, bias, lambda w, b: Conv(w, b, stride))
+    pays = stride == 1 or len(weight) >= 64  # the strided one's sums are of frames four times its result's size
+    exact = weight.dtype == torch.float32    # bf16 would lose too much
+    return (Winograd if pays and exact else Taps)(weight, bias, lambda w, b: Conv(w, b, stride))
 
 
 def down(residual):
