@@ -4,7 +4,7 @@
     video = quick.decode(quick.encode(video))            # all of the model's methods, streams and tiles included
 
 This file works with torch, model_dcae.py and fast_taehv.py beside it. Results are those of the model up to rounding
-(about 2e-6 of the largest value in float32, as the model's own distance to the exact ones). The copy is for inference in
+(about 2e-6 of the largest value in float32, like the model's own error). The copy is for inference in
 eval mode, on the device and in the type that the model had when it was made; later changes of the weights do not reach
 it. Its kernels take up to four times the memory of the weights they are made of. Images go through the model's layers.
 
