@@ -106,7 +106,8 @@ def codec_memory(options, name, size, label, task):
 def codec(options):
     device = pick_device(options.device)
     for name in options.families:
-        ways = ["plain", *(["fast"] if name.startswith("tae") and device.type == "cpu" else []),
+        has_fast = hasattr(families()[name](), "fast") and device.type == "cpu"
+        ways = ["plain", *(["fast"] if has_fast else []),
                 *(["at once"] if options.at_once else [])]
         labels = [f"{way} {kind}" for kind in types(options) for way in ways]
         if name.startswith("tae"):

@@ -335,7 +335,7 @@ class DCAE(nn.Module):
         if frames > 1:
             missing = self.latent_frames(frames) * self.time_factor - frames
             video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) if missing else video
-        return self.encoder(video.transpose(1, 2) * 2 - 1, self._checkpointing()).transpose(1, 2)
+        return self._encoded(video.transpose(1, 2) * 2 - 1).transpose(1, 2)
 
     def decode(self, latents):
         """Latents N T' C h w -> video N 4T' 3 32h 32w, one frame where T' is 1, clamped to [0, 1] except in training
@@ -343,7 +343,7 @@ class DCAE(nn.Module):
         if latents.ndim != 5 or latents.shape[2] != self.latent_channels or latents.shape[1] == 0:
             raise ValueError(f"expected latents as N T {self.latent_channels} H W, T at least 1, "
                              f"got shape {tuple(latents.shape)}")
-        video = self.decoder(latents.transpose(1, 2), self._checkpointing()).transpose(1, 2) * 0.5 + 0.5
+        video = self._decoded(latents.transpose(1, 2)).transpose(1, 2) * 0.5 + 0.5
         return video if self.training else video.clamp(0, 1)
 
     def forward(self, video):
@@ -351,10 +351,21 @@ class DCAE(nn.Module):
         latents = self.encode(video)
         return self.decode(latents)[:, :video.shape[1]], {"latents": latents}
 
+    def fast(self):
+        """A copy for inference on a CPU, quicker and smaller (needs fast_dcae.py). ValueError in training mode."""
+        from fast_dcae import fast
+        return fast(self)
+
     def stream(self, memory_limit=None, total_latents=None):
         """A DCAEStream. Both arguments are accepted for the other models' sake and change nothing: the length of a
         segment belongs to the result, so memory must not choose it."""
         return DCAEStream(self)
+
+    def _encoded(self, x):
+        return self.encoder(x, self._checkpointing())
+
+    def _decoded(self, z):
+        return self.decoder(z, self._checkpointing())
 
     def _checkpointing(self):
         return self.gradient_checkpointing and torch.is_grad_enabled()

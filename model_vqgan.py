@@ -218,7 +218,7 @@ class VQGAN(nn.Module):
         """Latents N T embed_dim h w -> video N T 3 s*h s*w, clamped to [0, 1] except in training mode."""
         if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
             raise ValueError(f"expected latents as N T {self.latent_channels} H W, got shape {tuple(latents.shape)}")
-        frames = self.decoder(self.post_quant_conv(latents.flatten(0, 1).to(self.last_layer.dtype)), self._run)
+        frames = self._decoded(self.post_quant_conv(latents.flatten(0, 1).to(self.last_layer.dtype)))
         video = (frames.unflatten(0, latents.shape[:2]) + 1) / 2
         return video if self.training else video.clamp(0, 1)
 
@@ -237,6 +237,11 @@ class VQGAN(nn.Module):
         """What `tokenize` gave -> video, bit for bit that of `decode(encode(video))`."""
         return self.decode(self.quantize.codes_to_vectors(codes).transpose(1, 2))
 
+    def fast(self):
+        """A copy for inference on a CPU, quicker and smaller (needs fast_vqgan.py). ValueError in training mode."""
+        from fast_vqgan import fast
+        return fast(self)
+
     def stream(self, memory_limit=None, total_latents=None):
         """A TokenizerStream: the same results, piece by piece. memory_limit: bytes for activations (see there);
         total_latents: not needed here."""
@@ -253,7 +258,13 @@ class VQGAN(nn.Module):
             raise ValueError(f"height and width must be multiples of {self.space_factor}, got "
                              f"{video.shape[-2]}x{video.shape[-1]}: crop, or pad with torch.nn.functional.pad")
         frames = (video.flatten(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
-        return self.quant_conv(self.encoder(frames, self._run)).unflatten(0, video.shape[:2])
+        return self.quant_conv(self._encoded(frames)).unflatten(0, video.shape[:2])
+
+    def _encoded(self, frames):
+        return self.encoder(frames, self._run)
+
+    def _decoded(self, z):
+        return self.decoder(z, self._run)
 
     def _run(self, block, x):
         if self.gradient_checkpointing and torch.is_grad_enabled():
