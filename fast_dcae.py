@@ -21,7 +21,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from fast_taehv import Conv
+from fast_taehv import Conv, up_kernel
 from model_dcae import DCAE, TIME_STAGES, AttentionBlock, Average, Duplicate, Residual
 
 # ---- 3D convolutions over a stream of frames (1 C H W, channels-last), as 2D convolutions --------------------------
@@ -111,7 +111,7 @@ class Last:
 
 
 class Grow:
-    """Nearest upsampling (x2) and a 3x3 convolution behind it, as one transposed convolution with a 4x4 kernel."""
+    """The 4x4 kernel of a transposed convolution, which enlarges (x2)."""
 
     def __init__(self, weight, bias):
         self.weight, self.bias = weight.contiguous(memory_format=torch.channels_last), bias
@@ -140,9 +140,7 @@ def up(residual):
     """The layer at a stage's start, its shortcut merged into the kernel: copies."""
     layer = residual.main.conv.conv
     n_out, n_in = layer.weight.shape[:2]
-    kernel = F.pad(layer.weight.flip(3, 4), (1, 1, 1, 1))
-    kernel = kernel[..., :-1, :] + kernel[..., 1:, :]
-    kernel = kernel[..., :-1] + kernel[..., 1:]  # (n_out, n_in, 3, 4, 4)
+    kernel = up_kernel(layer.weight)  # (n_out, n_in, 3, 4, 4)
     for k in range(4 * n_out):
         kernel[k // 4, k * n_in // (4 * n_out), 1, 1 + k % 4 // 2, 1 + k % 2] += 1
     kernel = kernel.transpose(0, 1)

@@ -17,7 +17,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from fast_taehv import Conv
+from fast_taehv import Conv, GrownConv
 from model_vqgan import VQGAN
 
 
@@ -64,19 +64,6 @@ class Attention:
         return x.add_(h.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2))
 
 
-class Grow:
-    """Nearest upsampling and the 3x3 convolution behind it, as one transposed convolution with a 4x4 kernel."""
-
-    def __init__(self, layer):
-        kernel = F.pad(layer.weight.float().flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
-        kernel = kernel[..., :-1, :] + kernel[..., 1:, :]
-        kernel = (kernel[..., :-1] + kernel[..., 1:]).to(layer.weight.dtype)
-        self.kernel, self.bias = kernel.contiguous(memory_format=torch.channels_last), layer.bias
-
-    def __call__(self, x):
-        return F.conv_transpose2d(x, self.kernel, self.bias, stride=2, padding=1)
-
-
 class Last:
     def __init__(self, half):
         self.norm, self.conv = half.norm_out, conv_of(half.conv_out)
@@ -90,7 +77,7 @@ def level_steps(level):
     for j, block in enumerate(level.block):
         steps += [Block(block), *([Attention(level.attn[j])] if level.attn else [])]
     steps += [level.downsample] if hasattr(level, "downsample") else []
-    return steps + ([Grow(level.upsample.conv)] if hasattr(level, "upsample") else [])
+    return steps + ([GrownConv(level.upsample.conv.weight, level.upsample.conv.bias)] if hasattr(level, "upsample") else [])
 
 
 def middle_steps(mid):
