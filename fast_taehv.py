@@ -13,8 +13,8 @@ What was measured to pay, one 64-channel block at 240x416 or one 240x416 -> 480x
   when its frame is at hand, and kept. oneDNN adds, and applies the ReLU, while it writes its result (360 ms, not 480).
 - At full size there are only bands of rows: of the encoder's first layers and of the decoder's last.
 - Temporal growth (1x1), nearest upsampling and the 3x3 convolution behind them are linear: merged, they are for each
-  output frame one transposed convolution with a 4x4 kernel. (1250 -> 750 ms as four 2x2 convolutions, one for each place
-  in a 2x2 cell; these again take 1.05 to 1.24 times as long.) Temporal pooling merges with the strided convolution.
+  output frame one transposed convolution with a 4x4 kernel. (1250 -> 750 ms as four 2x2 convolutions, one for each
+  place in a 2x2 cell; which take 1.05 to 1.24 times as long.) Temporal pooling merges with the strided convolution.
 """
 import copy
 
@@ -63,7 +63,7 @@ class Conv:
 
 # ---- steps: generators of frames (N C H W, channels-last) from frames; memory: a dict, as in model_taehv -----------
 #
-# A step lets go of a frame before it hands it on (`yield frames.pop()`): else one map too many would live for each step.
+# A step lets go of a frame before it hands it on (`yield done.pop()`): else one map too many would live for each step.
 
 
 class Plain:

@@ -77,7 +77,9 @@ def level_steps(level):
     for j, block in enumerate(level.block):
         steps += [Block(block), *([Attention(level.attn[j])] if level.attn else [])]
     steps += [level.downsample] if hasattr(level, "downsample") else []
-    return steps + ([GrownConv(level.upsample.conv.weight, level.upsample.conv.bias)] if hasattr(level, "upsample") else [])
+    if hasattr(level, "upsample"):
+        steps.append(GrownConv(level.upsample.conv.weight, level.upsample.conv.bias))
+    return steps
 
 
 def middle_steps(mid):

@@ -53,12 +53,12 @@ def paired_frames(codec, pieces, reader, frames, length):
     reader: of the originals."""
     outputs = (to_uint8(frame, reader.height, reader.width) for frame in codec.decode(pieces))
     originals, number = iter(reader), -1
-    for place, output in zip(codec.model.frame_index(length), outputs):
-        while number < min(place, frames - 1):
+    for wanted, output in zip(codec.model.frame_index(length), outputs):
+        while number < min(wanted, frames - 1):
             original, number = next(originals, None), number + 1
             if original is None:
                 raise data.DataError(f"only {number} of {frames} frames could be read a second time")
-        if number == place:
+        if number == wanted:
             yield number, original, output
 
 
@@ -91,7 +91,8 @@ class Quality:
         self.sums, self.counts = collections.Counter(), collections.Counter()
 
     def add(self, original, output):
-        a, b = (torch.from_numpy(x).to(self.device).permute(2, 0, 1)[None].float().div_(255) for x in (output, original))
+        a, b = (torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float().div_(255)
+                for frame in (output, original))
         if self.fid and self.counts["mse"] % self.every == 0:
             self.fid.add(a, b)
         values = {"mse": metrics.mse(a, b), "psnr": metrics.psnr(a, b).clamp(max=100),

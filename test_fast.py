@@ -3,12 +3,15 @@
 import copy
 import json
 import os
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import codec
 import fast_taehv
+import infer
 from conftest import ROOT, run, write_clip
 from model_taehv import TAEHV, VARIANTS
 from model_vq_latents import VQLatents
@@ -143,6 +146,21 @@ def test_a_tokenizer_of_latents_uses_it():
     codes = model.tokenize(video)
     assert (quick.tokenize(video)[0] == codes[0]).float().mean() > 0.9  # but for near ties
     assert error(quick.detokenize(codes), model.detokenize(codes)) < 1e-5
+
+
+def test_infer_spares_memory_on_large_frames_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_clip("./a.mp4")
+    torch.save(make().state_dict(), "taehv.pth")
+    rows = []
+    for limit in (codec.LARGE, 0):
+        monkeypatch.setattr(codec, "LARGE", limit)
+        monkeypatch.setattr(sys, "argv", ["infer.py", "taehv.pth", "a.mp4", "--device", "cpu", "--lpips", "none"])
+        infer.main()
+        rows.append(json.loads(open("inference_results/metrics.json").read())["rows"][0])
+        assert ("in float16" in capsys.readouterr().out) == ("in float16" in str(rows[-1]["notes"])) == (limit == 0)
+    assert rows[0]["frames"] == rows[1]["frames"] > 0
+    assert rows[0]["metrics"]["psnr"] == pytest.approx(rows[1]["metrics"]["psnr"], abs=0.01)
 
 
 def test_training_mode_is_refused():
