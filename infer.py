@@ -8,7 +8,8 @@
     python infer.py runs/vqgan a.tokens                    # ... and restores it
     python infer.py runs/mine a.mp4 --max-frames 48 --teacher taehv:taew2_1.pth    # beside its teacher
 
-Videos of any length and size are streamed: memory does not grow with the length. Writes under --out: metrics.json,
+Videos of any length and size are streamed: memory does not grow with the length. All of a video is encoded, to a
+temporary file under --out, before any of it is decoded, so it is read twice. Writes under --out: metrics.json,
 summary_report.html, comparison_videos/, latent_visualizations/. Audio is not carried.
 """
 import argparse

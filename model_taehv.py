@@ -542,12 +542,12 @@ class TAEHVStream:
     @torch.no_grad()
     def decode(self, latents):
         """Take N t C h w latents, return the frames N t' 3 H W that are complete, in [0, 1]."""
-        frames = [*self.frames(latents)]
-        return join(self._empty_frames, frames)
+        done = [*self.frames(latents)]
+        return join(self._empty_frames, done)
 
     @torch.no_grad()
     def frames(self, latents):
-        """Like `decode`, but an iterator over frames N 1 3 H W: large ones then never exist all at once."""
+        """Like `decode`, but an iterator over frames N 1 3 H W, to be used up: they then never exist all at once."""
         n, _, _, h, w = latents.shape
         self._decoding = True
         if self._empty_frames is None:
