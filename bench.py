@@ -104,6 +104,7 @@ def codec_memory(options, name, size, label, task):
 
 
 def codec(options):
+    """Encoding and decoding by each family at each size. Ratios are to the plain layers in the first type."""
     device = pick_device(options.device)
     for name in options.families:
         has_fast = hasattr(families()[name](), "fast") and device.type == "cpu"

@@ -125,6 +125,7 @@ def usable(sources, calls):
 
 
 def loader_rows(options, folder):
+    """(rows of all readers over a folder's videos, seconds that a clip takes with a seek per frame)."""
     data.start_worker(0)
     sources, _ = data.probe([s for s in data.find_sources(folder) if not s.is_image])
     calls, missing = readers()

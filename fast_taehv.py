@@ -113,6 +113,7 @@ class Memory:
         return self.third(self.second(self.now(x, past, relu=True), relu=True), x, relu=True)
 
     def in_bands(self, batch, kept, cuts):
+        """Overwrites the frames with the result, and `kept` with what the next ones need of them."""
         above = torch.empty_like(batch[:1, :, :6], memory_format=torch.channels_last).split(3, 2)
         for x, past in zip(batch.split(1), kept.split(1)):
             for start, end in cuts:

@@ -180,12 +180,17 @@ def reconstruct(source, name, job):
         row["metrics"].update(describe_codes(statistics, row, tokens_path, options.out))
     if beside:
         row.update(compare_latents(beside, latent_errors, picture[0].shape))
+        row["teacher"] = teacher_row(beside, teacher_quality)
         notes += beside.notes
-        row["teacher"] = dict(
-            metrics=teacher_quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
-            encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
-            peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
     return row
+
+
+def teacher_row(beside, quality):
+    """The teacher's part of a report row."""
+    return dict(
+        metrics=quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
+        encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
+        peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
 
 
 def progress(frames, total, name):
