@@ -1,6 +1,7 @@
 """The machine: which device, which precision, how much memory. Used by every command, imports nothing of ours."""
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -80,11 +81,16 @@ def tune(device):
 def keep_freed_blocks(largest):
     """Have the C allocator keep freed blocks of up to so many bytes: they otherwise go back to the kernel, and come
     again page by page, which takes longer than many a layer. What it holds unused now, it gives back."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if libc := glibc():
         libc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
         libc.malloc_trim(0)
+
+
+@functools.cache  # finding out reads the interpreter's file
+def glibc():
+    """The C library, if it is glibc; else None."""
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
 def place(model, device, dtype=None):

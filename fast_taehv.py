@@ -89,8 +89,8 @@ class ConvRelu:
 
 
 class Memory:
-    """A memory block. It overwrites the frames that it gets. Large ones (three bands or more) are done band by band, at
-    a cost of about a tenth: then no other maps exist than the frame and what is kept of the one before, in the type
+    """A memory block. It overwrites the frames that it gets. Large ones (three bands or more) are done band by band,
+    each with six rows more: then no other maps exist than the frame and what is kept of the one before, in the type
     memory["kept"]."""
 
     def __init__(self, block):
@@ -170,7 +170,7 @@ class FirstPoolConv:
 
     def __call__(self, frames, memory):
         for group in zip(*[iter(frames)] * len(self.convs)):
-            n, _, height, width = group[0].shape
+            height, width = group[0].shape[-2:]
             half, out = -(-height // 2), None
             for start, end in bands(half, 4 * 64 * width):
                 top, slab = max(0, 2 * start - 2), None  # of what follows, the first row is wrong there
