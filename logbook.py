@@ -58,10 +58,12 @@ class Logbook:
                 self.write(f"data, rank {self.rank}, oddity {len(self.noted)}: {note[0]}: {note[1]}")
 
     def scalars(self, step, group, **values):
-        """Curves: group "train", loss=0.1 is drawn as train/loss."""
+        """Curves: group "train", loss=0.1 is drawn as train/loss; None is left out."""
         if self.board is not None:
             with self.unharmed():
                 for name, value in values.items():
+                    if value is None:
+                        continue
                     self.board.add_scalar(f"{group}/{name}", value, step)
 
     def pictures(self, step, shown):

@@ -224,7 +224,7 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
 
     samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
     dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
-    (frames at most 100 dB), "ssim", "sharpness" (variance of the Laplacian, all frames' over the originals'), "count";
+    (frames at most 100 dB), "ssim", "sharpness" (as `metrics.sharpness`, of all frames; None for flat clips), "count";
     "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
     `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
     latents, and "teacher_psnr", of decoding the teacher's.
@@ -261,7 +261,7 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
         target = model.targets(video, latents.shape[1])[:, :frames_count]
         teacher_mean.add(teacher_psnr=metrics.psnr(output, target).clamp(max=100))
     result = mean.reduce(control)
-    result["sharpness"] = result.pop("detail") / max(result.pop("original_detail"), 1e-12)
+    result["sharpness"] = metrics.sharpness(result.pop("detail"), result.pop("original_detail"))
     for more in (latents_mean, teacher_mean):
         more = more.reduce(control)
         if more.pop("count"):

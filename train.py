@@ -475,8 +475,8 @@ def describe_step(values):
 
 
 def describe_validation(result):
-    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, "
-            f"sharpness {result['sharpness']:.3f}"
+    sharpness = "-" if result["sharpness"] is None else f"{result['sharpness']:.3f}"
+    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness {sharpness}"
             + "".join(f", {name} {result[name]:.4g}" for name in ("lpips", "fid") if name in result)
             + f" over {result['count']} frames")
     if "codebook_use" in result:
