@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import time
+import traceback
 
 import numpy as np
 import torch
@@ -35,6 +36,11 @@ from device import DeviceError, describe, peak_memory, pick_device, pick_precisi
 from latent_file import LATENTS, LatentFileError, LatentWriter
 from teachers import KINDS, TeacherError, load_teacher
 from token_file import TokenError, TokenWriter
+
+
+# Errors of one line, with code 2.
+MISTAKES = (InputError, LatentFileError, TokenError, TeacherError, DeviceError, data.DataError,
+            checkpoint.CheckpointError, OSError)
 
 
 # ---- one video ---------------------------------------------------------------------------------------------------
@@ -239,6 +245,7 @@ class Outputs:
     def __init__(self, out, videos, reader, is_image):
         os.makedirs(os.path.join(out, "comparison_videos"), exist_ok=True)
         self.paths, self.out, self.fps, self.writers = videos, out, 1.0 if is_image else reader.fps, {}
+        self.open = contextlib.ExitStack()  # where one cannot be finished, the others are closed all the same
 
     def write(self, original, output, teacher, with_teacher):
         """H W 3 uint8 each; a teacher that gave no such frame leaves its panel black."""
@@ -250,18 +257,40 @@ class Outputs:
         for kind, frame in zip(self.paths, (original, output, pair)):
             if kind not in self.writers:
                 path = os.path.join(self.out, self.paths[kind])
-                self.writers[kind] = report.VideoWriter(path, self.fps, frame.shape[1], frame.shape[0]).__enter__()
+                writer = report.VideoWriter(path, self.fps, frame.shape[1], frame.shape[0])
+                self.writers[kind] = self.open.enter_context(writer)
             self.writers[kind].write(frame)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        for writer in self.writers.values():
-            writer.__exit__(*error)
+        self.open.__exit__(*error)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
+
+
+class Failures:
+    """What befell single inputs: a report row for each; the traceback of an error that is no mistake of the user's goes
+    to OUT/errors.log. `unexpected` counts those, `code` is the exit code for some that failed among others."""
+
+    def __init__(self, out):
+        self.path, self.unexpected, self.code = os.path.join(out, "errors.log"), 0, 0
+        if os.path.exists(self.path):
+            os.remove(self.path)  # an earlier command's
+
+    def row(self, name, path, error):
+        """The row of an input that this error ended."""
+        reason = checkpoint.first_line(error)
+        if not isinstance(error, MISTAKES):
+            reason = reason if reason == type(error).__name__ else f"{type(error).__name__}: {reason}"
+            self.unexpected += 1
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{path}\n{''.join(traceback.format_exception(error))}\n")
+        if not isinstance(error, (OSError, data.DataError)):  # a file that cannot be read or written is no fault of ours
+            self.code = 1
+        return dict(name=name, source=path, failed=reason)
 
 
 def find_inputs(inputs):
@@ -285,7 +314,8 @@ def find_inputs(inputs):
 
 
 def run(options):
-    """Check everything, then reconstruct or decode each input and write the report. Errors as in `main`."""
+    """Check everything, then reconstruct or decode each input and write the report. Returns the exit code; errors as in
+    `main`."""
     device = pick_device(options.device)
     tune(device)
     dtype = pick_precision(options.precision, device)
@@ -317,23 +347,34 @@ def run(options):
         fid = make_fid()
     job = Job(model, tiled, model_hash, device, dtype, lpips, teacher, options, fid,
               max(1, options.fid // max(1, len(sources))))
-    names = set()
+    names, failures, rows, decoded = set(), Failures(options.out), [], 0
+    # Whatever befalls one input, the others get their turn and their report.
     for path, reader in zip(latent_files, readers):
         if reader.note:
             print(reader.note)
         name = report.safe_name(path.removesuffix(".npz").removesuffix(TOKENS), names)
-        print("wrote", decode_file(reader, name, job))
-    if not sources:
-        return
-    rows = []
+        try:
+            print("wrote", decode_file(reader, name, job))
+            decoded += 1
+        except Exception as error:
+            rows.append(failures.row(name, path, error))
+            failures.code = 1
     for source in sources:
         name = report.safe_name(source.path, names)
         try:
             rows.append(reconstruct(source, name, job))
-        except (OSError, data.DataError, torch.cuda.OutOfMemoryError) as error:  # the others still get their turn
-            rows.append(dict(name=name, source=source.path, failed=checkpoint.first_line(error)))
-    if all("failed" in row for row in rows):
-        raise InputError(f"none of the {len(rows)} inputs could be reconstructed; the first: {rows[0]['failed']}")
+        except Exception as error:
+            rows.append(failures.row(name, source.path, error))
+    if not decoded and not failures.unexpected and all("failed" in row for row in rows):
+        what = f"none of the {len(rows)} inputs could be reconstructed; the first: " if len(rows) > 1 else ""
+        raise InputError(f"{what}{rows[0]['failed']}")
+    if failures.unexpected:
+        print(f"infer.py: {failures.unexpected} of {len(rows) + decoded} inputs failed by an unexpected error; "
+              f"tracebacks: {failures.path}", file=sys.stderr)
+    if not sources:
+        if rows:
+            print_rows(rows)
+        return failures.code
     rows += [dict(name=os.path.basename(path), source=path, failed=reason) for path, reason in refused]
     distance = fid.reduce() if fid else None
     page = report.write_report(options.out, rows, dict(
@@ -350,6 +391,7 @@ def run(options):
     if lpips_note:
         print(lpips_note)
     print(f"report: {page}")
+    return failures.code
 
 
 def print_rows(rows):
@@ -410,13 +452,14 @@ def main():
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
-        run(options)
-    except (InputError, LatentFileError, TokenError, TeacherError, DeviceError, data.DataError,
-            checkpoint.CheckpointError, OSError) as error:
+        code = run(options)
+    except MISTAKES as error:
         print(f"infer.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""infer.py: inputs that fail among others, samples of folders, targets, teachers as models, memory beside a teacher."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+import codec
+import infer
+from conftest import write_clip
+from model_taehv import TAEHV
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs infer.py in this process, in a folder with the weights taehv.pth; returns (exit code, metrics.json)."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(TAEHV().state_dict(), "taehv.pth")
+
+    def infer_py(*arguments):
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments), "--lpips", "none", "--device", "cpu",
+                                          "--precision", "fp32"])
+        try:
+            code = infer.main() or 0
+        except SystemExit as end:
+            code = end.code
+        path = "inference_results/metrics.json"
+        return code, json.load(open(path)) if os.path.exists(path) else None
+
+    return infer_py
+
+
+def three_clips():
+    return [write_clip(f"./{name}.mp4", frames=4, height=32, width=32, seed=i) for i, name in enumerate("abc")]
+
+
+def fail_at_second(monkeypatch, error):
+    """The model's decoder raises it on the second of all inputs, after one frame."""
+    calls = []
+
+    def decode(self, pieces, original=codec.Codec.decode):
+        calls.append(self)
+        for number, frame in enumerate(original(self, pieces)):
+            if len(calls) == 2 and number == 1:
+                raise error
+            yield frame
+
+    monkeypatch.setattr(codec.Codec, "decode", decode)
+
+
+# ---- one input's error -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("unsupported datatype\nby the kernel"), "RuntimeError: unsupported datatype"),
+    (MemoryError(), "MemoryError"),
+])
+def test_an_error_of_any_kind_costs_only_its_input(command, monkeypatch, capsys, error, reason):
+    fail_at_second(monkeypatch, error)
+    code, found = command("taehv.pth", *three_clips())
+    assert code == 1
+    assert [row.get("failed") for row in found["rows"]] == [None, reason, None]
+    assert found["summary"]["failed"] == 1 and found["summary"]["ours"]["psnr"]["count"] == 2
+    page = open("inference_results/summary_report.html", encoding="utf-8").read()
+    assert reason in page and "c_comparison.webm" in page
+    assert sorted(os.listdir("inference_results/comparison_videos")) == [
+        f"{name}_{kind}.webm" for name in "ac" for kind in ("comparison", "original", "reconstructed")]
+    log = open("inference_results/errors.log").read()
+    assert log.startswith("./b.mp4\n") and "Traceback" in log and type(error).__name__ in log and "a.mp4" not in log
+    printed = capsys.readouterr()
+    assert f"failed: {reason}" in printed.out and "1 of 3 inputs failed by an unexpected error" in printed.err
+    assert "errors.log" in printed.err
+
+
+def test_so_it_is_with_files_of_latents(command, monkeypatch, capsys):
+    clip = three_clips()[2]
+    assert command("taehv.pth", clip, "--save-latents")[0] == 0
+    latents = "inference_results/latents/c.latents.npz"
+    fail_at_second(monkeypatch, RuntimeError("of a kernel"))
+    code, found = command("taehv.pth", latents, latents, clip)
+    assert code == 1 and [row.get("failed") for row in found["rows"]] == ["RuntimeError: of a kernel", None]
+    videos = os.listdir("inference_results/comparison_videos")
+    assert "c_reconstructed.webm" in videos and not [name for name in videos if "part" in name]
+    assert "1 of 3 inputs failed" in capsys.readouterr().err
