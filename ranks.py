@@ -167,30 +167,56 @@ class StopSignal:
         return 0 if (machine, True) in gather(control, (machine, self.since is not None)) else 1
 
 
+def batch_statistics(model):
+    """The buffers that BatchNorm layers of a model move in every forward pass: running means, variances and counts."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
 class Gradients:
     """All gradients in one flat buffer that each parameter's .grad looks into: one reduction, one norm, no copies.
 
     `totals` is the buffer's end: `extra` numbers of the step (its loss, say) that are averaged along with it.
+    `statistics`: buffers of the model that its forward pass changes (see `batch_statistics`). Those of floating point
+    are averaged along too, so that all ranks hold the same; a step that is bad or has to be done again gives them back.
     """
 
-    def __init__(self, parameters, world, extra=0):
-        self.world = world
+    def __init__(self, parameters, world, extra=0, statistics=()):
+        self.world, self.statistics, self.before = world, list(statistics), None
+        self.averaged = [b for b in self.statistics if b.is_floating_point()]
         count = sum(p.numel() for p in parameters)
-        self.all = torch.zeros(count + extra, device=parameters[0].device)
-        self.flat, self.totals = self.all[:count], self.all[count:]
+        self.all = torch.zeros(count + extra + sum(b.numel() for b in self.averaged), device=parameters[0].device)
+        self.flat, self.totals, self.means = self.all.split([count, extra, len(self.all) - count - extra])
         start = 0
         for p in parameters:
             p.grad = self.flat.as_strided(p.shape, p.stride(), start)
             start += p.numel()
 
+    def begin(self):
+        """Before a step's micro-batches, and again before it is done again or given up."""
+        self.all.zero_()
+        if self.before is None:
+            self.before = [buffer.clone() for buffer in self.statistics]
+        for now, before in zip(self.statistics, self.before):
+            now.copy_(before)
+
     def reduce(self, limit):
-        """Mean over the ranks, scaled to a norm of at most `limit`. Returns (norm, bad): bad is 1.0 if the norm or a
-        total is not finite, else 0.0. One rank's NaN is in the sum, so all ranks see it. Nothing waits for the GPU.
+        """Mean over the ranks, scaled to a norm of at most `limit`. Returns (norm, bad): bad is 1.0 if the norm, a
+        total or a statistic is not finite, else 0.0. One rank's NaN is in the sum, so all ranks see it. Nothing waits
+        for the GPU.
         """
+        if self.averaged:
+            torch.cat([buffer.flatten() for buffer in self.averaged], out=self.means)
         if self.world > 1:
             dist.all_reduce(self.all)
             self.all.div_(self.world)
         norm = torch.linalg.vector_norm(self.flat)
+        finite = norm.isfinite() & self.totals.isfinite().all() & self.means.isfinite().all()
         if limit > 0:
             self.flat.mul_((limit / (norm + 1e-6)).clamp(max=1))
-        return norm, 1.0 - (norm.isfinite() & self.totals.isfinite().all()).float()
+        for buffer, mean in zip(self.averaged, self.means.split([b.numel() for b in self.averaged])):
+            buffer.copy_(mean.view(buffer.shape))
+        for now, before in zip(self.statistics, self.before or ()):
+            now.copy_(torch.where(finite, now, before))
+        self.before = None
+        return norm, 1.0 - finite.float()

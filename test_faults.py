@@ -17,7 +17,9 @@ import torch
 import checkpoint
 import config
 import data
-from conftest import (CODES, FRAMES, ROOT, SERAENA, command, different, log_of, run, spoilt, state_of,
+import model_vqvae
+import objective
+from conftest import (BATCH_NORM, CODES, FRAMES, ROOT, SERAENA, command, different, log_of, run, spoilt, state_of,
                       write_clip)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and /proc as Linux has them")
@@ -63,6 +65,43 @@ def test_two_ranks_go_through_every_fault_of_one_together(clips, tmp_path):
     assert {int(v["step"]) for v in state["optimizer"]["state"].values()} == {9 - 2}
     assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
     assert_ranks_are_equal(output)
+
+
+def test_two_ranks_hold_the_same_batch_statistics(clips, tmp_path):
+    """Also after a step that was not finite on one, and one that was done again."""
+    faults = '''
+import model_vqvae
+spoil(model_vqvae.VQVAE2, "_prepared", {(2, 1): lambda call: call() * float("nan")})
+spoil(objective, "pixel_loss", {(3, 0): memory})
+'''
+    output = run(spoilt(tmp_path, faults), *BATCH_NORM, f"data={clips}", "max_steps=5", "save_every=1", ranks=2,
+                 cwd=tmp_path)
+    assert_ranks_are_equal(output)
+    state = state_of(tmp_path / "runs" / "vqvae2", 4)
+    assert all(v.isfinite().all() for v in (*state["model"].values(), *state["ema"].values()))
+
+
+def test_batch_statistics_forget_steps_that_are_bad_done_again_or_given_up(here, tmp_path, monkeypatch):
+    prepared, pixel_loss, seen = model_vqvae.VQVAE2._prepared, objective.pixel_loss, []
+
+    def clip(self, video):
+        seen.extend([len(video)] * self.training)
+        return prepared(self, video * (float("nan") if self.training and len(seen) == 2 else 1))
+
+    def loss(*arguments):  # behind the network, whose statistics have moved
+        if len(seen) in (3, 6):
+            raise MemoryError
+        return pixel_loss(*arguments)
+
+    monkeypatch.setattr(model_vqvae.VQVAE2, "_prepared", clip)
+    monkeypatch.setattr(objective, "pixel_loss", loss)
+    with pytest.raises(config.ConfigError, match="out of memory with one clip at a time at step 3; the run is saved"):
+        here(*BATCH_NORM, "max_steps=9", "name=norms")
+    assert seen == [2, 2, 2, 1, 1, 1]
+    state = state_of(tmp_path / "norms", 3)
+    counts = [v.item() for k, v in state["model"].items() if k.endswith("num_batches_tracked")]
+    assert counts and set(counts) == {3}, "step 1 whole, nothing of step 2, step 3 in two halves, nothing of step 4"
+    assert all(v.isfinite().all() for v in (*state["model"].values(), *state["ema"].values()))
 
 
 def test_a_rank_killed_in_a_save_costs_no_more_than_the_steps_since_the_last(clips, tmp_path):

@@ -27,8 +27,8 @@ from device import (DeviceError, default_workers, describe, peak_memory, pick_de
 from latent_cache import LatentCache
 from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
-from ranks import (Gradients, LeftStep, StopSignal, agree, copy_from_rank_0, end_at_once, from_rank_0, gather,
-                   start_ranks, stay_together)
+from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
+                   from_rank_0, gather, start_ranks, stay_together)
 from synthetic import make_demo
 
 
@@ -67,7 +67,8 @@ def train(cfg):
         model.decoder.requires_grad_(cfg.train_decoder)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = Gradients(parameters, world, extra=len(objective.names))  # what is logged is averaged along
+    # What is logged is averaged along, and BatchNorm's statistics.
+    gradients = Gradients(parameters, world, len(objective.names), batch_statistics(model))
     # eps: gradients of 1e-10 are rounding noise, which PyTorch's 1e-8 turns into steps (3e-6 apart on 1 and 2 ranks).
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   eps=1e-7, fused=device.type in ("cuda", "cpu"))
@@ -125,7 +126,7 @@ def train(cfg):
         """Adds up the gradients and the objective's scalars over this rank's clips. Returns what all ranks agree on:
         (memory ran out, stop, time is over, trouble)."""
         out_of_memory = False
-        gradients.all.zero_()
+        gradients.begin()
         objective.begin(step)
         try:
             for batch in micro_batches:
@@ -163,6 +164,7 @@ def train(cfg):
         return problem
 
     def give_up(reason, way_out):
+        gradients.begin()  # the statistics as they were before this step, if it is not done
         saved = "the run is not saved" if save() else "the run is saved"
         raise ConfigError(f"{reason} at step {step}; {saved}. {way_out}")
 
