@@ -111,6 +111,25 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def sums_are_channels_last(monkeypatch):
+    """Fails at a convolution that adds its result to a map of another layout: PyTorch does not hand that to oneDNN, and
+    refuses it in bfloat16 where the CPU has that ("Unsupported datatype for add_relu"). Returns the shapes seen."""
+    import fast_taehv
+
+    seen, original = [], fast_taehv.Conv.__call__
+
+    def checked(self, x, into=None, relu=False):
+        if into is not None:
+            seen.append(tuple(into.shape))
+            assert into.is_contiguous(memory_format=torch.channels_last), (seen[-1], into.stride())
+            assert x.dtype == into.dtype == self.weight.dtype
+        return original(self, x, into, relu)
+
+    monkeypatch.setattr(fast_taehv.Conv, "__call__", checked)
+    return seen
+
+
 # ---- small runs, and faults in them ----------------------------------------------------------------------------------
 
 COMMON = "workers=0 val_fraction=0 warmup_steps=2 schedule=constant precision=fp32 device=cpu log_every=1".split()

@@ -37,7 +37,8 @@ def has_onednn(dtype):
 class Conv:
     """A convolution, perhaps with something added and a ReLU, in one call of oneDNN where that can be had.
 
-    `into`: a tensor of the result's shape that is added; it is overwritten.
+    `into`: a tensor of the result's shape that is added; it may be overwritten. Channels-last, or a copy is made:
+    PyTorch hands only those to oneDNN, and its own sum with a ReLU behind it does not exist in bfloat16.
     """
 
     def __init__(self, weight, bias=None, stride=1, padding=1):
@@ -58,7 +59,7 @@ class Conv:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, self.bias, *self.geometry, "relu" if relu else "none", [], "")
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            into, x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu" if relu else None, [], "")
+            into.contiguous(memory_format=torch.channels_last), x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu" if relu else None, [], "")
 
 
 # ---- steps: generators of frames (N C H W, channels-last) from frames; memory: a dict, as in model_taehv -----------
@@ -118,8 +119,8 @@ class Memory:
         for x, past in zip(batch.split(1), kept.split(1)):
             for start, end in cuts:
                 first, last = start > 0, end < x.shape[2]  # the edges that lie within the frame
-                slab, old = (torch.cat([rows[:, :, :3 * first], m[:, :, start:end + 3 * last].to(x.dtype)], 2)
-                             for rows, m in zip(above, (x, past)))
+                slab, old = (torch.cat([rows] * first + [m[:, :, start:end + 3 * last].to(x.dtype)], 2)
+                             for rows, m in zip(above, (x, past)))  # (an empty first piece: no channels-last result)
                 for rows, m in zip(above, (slab, old)):  # what is overwritten here and the next band needs
                     rows.copy_(m[:, :, 3 * first + end - start - 3:][:, :, :3])
 

@@ -56,6 +56,34 @@ def test_results_are_the_plain_models(variant, changes, band, monkeypatch):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 72, 40), (2, 56, 8)])
+@torch.no_grad()
+def test_bands_keep_the_layout_that_sums_need(batch, height, width, dtype, monkeypatch, sums_are_channels_last):
+    """In bfloat16 too, and while streaming; results are as near to the exact ones as the plain model's."""
+    monkeypatch.setattr(fast_taehv, "BAND", 1)
+    exact, video = make(), clip(9, height, width)[:batch]
+    model = copy.deepcopy(exact).to(dtype)
+    quick, allowed = model.fast(), 1e-5 if dtype == torch.float32 else 1.5
+    latents = exact.encode(video)
+    stream = quick.stream()
+    ours = torch.cat([stream.encode(piece) for piece in video.to(dtype).split(3, 1)] + [stream.flush()], 1)
+    unit = 1 if dtype == torch.float32 else error(model.encode(video.to(dtype)), latents)
+    assert error(ours, latents) < allowed * unit
+    frames = exact._decode(latents)
+    unit = 1 if dtype == torch.float32 else error(model._decode(latents.to(dtype)), frames)
+    assert error(quick._decode(latents.to(dtype)), frames) < allowed * unit
+    assert sums_are_channels_last, "nothing was summed"
+
+
+@torch.no_grad()
+def test_a_sum_in_another_layout_is_right_too():
+    layer = torch.nn.Conv2d(8, 8, 3, padding=1)
+    x, into = torch.randn(2, 8, 6, 5), torch.randn(2, 8, 5, 6).transpose(2, 3)
+    expected = F.relu(layer(x) + into)
+    assert error(fast_taehv.Conv(layer.weight, layer.bias)(x, into.clone(), relu=True), expected) < 1e-5
+
+
 @pytest.mark.parametrize("band", [1, 1 << 22])
 @torch.no_grad()
 def test_past_frames_in_half_precision_cost_little(band, monkeypatch):

@@ -72,7 +72,7 @@ def compare(model, video):
 
 
 @pytest.mark.parametrize("kind", VQGANS)
-def test_vqgan_is_the_plain_model(kind):
+def test_vqgan_is_the_plain_model(kind, sums_are_channels_last):
     assert compare(vqgan(kind), clip(2, 32, 48)) < 1e-5
 
 
@@ -82,7 +82,7 @@ def test_dcae_is_the_plain_model(frames):
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
-def test_dcae_with_all_kinds_of_shortcuts(widths):
+def test_dcae_with_all_kinds_of_shortcuts(widths, sums_are_channels_last):
     assert compare(dcae(widths), clip()) < 1e-5
 
 
@@ -104,7 +104,7 @@ def test_tokens_differ_only_at_ties():
 
 @pytest.mark.parametrize("make", [vqgan, dcae])
 @torch.no_grad()
-def test_bf16_is_within_its_own_error(make):
+def test_bf16_is_within_its_own_error(make, sums_are_channels_last):
     reference = make()
     encode, decode = parts(reference)
     video = clip(8, 64, 64)
@@ -141,7 +141,7 @@ def test_codes_restore_what_latents_do():
 
 
 @torch.no_grad()
-def test_tiles():
+def test_tiles(sums_are_channels_last):
     model, video = dcae("equal"), clip(12, 64, 70)[:1]
     plain, quick = (Tiled(m, spatial_tile_size=64, temporal_tile_size=8, tile_overlap_factor=0.5)
                     for m in (model, model.fast()))
