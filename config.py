@@ -37,7 +37,7 @@ class Config:
     val_clips: int = 64             # validation clips at most
     val_size: int = 0               # height and width of validation clips, pixels; 0: size, or the first bucket's
     max_val_images: int = 0         # frames in these clips at most; 0: as many as they have
-    val_metrics: str = ""           # what validation measures besides MSE, PSNR, SSIM and sharpness: "lpips,fid"
+    val_metrics: str = ""           # measured besides MSE, PSNR, SSIM and sharpness: "lpips,fid" (LPIPS: alex, as infer.py)
     val_clips_per_video: int = 2    # fixed clips of each validation video
     size: int = 128                 # height and width of training clips, pixels
     frames: int = 12                # frames per clip; 1: images
@@ -73,7 +73,7 @@ class Config:
     encoder_weight: float = 0.0     # of the squared error of the encoder's latents against the cache's
     vq_weight: float = 1.0          # of a tokenizer's codebook and commitment loss
     perceptual_weight: float = 0.0  # of LPIPS
-    perceptual_net: str = "vgg"     # its backbone: vgg or alex
+    perceptual_net: str = "vgg"     # its backbone: vgg or alex (the loss's; validation measures with alex)
     perceptual_frames: int = 2      # frames of each clip that it looks at, drawn anew each time; 0: all
     seraena_weight: float = 0.0     # of the squared distance to Seraena's corrected frames (adversarial sharpness)
     seraena_frames: int = 3         # consecutive frames that its discriminator sees as one image
@@ -215,15 +215,13 @@ def parse(key, text, kind):
 
 
 def parse_literal(key, text):
-    """A number, boolean, tuple of numbers or word: 32, true, 1,2,4, ema."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    """A number, boolean, tuple of these or word: 32, true, 1,2,4, false,true,true, ema."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(re.sub(r"\b(true|false)\b", lambda word: word[0].capitalize(), text, flags=re.I))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         if re.fullmatch(r"[A-Za-z_]\w*", text):
             return text
-        raise ConfigError(f"{key}={text}: a number, true, false, a word, or numbers like 1,2,4 are wanted") from None
+        raise ConfigError(f"{key}={text}: a number, true, false, a word, or several like 1,2,4 are wanted") from None
 
 
 def nearest(word, words):

@@ -278,7 +278,7 @@ def finish(task, stopping):
     follow(task)
     task.log.close()
     code, ending, task.devices, task.note = task.process.returncode, task.seen["ending"], (), ""
-    if ending.startswith("stopped") or stopping and not ending:
+    if ending.startswith("stopped") or code == 130 or stopping and not ending:  # 130: Ctrl-C
         task.state = "stopped"
     elif code:
         task.state, task.note = "failed", f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"

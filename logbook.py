@@ -117,15 +117,20 @@ class Clock:
 
 
 def summary(model, size, frames, device):
-    """Parameters and output shape of every layer, and of the whole, for one clip of `frames` x `size` x `size`."""
-    lines, hooks = ["layer                          parameters  output (frames, channels, height, width)"], []
+    """Parameters and output shape of every layer, and of the whole, for one clip of `frames` x `size` x `size`. A layer
+    that takes the clip in pieces, as on CPUs, is one line: the frames of all its calls."""
+    shapes, hooks = {}, []  # name and class of each layer: the shape of what it gives
     for part, module in model.named_children():
         blocks = module.named_children() if isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList)) else []
         for name, layer in [(f"{part}.{i}", block) for i, block in blocks] or [(part, module)]:
-            def note(layer, _, output, name=name):
+            row = f"{name + ' ' + type(layer).__name__:30} {count(layer):10,}"
+            shapes[row] = None
+
+            def note(layer, _, output, row=row):
                 output = output[0] if isinstance(output, tuple) else output
                 if torch.is_tensor(output):
-                    lines.append(f"{name + ' ' + type(layer).__name__:30} {count(layer):10,}  {tuple(output.shape)}")
+                    before = shapes[row][0] if shapes[row] else 0
+                    shapes[row] = (before + output.shape[0], *output.shape[1:])
             hooks.append(layer.register_forward_hook(note))
     video = torch.zeros(1, frames, 3, size, size, device=device)
     training = model.training
@@ -134,8 +139,10 @@ def summary(model, size, frames, device):
     model.train(training)
     for hook in hooks:
         hook.remove()
-    return "\n".join([*lines, f"{'all':30} {count(model):10,}  video {tuple(video.shape)} -> "
-                              f"latents {tuple(info['latents'].shape)} -> video {tuple(output.shape)}"])
+    return "\n".join([f"{'layer':30} {'parameters':>10}  output (frames, channels, height, width)",
+                      *(f"{row}  {shape}" for row, shape in shapes.items() if shape),
+                      f"{'all':30} {count(model):10,}  video {tuple(video.shape)} -> "
+                      f"latents {tuple(info['latents'].shape)} -> video {tuple(output.shape)}"])
 
 
 def count(module):

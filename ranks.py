@@ -42,6 +42,8 @@ def end_at_once(kind, error, trace):
     and the process's end, without what the interpreter or NCCL would wait for: other ranks notice within moments, and
     data processes, which take no part in signals, would hold up the interpreter's end for good."""
     rank = os.environ.get("RANK")
+    if kind is KeyboardInterrupt:  # Ctrl-C before the first step, where nothing is to be saved
+        os._exit(128 + signal.SIGINT)
     if "/gloo/" in str(error):
         reason = str(error).splitlines()[0].rpartition("/gloo/")[2].partition("] ")[2].partition(". ")[0]
         print(f"rank {rank}: no answer from another rank ({reason}): its own message says why", file=sys.stderr)
@@ -138,7 +140,7 @@ class StopSignal:
     torchrun was killed: its ranks would train on, unseen, while the next start shares their folder."""
 
     def __init__(self):
-        self.since = None
+        self.since = self.number = None  # when the first came, and which
         self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.screens = [number for number in (1, 2) if os.isatty(number)]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
@@ -150,7 +152,7 @@ class StopSignal:
             for screen in self.screens:  # what is written to a terminal that is gone is an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), screen)
         if self.since is None:
-            self.since = time.monotonic()
+            self.since, self.number = time.monotonic(), number
         elif time.monotonic() - self.since > 2:
             os._exit(128 + number)
 
@@ -161,8 +163,12 @@ class StopSignal:
         return self.since is not None or self.orphaned()
 
     def exit_code(self, control):
-        """Of a run that has stopped; all ranks ask together. 0 where a rank of the same machine got the signal. 1 on
-        other machines: their torchruns then wait for that one to come back, where 0 would mean that all is done."""
+        """Of a run that has stopped; all ranks ask together. Without torchrun: 130 after Ctrl-C, as of any program that
+        it ends, so that `train.py && infer.py` goes no further; 0 after SIGTERM and the others, which schedulers send.
+        Under torchrun: 0 where a rank of the same machine got the signal, or it would start them again. 1 on other machines:
+        their torchruns then wait for that one to come back, where 0 would mean that all is done."""
+        if control is None:
+            return 128 + self.number if self.number == signal.SIGINT else 0
         machine = os.environ.get("GROUP_RANK")
         return 0 if (machine, True) in gather(control, (machine, self.since is not None)) else 1
 

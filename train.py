@@ -307,7 +307,7 @@ def pytorch_weights(model):
 def load_judges(cfg, device):
     """The functions that `evaluate` takes for val_metrics; ConfigError for one that cannot be had."""
     judges = {}
-    for name, keyword, load in (("lpips", "lpips", lambda: metrics.load_lpips(cfg.perceptual_net, device)),
+    for name, keyword, load in (("lpips", "lpips", lambda: metrics.load_lpips(device=device)),
                                 ("fid", "make_fid", lambda: metrics.load_fid(device))):
         if name in cfg.val_metrics:
             judges[keyword], problem = load()
