@@ -84,3 +84,25 @@ class TeacherPass:
         size = int(np.prod(self.shape))
         self.file.seek(sum(self.given[:i]) * size)
         return np.frombuffer(bytearray(self.file.read(size)), np.uint8).reshape(self.shape)
+
+
+def teacher_row(beside, quality):
+    """The teacher's part of a report row."""
+    return dict(
+        metrics=quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
+        seconds=beside.encode_seconds + beside.decode_seconds,
+        encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
+        peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
+
+
+def compare_latents(beside, errors, shape):
+    """{"latent_error": mean squared difference to the teacher's latents or None, "relative_latent_error": the same over
+    the teacher's variance}"""
+    if not errors:
+        beside.notes.append(f"teacher: latents of {beside.latents.shape[1:]} do not compare with ours of {shape}")
+        return {"latent_error": None, "relative_latent_error": None}
+    error = float(np.mean(errors))
+    relative = error / float(max(beside.latents.var(), 1e-12))
+    beside.notes.append(f"latents: mean squared difference {error:.4g} to the teacher's, {100 * relative:.1f} % of "
+                        f"their variance, over {len(errors)}")
+    return {"latent_error": error, "relative_latent_error": relative}

@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import judge
 import metrics
 import report
 from codec import TOKENS, Codec, InputError, Job, Spill, decode_file, open_codes, padded_length, tile, to_uint8
-from compare import TeacherPass
+from compare import TeacherPass, compare_latents, teacher_row
 from device import DeviceError, describe, peak_memory, pick_device, pick_precision, place, reset_peak_memory, tune
 from latent_file import LATENTS, LatentFileError, LatentWriter
 from teachers import KINDS, TeacherError, load_teacher
@@ -115,7 +116,8 @@ class Quality:
     def means(self):
         means = {key: self.sums[key] / self.counts[key] if self.counts[key] else None
                  for key in ("mse", "psnr", "ssim", "lpips")}
-        return {**means, "sharpness": self.sums["detail"] / max(self.sums["original_detail"], 1e-12)}
+        detail, original = (self.sums[key] / max(1, self.counts[key]) for key in ("detail", "original_detail"))
+        return {**means, "sharpness": metrics.sharpness(detail, original)}
 
 
 def reconstruct(source, name, job):
@@ -180,7 +182,7 @@ def reconstruct(source, name, job):
                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
                latent_picture=latent_picture, metrics=quality.means(),
                encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
-               encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
+               seconds=sum(codec.seconds.values()), encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
                peak_memory_mb=peak_memory(device) / 1e6)
     if codec.tokens:
         row["metrics"].update(describe_codes(statistics, row, tokens_path, options.out))
@@ -189,14 +191,6 @@ def reconstruct(source, name, job):
         row["teacher"] = teacher_row(beside, teacher_quality)
         notes += beside.notes
     return row
-
-
-def teacher_row(beside, quality):
-    """The teacher's part of a report row."""
-    return dict(
-        metrics=quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
-        encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
-        peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
 
 
 def progress(frames, total, name):
@@ -224,19 +218,6 @@ def describe_codes(statistics, row, tokens_path, out):
     row["notes"].append(f"tokens: {bits / 8:,.0f} bytes, {rate:.1f} kbit/s, {bits / pixels:.4f} bits per pixel "
                         f"({what}); written plainly {found['bits_per_pixel']:.4f}")
     return {"codebook_use": found["codebook_use"], "bits_per_pixel": bits / pixels, "kbit_per_s": rate}
-
-
-def compare_latents(beside, errors, shape):
-    """{"latent_error": mean squared difference to the teacher's latents or None, "relative_latent_error": the same over
-    the teacher's variance}"""
-    if not errors:
-        beside.notes.append(f"teacher: latents of {beside.latents.shape[1:]} do not compare with ours of {shape}")
-        return {"latent_error": None, "relative_latent_error": None}
-    error = float(np.mean(errors))
-    relative = error / float(max(beside.latents.var(), 1e-12))
-    beside.notes.append(f"latents: mean squared difference {error:.4g} to the teacher's, {100 * relative:.1f} % of "
-                        f"their variance, over {len(errors)}")
-    return {"latent_error": error, "relative_latent_error": relative}
 
 
 class Outputs:
@@ -373,8 +354,11 @@ def run(options):
               f"tracebacks: {failures.path}", file=sys.stderr)
     if not sources:
         if rows:
-            print_rows(rows)
+            print(*judge.table(rows, {}), sep="\n")
         return failures.code
+    for row in rows:
+        if "failed" not in row:
+            row["targets"] = judge.judge(options.targets, row["metrics"])
     rows += [dict(name=os.path.basename(path), source=path, failed=reason) for path, reason in refused]
     distance = fid.reduce() if fid else None
     page = report.write_report(options.out, rows, dict(
@@ -384,8 +368,11 @@ def run(options):
         precision=str(dtype).removeprefix("torch."), command="python infer.py " + shlex.join(sys.argv[1:]),
         **({"teacher": f"{teacher.name} ({teacher.spec})"} if teacher else {}),
         **({"FID": f"{distance:.3f} (over {fid.count} frames)"} if fid else {}),
-        created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note))
-    print_rows(rows)
+        **({"targets": judge.in_words(options.targets)} if options.targets else {}),
+        created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets)
+    print(*judge.table(rows, options.targets), sep="\n")
+    if options.targets:
+        print(f"targets: {judge.in_words(options.targets)}")
     if fid:
         print(f"FID {distance:.3f} over {fid.count} frames")
     if lpips_note:
@@ -394,28 +381,10 @@ def run(options):
     return failures.code
 
 
-def print_rows(rows):
-    """A table for the terminal."""
-    print(f"{'':30} {'frames':>6} {'PSNR dB':>8} {'SSIM':>7} {'LPIPS':>7} {'encode f/s':>11} {'decode f/s':>11} "
-          f"{'peak MB':>8}")
-    for row in rows:
-        if "failed" in row:
-            print(f"{row['name'][:30]:30} failed: {row['failed']}")
-            continue
-        for name, one in ((row["name"], row), ("  its teacher", row.get("teacher"))):
-            if one:
-                psnr, ssim, lpips = ("-" if one["metrics"][k] is None else f"{one['metrics'][k]:.{digits}f}"
-                                     for k, digits in (("psnr", 2), ("ssim", 4), ("lpips", 4)))
-                print(f"{name[:30]:30} {row['frames']:6} {psnr:>8} {ssim:>7} {lpips:>7} {one['encode_fps']:11.1f} "
-                      f"{one['decode_fps']:11.1f} {one['peak_memory_mb']:8.0f}")
-        if row.get("latent_error") is not None:
-            print(f"  latent error {row['latent_error']:.4g} ({100 * row['relative_latent_error']:.1f} % of the "
-                  "teacher's variance)")
-
-
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"infer.py: {message}\n")  # without lines of usage before it
     parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), or published weights (.pth, .safetensors)")
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
                         help=f"videos, images, folders of them, *{LATENTS}, *{TOKENS}")
@@ -427,6 +396,9 @@ def parse(arguments=None):
     parser.add_argument("--save-latents", action="store_true", help="write OUT/latents/NAME.latents.npz too")
     parser.add_argument("--save-tokens", action="store_true", help=f"write OUT/tokens/NAME{TOKENS} too (tokenizers)")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
+    parser.add_argument("--targets", default=judge.TARGETS, metavar="LIST",
+                        help="marks each input and the mean as having met or missed them; mse, psnr, ssim, lpips, or "
+                             "'none' (default: %(default)s)")
     parser.add_argument("--fid", type=int, default=0, metavar="N",
                         help="FID of about N frames, spread over the inputs (needs pytorch-fid; biased under 2048)")
     parser.add_argument("--teacher", metavar="SPEC", help=f"set it beside the model: {KINDS}")
@@ -444,6 +416,10 @@ def parse(arguments=None):
         if getattr(options, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: a positive number, or 0 for all, is "
                          "wanted")
+    try:
+        options.targets = judge.parse_targets(options.targets)
+    except ValueError as error:
+        parser.error(f"--targets: {error}")
     return options
 
 

@@ -5,7 +5,7 @@
     picture = latent_picture(latents)                      # save with cv2.imwrite(path, picture[..., ::-1])
     write_report("out", rows, info)                        # out/metrics.json, out/summary_report.html
 
-Frames and pictures are RGB uint8 H W 3 in [0, 255]. Needs numpy and OpenCV only.
+Frames and pictures are RGB uint8 H W 3 in [0, 255]. Needs numpy, OpenCV and judge.py.
 """
 import contextlib
 import html
@@ -20,6 +20,8 @@ import urllib.parse
 
 import cv2
 import numpy as np
+
+from judge import in_words, statistics, summarize, values, verdict, versus
 
 # VP8 takes 86 ms a 1280x720 frame at 38.5 dB, VP9 ("VP90") 306 ms at 38.0 dB and 0.6 of the bytes (opencv-python
 # 5.0.0, one of two cores, moving texture, 41.0 dB is the ceiling of 4:2:0). The wheels have no H.264 encoder.
@@ -244,13 +246,16 @@ QUANTITIES = [("psnr", "PSNR", "dB", ".2f"), ("ssim", "SSIM", "", ".4f"), ("lpip
               ("latent_error", "latent error", "ours to its", ".4g")]
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1c1e; --soft: #5d6167; --rule: #d5d8dc; --paper: #fff; --alarm: #a3281f }
+:root { color-scheme: light dark; --ink: #1b1c1e; --soft: #5d6167; --rule: #d5d8dc; --paper: #fff; --alarm: #a3281f;
+  --met: #1d6b35 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e5e7; --soft: #9da2a9; --rule: #3a3d42; --paper: #151618; --alarm: #f0887f } a { color: #86b4ef } }
+  :root { --ink: #e4e5e7; --soft: #9da2a9; --rule: #3a3d42; --paper: #151618; --alarm: #f0887f; --met: #7cc993 }
+  a { color: #86b4ef } }
 body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 78rem; color: var(--ink); background: var(--paper);
   font: 15px/1.5 system-ui, "Segoe UI", "Noto Sans", "Liberation Sans", Arial, sans-serif; overflow-wrap: anywhere }
 h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem } p { margin: .4rem 0 }
-.soft, figcaption, small, dt { color: var(--soft) } .alarm { color: var(--alarm) } small { display: block }
+.soft, figcaption, small, dt { color: var(--soft) } .alarm { color: var(--alarm) } .met { color: var(--met) }
+small { display: block }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.5rem; margin: 1.2rem 0 } dd { margin: 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; border-block: 2px solid; font-size: .93em }
 th, td { padding: .35rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; overflow-wrap: normal }
@@ -260,29 +265,6 @@ td.name:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9
   margin: 1rem 0 } .wide { grid-column: 1 / -1 } img { max-width: 100% } .small video { image-rendering: pixelated }
 video { display: block; width: 100%; max-height: 80vh; background: #000 }
 """
-
-
-def _values(rows, key):
-    """The finite values of a quantity, which stands among a row's metrics or beside them."""
-    found = [row["metrics"].get(key, row.get(key)) for row in rows]
-    return [float(value) for value in found if value is not None and math.isfinite(value)]
-
-
-def _statistics(rows, keys):
-    """{key: mean, sample standard deviation (None for one value), count}, over the rows with a finite value."""
-    return {key: {"mean": float(np.mean(values)) if values else None,
-                  "std": float(np.std(values, ddof=1)) if len(values) > 1 else None, "count": len(values)}
-            for key in keys for values in [_values(rows, key)]}
-
-
-def _versus(rows, keys):
-    """{key: mean of ours minus (PSNR) or divided by the teacher's, over the rows that have both; None without any}"""
-    result = {}
-    for key in keys:
-        both = [row for row in rows if row.get("teacher") and _values([row], key) and _values([row["teacher"]], key)]
-        ours, theirs = sum(_values(both, key)), sum(_values([row["teacher"] for row in both], key))
-        result[key] = (ours - theirs) / len(both) if both and key == "psnr" else ours / theirs if theirs else None
-    return result
 
 
 def _strict(value, where, lost):
@@ -313,35 +295,49 @@ def _url(path):
     return urllib.parse.quote(os.fsencode(os.fspath(path).replace(os.sep, "/")))  # quotes ":" too, so never a scheme
 
 
-def _cells(rows, quantities):
-    """HTML for each quantity: its value, or over several rows mean, ± deviation, and of how many if not of all."""
+def _cells(rows, quantities, judged=()):
+    """HTML for each quantity: its value, or over several rows mean, ± deviation, and of how many if not of all. What
+    misses its target is marked."""
     texts = []
     for key, _, _, style in quantities:
-        mean, std, count = _statistics(rows, [key])[key].values()
+        mean, std, count = statistics(rows, [key])[key].values()
         if mean is None:
             texts.append("∞" if any(row["metrics"].get(key) == math.inf for row in rows) else "–")
         else:
             text = f"{mean:{style}}" + (f"<small>± {std:{style}}</small>" if std is not None else "")
             text += f"<small>{count} of {len(rows)}</small>" if count < len(rows) else ""
-            texts.append(text.replace("-", "−"))
+            missed = key in judged and not judged[key]["met"]
+            text = text.replace("-", "−")
+            texts.append(f'<span class="alarm">{text}</span>' if missed else text)
     return texts
 
 
+def _verdict(judged, more=""):
+    """HTML of targets met or missed."""
+    word, _, which = verdict(judged).partition(" ")
+    lines = "".join(f"<small>{text}</small>" for text in (which, more) if text)
+    return f'<span class="{"alarm" if word == "missed" else "met"}">{word or "–"}</span>{lines}'
+
+
 def _table(first, quantities, groups):
-    """HTML of a table. groups: (html of the first cell, rows): one input's row, or several to be averaged."""
-    with_teacher = any(row.get("teacher") for _, rows in groups for row in rows)
+    """HTML of a table. groups: (html of the first cell, rows, targets judged, a word on them): one input's row, or several
+    to be averaged."""
+    with_teacher = any(row.get("teacher") for _, rows, *_ in groups for row in rows)
+    with_targets = any(judged for *_, judged, _ in groups)
     names = [first, "model"] if with_teacher else [first]
     page = '<div class="scroll"><table><thead><tr>' + "".join(f'<th class="name">{name}</th>' for name in names)
     page += "".join(f"<th>{html.escape(name)}<small>{unit}</small></th>" for _, name, unit, _ in quantities)
-    page += "</tr></thead>"
-    for cell, rows in groups:
-        lines = {"ours": _cells(rows, quantities)}
+    page += ("<th>targets</th>" if with_targets else "") + "</tr></thead>"
+    for cell, rows, judged, more in groups:
+        lines = {"ours": _cells(rows, quantities, judged) + ([_verdict(judged, more)] if with_targets else [])}
         teachers = [row["teacher"] for row in rows if row.get("teacher")]
         if teachers:
             lines["teacher"] = _cells(teachers, quantities)
-            versus = _versus(rows, [key for key, *_ in quantities])
+            ratios = versus(rows, [key for key, *_ in quantities])
             lines["ours vs teacher"] = ["–" if value is None else f"{value:+.2f}".replace("-", "−") if key == "psnr"
-                                        else f"{value:.2f}×" for key, value in versus.items()]
+                                        else f"{value:.2f}×" for key, value in ratios.items()]
+        for texts in lines.values():
+            texts += [""] * (len(quantities) + with_targets - len(texts))
         body = [(f'<td class="name">{model}</td>' if with_teacher else "") + "".join(f"<td>{x}</td>" for x in texts)
                 for model, texts in lines.items()]
         page += f'<tbody><tr><td class="name" rowspan="{len(body)}">{cell}</td>{"</tr><tr>".join(body)}</tr></tbody>'
@@ -367,7 +363,7 @@ def _section(number, row, clean):
     return text + "</div>"
 
 
-def write_report(out_dir, rows, info):
+def write_report(out_dir, rows, info, targets=None):
     """Writes out_dir/metrics.json and out_dir/summary_report.html (self-contained); returns the path of the latter.
 
     rows: one dict an input: name, source, frames, fps, height, width, latent_shape, metrics (psnr in dB, ssim, lpips,
@@ -375,23 +371,21 @@ def write_report(out_dir, rows, info):
     peak_memory_mb, notes (list of str), videos ({label: path relative to out_dir}), latent_picture (such a path or
     None). An input that could not be read has name, source and failed (the reason) only. row["teacher"], if there,
     holds a teacher's metrics, times, memory and latent_error; the tables then show ours, the teacher's, and ours
-    against it: the difference for PSNR, the ratio for the others.
+    against it: the difference for PSNR, the ratio for the others. targets: as of `judge.parse_targets`; row["targets"]
+    is what `judge.judge` says of a row.
     info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says
     why LPIPS is missing.
-    metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values). NaN and infinity
-    are null there, and named in the row's notes. Raises OSError where it cannot write.
+    metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values; targets, judged on
+    the means). NaN and infinity are null there, and named in the row's notes. Raises OSError where it cannot write.
     """
     done = [row for row in rows if not row.get("failed")]
     teachers = [row["teacher"] for row in done if row.get("teacher")]
     others = sorted({key for row in done for key in row["metrics"]} - {key for key, *_ in QUANTITIES})
     quantities = QUANTITIES[:4] + [(key, key, "", ".4g") for key in others] + QUANTITIES[4:]
     quantities = quantities if teachers else quantities[:-1]
-    if not _values(done + teachers, "lpips"):
+    if not values(done + teachers, "lpips"):
         quantities = [quantity for quantity in quantities if quantity[0] != "lpips"]  # the note says why
-    keys = [key for key, *_ in quantities]
-    summary = {"inputs": len(rows), "failed": len(rows) - len(done), "ours": _statistics(done, keys),
-               "teacher": _statistics(teachers, keys) if teachers else None,
-               "versus_teacher": _versus(done, keys) if teachers else None}
+    summary = summarize(rows, [key for key, *_ in quantities] + ["seconds"], targets or {})
     clean_rows = []
     for row in rows:
         lost = []
@@ -412,17 +406,22 @@ def write_report(out_dir, rows, info):
         if row.get("failed"):
             failures += f'<p class="alarm">{link}: {html.escape(clean["failed"])}</p>'
         else:
-            inputs.append((link, [row]))
+            inputs.append((link, [row], row.get("targets", {}), ""))
+    met = f"{summary['inputs_that_met_targets']} of {len(done)} inputs met" if len(done) > 1 else ""
+    if len(done) > 1:
+        inputs.append(("mean ± deviation", done, summary["targets"], met))
     legend = "Mean ± sample standard deviation"
     if teachers:
         legend += "; ours vs teacher: difference for PSNR, ratio for the others, over the inputs that have both"
+    if targets:
+        legend += f". Targets: {in_words(targets)}, judged on the means and on each input"
     if clean_info.get("lpips_note"):
         legend += f'. {html.escape(clean_info["lpips_note"])}'
     path = os.path.join(out_dir, "summary_report.html")
     _write(path, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
            f'<h1>{title}</h1><dl>{facts}</dl><h2>Summary</h2>'
-           f'{_table("inputs", quantities, [(f"{len(done)} of {len(rows)}", done)])}<p class="soft">{legend}. '
+           f'{_table("inputs", quantities, [(f"{len(done)} of {len(rows)}", done, summary["targets"], met)])}<p class="soft">{legend}. '
            f'<a href="metrics.json">metrics.json</a></p><h2>Inputs</h2>'
            f'{_table("input", quantities, inputs)}{failures}{sections}</body></html>\n')
     return path

@@ -4,12 +4,14 @@ import json
 import os
 import sys
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 import codec
 import infer
-from conftest import write_clip
+from conftest import mistake, write_clip
 from model_taehv import TAEHV
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,3 +89,47 @@ def test_so_it_is_with_files_of_latents(command, monkeypatch, capsys):
     videos = os.listdir("inference_results/comparison_videos")
     assert "c_reconstructed.webm" in videos and not [name for name in videos if "part" in name]
     assert "1 of 3 inputs failed" in capsys.readouterr().err
+
+
+# ---- the table, the mean, targets ------------------------------------------------------------------------------------
+
+
+def test_targets_are_marked_and_the_last_row_is_the_mean(command, capsys):
+    clips = three_clips()
+    code, found = command("taehv.pth", *clips, "--targets", "mse=0.9,psnr=60,ssim=0.0")
+    rows, summary = found["rows"], found["summary"]
+    for row in rows:
+        assert row["seconds"] == pytest.approx(row["encode_seconds"] + row["decode_seconds"]) and row["seconds"] > 0
+        assert {key: one["met"] for key, one in row["targets"].items()} == {"mse": True, "psnr": False, "ssim": True}
+        assert row["targets"]["psnr"] == {"target": 60, "value": row["metrics"]["psnr"], "met": False}
+    mean = sum(row["metrics"]["psnr"] for row in rows) / 3
+    assert code == 0 and summary["ours"]["psnr"]["mean"] == pytest.approx(mean) and summary["ours"]["seconds"]["std"] > 0
+    assert summary["targets"]["psnr"]["met"] is False and summary["inputs_that_met_targets"] == 0
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("mean ± deviation")]
+    assert f"{mean:.2f}" in lines[at] and lines[at].endswith("missed PSNR (0 of 3 inputs met)")
+    assert f"±{summary['ours']['psnr']['std']:.2f}" in lines[at + 1] and "targets: MSE ≤ 0.9, PSNR ≥ 60" in lines[at + 2]
+    heading = next(line for line in lines if "PSNR dB" in line)
+    assert all(word in heading for word in ("MSE", "seconds", "targets"))
+    page = open("inference_results/summary_report.html", encoding="utf-8").read()
+    assert "mean ± deviation" in page and page.count('<span class="alarm">missed</span><small>PSNR</small>') == 5
+    assert "0 of 3 inputs met" in page
+
+    command("taehv.pth", clips[0])
+    printed = capsys.readouterr().out
+    assert "targets: MSE ≤ 0.005, PSNR ≥ 25, SSIM ≥ 0.85" in printed, "the defaults"
+    _, found = command("taehv.pth", clips[0], "--targets", "none")
+    assert "targets" not in capsys.readouterr().out and found["rows"][0]["targets"] == {}
+
+
+@pytest.mark.parametrize("text, words", [
+    ("psnr", "'psnr' is none of mse="), ("fid=3", "'fid=3' is none of"), ("mse=low", "'low' is no number"),
+    ("psnr=nan", "a number of 0 or more"), ("", "is none of"),
+])
+def test_bad_targets_are_one_line(capsys, monkeypatch, text, words):
+    assert words in mistake(capsys, monkeypatch, infer, "no.pth", "no.mp4", "--targets", text)
+
+
+def test_a_flat_clip_has_no_sharpness(command):
+    cv2.imwrite("black.png", np.zeros((32, 32, 3), np.uint8))
+    assert command("taehv.pth", "black.png")[1]["rows"][0]["metrics"]["sharpness"] is None
