@@ -21,9 +21,9 @@ class TeacherPass:
     of the first chunk. Also `count` (frames that came back), `encode_seconds`, `decode_seconds`, `encoded` (frames that
     went in, with padding), `peak_memory` (bytes), `notes`.
 
-    It is run whole, or, with `chunk` > 0, on that many frames at a time, each chunk by itself. A chunk is filled up to
-    1 + n * time_factor frames by repeating its last one, as causal video VAEs want it; the first frames that come back
-    stand for the first that went in.
+    It is run whole, or, with `chunk` > 0, on that many frames at a time, each chunk by itself. A chunk is filled up by
+    repeating its last frame to a number that the teacher takes (`Teacher.filled`); the first frames that come back stand
+    for the first that went in.
     """
 
     def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0):
@@ -51,7 +51,10 @@ class TeacherPass:
         time_factor, space_factor = self.factors
         height, width = clip[0].shape[:2]
         video = torch.from_numpy(np.stack(clip)).to(self.teacher.device).permute(0, 3, 1, 2)[None].float().div_(255)
-        video = torch.cat([video, video[:, -1:].expand(-1, (1 - len(clip)) % time_factor, -1, -1, -1)], 1)
+        missing = self.teacher.filled(len(clip), time_factor) - len(clip)
+        if missing and self.teacher.pools_pairs:
+            self.notes.append(f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or 8k + 1")
+        video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
         pad = (0, -width % space_factor, 0, -height % space_factor)
         video = F.pad(video.flatten(0, 1), pad, mode="replicate")[None]
         latents, seconds = self.timed(self.teacher.encode, video)

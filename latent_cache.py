@@ -29,11 +29,13 @@ import checkpoint
 import data as datasets
 from data import DataError
 from device import DeviceError, default_workers, describe, pick_device, pick_precision, tune
+from model_taehv import check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
 from teachers import KINDS, TeacherError, load_teacher
 
 FORMAT = 1
 STORED = {"float16": np.float16, "bfloat16": np.uint16}
+OF_COGVIDEOX = re.compile(r"AutoencoderKLCogVideoX|\(taecvx\)|variant taecvx")  # names in caches without pools_pairs
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -42,8 +44,9 @@ STORED = {"float16": np.float16, "bfloat16": np.uint16}
 class LatentCache:
     """A finished cache, memory-mapped. DataError, in one line, if it is partial, damaged or no cache.
 
-    `frames`, `size`, `latent_shape` (T', C, h, w), `teacher` (spec, name, fingerprint, precision), `origins` (a dict
-    for each clip: file, first, spacing, crop, flip). `problem` reads everything once and compares checksums.
+    `frames`, `size`, `latent_shape` (T', C, h, w), `teacher` (spec, name, fingerprint, precision, pools_pairs),
+    `origins` (a dict for each clip: file, first, spacing, crop, flip). `problem` reads everything once and compares
+    checksums, `check_alignment` says whether its latents and a model's belong together.
     """
 
     def __init__(self, path):
@@ -100,6 +103,21 @@ class LatentCache:
                 return (f"latent cache {self.path}: {os.path.basename(name)} is damaged (its checksum does not match): "
                         f"remove shard_{i:05d}.json and run its latent_cache.py command again")
         return ""
+
+    def check_alignment(self, model):
+        """DataError unless latents and frames stand to each other as a TAEHV's do."""
+        pairs = self.teacher.get("pools_pairs", True if OF_COGVIDEOX.search(str(self.teacher.get("name"))) else None)
+        try:
+            if pairs:
+                check_cogvideox_frames(self.frames)
+            model.aligned(self.frames, self.latent_shape[0])
+        except ValueError as error:
+            raise DataError(f"latent cache {self.path}: {error}: build another") from None
+        taehv = getattr(model, "taehv", model)
+        if pairs is not None and pairs != taehv.is_cogvideox and self.latent_shape[0] % 2 == 0:
+            way_out = "variant=taecvx" if pairs else "another variant than taecvx"
+            raise DataError(f"latent cache {self.path}: {self.latent_shape[0]} latents of {self.teacher['name']} stand "
+                            f"for other frames than those of variant {taehv.variant}: set {way_out}")
 
     def read(self, indices):
         """{"video": uint8 N T 3 H W (memory order N T H W 3), "latents": N T' C h w, as stored, "notes": []}"""
@@ -254,7 +272,7 @@ def plan_cache(options, teacher, dtype, sources):
     return dict(
         format=FORMAT, complete=False, clips=options.clips, shard_clips=options.shard_clips, frames=frames, size=size,
         teacher=dict(spec=teacher.spec, name=teacher.name, fingerprint=teacher.fingerprint,
-                     precision=str(dtype).removeprefix("torch.")),
+                     pools_pairs=teacher.pools_pairs, precision=str(dtype).removeprefix("torch.")),
         latents=list(latents.shape[1:]), latent_dtype=options.latent_dtype,
         sampling=dict(seed=options.seed, min_frame_delta=options.min_frame_delta, flip=options.flip,
                       max_frame_delta=options.max_frame_delta, random_crop=options.random_crop,
@@ -320,6 +338,7 @@ def build(options):
     rank, world, control = start_ranks(device, timeout_minutes=24 * 60)  # ranks meet only at the ends
     say = print if rank == 0 else lambda *_: None
     teacher = load_teacher(options.teacher, device, dtype)
+    teacher.check_frames(options.frames)
     sources, refused = from_rank_0(control, lambda: datasets.probe(datasets.find_sources(options.data,
                                                                                          options.data_root)))
     for path, reason in refused:

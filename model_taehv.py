@@ -299,15 +299,28 @@ class TAEHV(nn.Module):
         self.encoder = build_encoder(self.patch_size, self.latent_channels, pooling)
         build = build_super_decoder if self.arch_variant == "super" else build_decoder
         self.decoder = build(self.patch_size, self.latent_channels, growth, space)
-        init_weights(self.encoder, self.decoder, self.patch_size, self.frame_places,
-                     shift=0 if self.is_h3 else self.time_factor - 1)
+        self.fresh_weights()
         self.gradient_checkpointing = False
         self.quick_step = importlib.util.find_spec("step_taehv") is not None  # where gradients are wanted
         self.config = dict(variant=variant, patch_size=self.patch_size, latent_channels=self.latent_channels,
                            encoder_time_downscale=list(pooling), decoder_time_upscale=list(growth),
                            decoder_space_upscale=[s == 2 for s in space], arch_variant=self.arch_variant)
 
+    def fresh_weights(self, frames=1):
+        """New weights that begin as `init_weights` says, for clips of `frames` frames. That matters to CogVideoX alone:
+        an even number of latents is not trimmed, so that decoded frames stand for others than in an odd number. At
+        64 px, 16 frames begin at 17.7 dB, where weights for 17 frames give 15.9; 17 frames at 17.7, where weights for
+        16 give 17.1 (16 clips of four real videos)."""
+        untrimmed = self.is_h3 or self.is_cogvideox and self.latent_frames(frames) % 2 == 0
+        init_weights(self.encoder, self.decoder, self.patch_size, self.frame_places,
+                     shift=0 if untrimmed else self.time_factor - 1)
+
     # ---- frame counts and alignment: here, and nowhere else -------------------------------------------------------
+
+    def check_frames(self, frames):
+        """ValueError if the big VAE of these latents does not take clips of `frames` frames."""
+        if self.is_cogvideox:
+            check_cogvideox_frames(frames)
 
     def latent_frames(self, frames):
         """How many latents `frames` input frames give."""
@@ -342,10 +355,12 @@ class TAEHV(nn.Module):
         the family ends with input frame k * time_factor, as in causal video VAEs). The second: so many frames of
         `decode(teacher's latents)`, from the start, stand for input frames; `targets(video)[:, :count]` are these.
         A teacher may have one latent more than `encode` where it repeats the last frame to fill up a group (12 frames
-        as 13). ValueError for counts that cannot belong together.
+        as 13). ValueError for counts that cannot belong together, or that the big VAE does not take.
         """
+        self.check_frames(frames)
         own = self.latent_frames(frames)
-        if latents != own and not (latents == own + 1 and own * self.time_factor == frames):
+        repeats_last = latents == own + 1 and own * self.time_factor == frames and not self.is_cogvideox
+        if latents != own and not repeats_last:
             raise ValueError(f"the teacher gives {latents} latents for {frames} frames, and variant {self.variant} "
                              f"{own}: they do not belong together")
         return own, sum(i < frames for i in self.frame_index(frames, latents))
@@ -622,6 +637,19 @@ def take(pieces, size):
 def join(empty, pieces):
     """Pieces N t C H W one after the other; `empty`, N 0 C H W, if there are none."""
     return pieces[0] if len(pieces) == 1 else torch.cat([empty, *pieces], 1)
+
+
+def check_cogvideox_frames(frames):
+    """ValueError for a number of frames that CogVideoX's VAE does not take: it takes 8k and 8k + 1.
+
+    It halves time twice. An odd number keeps its first frame alone, as Wan's VAE does: 9 frames give latents of frame
+    0, frames 1-4 and 5-8. An even number is halved from the start: 8 frames give latents of frames 0-3 and 4-7. Its
+    decoder goes by the number of latents alone, so that 12 frames (latents of 0-3, 4-7 and 8-11) come back as 9 frames
+    that are up to three frames off. Measured on diffusers' AutoencoderKLCogVideoX, one input frame perturbed at a time.
+    """
+    if frames % 8 > 1:
+        lower = frames // 8 * 8 + 1
+        raise ValueError(f"CogVideoX's VAE takes 8k or 8k + 1 frames, say {lower} or {lower + 7}, not {frames}")
 
 
 def strides(value, name):

@@ -10,6 +10,10 @@
     video = teacher.decode(latents)                        # -> N T" 3 H W in [0, 1], float32
 
 Latents are what the diffusion model consumes: a diffusers class's own scale and shift are applied here.
+
+A teacher whose `pools_pairs` is True halves time as CogVideoX's VAE does, and takes 8k or 8k + 1 frames (why: see
+check_cogvideox_frames in model_taehv.py). That is known of diffusers classes and TAEHVs; what python: or torchscript:
+gives may say so by an attribute of that name.
 """
 import difflib
 import importlib.util
@@ -19,6 +23,7 @@ import warnings
 import torch
 
 import checkpoint
+from model_taehv import check_cogvideox_frames
 
 KINDS = "taehv:FILE, torchscript:FILE, python:FILE.py:FUNCTION or diffusers:CLASS:FOLDER"
 
@@ -29,11 +34,28 @@ class TeacherError(Exception):
 
 class Teacher:
     """An autoencoder behind two calls that check what comes out. `spec` is how it was asked for, `name` what it is,
-    `fingerprint` a hash of its weights (of its source, where it shows none)."""
+    `fingerprint` a hash of its weights (of its source, where it shows none), `pools_pairs` True, False or, where it
+    does not say, None (see above)."""
 
     def __init__(self, spec, name, source, encode, decode, fingerprint, device, dtype):
         self.spec, self.name, self.fingerprint = spec, name, fingerprint
         self.source, self._encode, self._decode, self.device, self.dtype = source, encode, decode, device, dtype
+        self.pools_pairs = getattr(source, "pools_pairs", None)
+
+    def check_frames(self, frames):
+        """TeacherError if it does not take clips of `frames` frames."""
+        try:
+            if self.pools_pairs:
+                check_cogvideox_frames(frames)
+        except ValueError as error:
+            raise TeacherError(f"teacher {self.spec}: {error}") from None
+
+    def filled(self, frames, time_factor):
+        """The least number of frames from `frames` on that it takes: 1 + n * time_factor as causal video VAEs want it,
+        8k or 8k + 1 where it pools pairs."""
+        if self.pools_pairs:
+            return frames if frames % 8 <= 1 else frames + -frames % 8
+        return frames + (1 - frames) % time_factor
 
     @torch.no_grad()
     def encode(self, video):
@@ -74,6 +96,7 @@ def load_teacher(spec, device="cpu", dtype=torch.float32):
 def load_taehv(_, path):
     """FILE: what `checkpoint.load_model` takes."""
     model, words = checkpoint.load_model(path)
+    model.pools_pairs = getattr(getattr(model, "taehv", model), "is_cogvideox", False)
     return words, model, model.encode, model.decode, str(model.config)
 
 
@@ -134,6 +157,7 @@ def load_diffusers(spec, rest):
         model = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise TeacherError(f"teacher {spec}: {folder!r} cannot be loaded ({checkpoint.first_line(error)})") from None
+    model.pools_pairs = name == "AutoencoderKLCogVideoX"
     config = model.config
     scale = getattr(config, "scaling_factor", None) or 1.0
     mean, std = (getattr(config, key, None) for key in ("latents_mean", "latents_std"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+import compare
 import config
 import data
 import infer
@@ -49,6 +50,25 @@ class Revealing:
         return F.interpolate(video, scale_factor=8).unflatten(0, (len(latents), -1))
 def make():
     return Revealing()
+"""
+
+
+# Halves time twice as CogVideoX's VAE does: an odd number of frames keeps its first alone.
+PAIRS = """
+import torch
+import torch.nn.functional as F
+class Pairs:
+    pools_pairs = True
+    def encode(self, video):
+        for _ in range(2):
+            first, rest = video[:, :video.shape[1] % 2], video[:, video.shape[1] % 2:]
+            video = torch.cat([first, rest.unflatten(1, (-1, 2)).mean(2)], 1)
+        return F.avg_pool3d(video, (1, 8, 8)).repeat(1, 1, 6, 1, 1)[:, :, :16]
+    def decode(self, latents):
+        video = latents[:, :, :3].repeat_interleave(4, 1)[:, 3 if latents.shape[1] % 2 else 0:].flatten(0, 1)
+        return F.interpolate(video, scale_factor=8).unflatten(0, (len(latents), -1))
+def make():
+    return Pairs()
 """
 
 
@@ -240,7 +260,8 @@ def test_diffusers_teachers(name, clips, tmp_path, monkeypatch):
     model = getattr(diffusers, name)(**small).eval()
     model.save_pretrained(tmp_path / "pipeline" / "vae")
     spec = f"diffusers:{name}:{tmp_path / 'pipeline'}"
-    assert build(tmp_path / "c", monkeypatch, "--teacher", spec, "--data", clips, *SMALL, "--clips", "2") == 0
+    asked = ["--teacher", spec, "--data", clips, *SMALL, "--clips", "2", "--frames", "9"]
+    assert build(tmp_path / "c", monkeypatch, *asked) == 0
     kept = latent_cache.LatentCache(tmp_path / "c")
     batch = kept.read([0, 1])
     assert kept.latent_shape == (3, 16, 4, 4)
@@ -270,8 +291,137 @@ def test_counts_that_belong_together():
     for frames, latents in ((12, 2), (12, 5), (13, 5), (9, 2)):
         with pytest.raises(ValueError, match="do not belong together"):
             model.aligned(frames, latents)
-    assert TAEHV("taecvx").aligned(8, 2) == (2, 8)
+    model = TAEHV("taecvx")
+    for frames, latents in ((1, 1), (8, 2), (9, 3), (16, 4), (17, 5)):
+        assert model.aligned(frames, latents) == (latents, frames)
+    for frames, latents in ((4, 1), (5, 2), (12, 3), (13, 4)):
+        with pytest.raises(ValueError, match=f"8k or 8k \\+ 1 frames, say .*, not {frames}$"):
+            model.aligned(frames, latents)
+    with pytest.raises(ValueError, match="do not belong together"):
+        model.aligned(8, 3)
     assert TAEHV("taeltx_2").aligned(9, 2) == (2, 9)
+
+
+def groups(model, frames, latents):
+    """For each latent the input frames that what is decoded from it stands for."""
+    assert model.aligned(frames, latents) == (latents, frames)
+    sizes = [model.t_upscale] * latents
+    if len(model.frame_index(frames, latents)) % model.t_upscale:
+        sizes[0] -= model.frames_to_trim
+    index = iter(model.frame_index(frames, latents))
+    return [[next(index) for _ in range(size)] for size in sizes]
+
+
+def test_latents_pooled_in_pairs_stand_for_the_frames_that_they_hold(tmp_path):
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    pairs, model = load_teacher(f"python:{tmp_path / 'pairs.py'}:make"), TAEHV("taecvx")
+    for frames in (1, 8, 9, 16, 17):
+        pairs.check_frames(frames)
+        moved = torch.eye(frames)[:, :, None, None, None].expand(-1, -1, 3, 8, 8)  # in clip t frame t differs from 0
+        held = pairs.encode(moved)[:, :, 0, 0, 0].T > 0  # latents x frames
+        assert [row.nonzero().flatten().tolist() for row in held] == groups(model, frames, len(held))
+        assert pairs.decode(pairs.encode(moved)).shape[1] == frames
+    for frames, filled in ((1, 1), (2, 8), (8, 8), (9, 9), (10, 16), (12, 16), (17, 17)):
+        assert pairs.filled(frames, 4) == filled
+        if frames != filled:
+            with pytest.raises(TeacherError, match="8k or 8k"):
+                pairs.check_frames(frames)
+
+
+def test_counts_that_cogvideox_does_not_take_are_refused_before_any_work(clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    (tmp_path / "silent.py").write_text(PAIRS.replace("pools_pairs = True", "pass"))
+    asked = ["--data", clips, *SMALL, "--clips", "2"]
+
+    def made(name, *more, code=0):
+        assert build(tmp_path / name, monkeypatch, "--teacher", f"python:{name[:-2]}.py:make", *asked, *more) == code
+        return tmp_path / name
+
+    assert not made("pairs12", code=2).exists()
+    assert "8k or 8k + 1 frames, say 9 or 16, not 12" in capsys.readouterr().err
+    error = refused("", monkeypatch, capsys, "latent_cache=", "variant=taecvx", f"data={clips}")
+    assert error.startswith("train.py: frames=12 with variant=taecvx: CogVideoX's VAE takes 8k or 8k + 1 frames")
+    even, odd, silent = made("pairs16", "--frames", "16"), made("pairs17", "--frames", "17"), made("silent12")
+    capsys.readouterr()
+    plain, cogvideox = TAEHV(), TAEHV("taecvx")
+    for folder, model in ((even, cogvideox), (odd, cogvideox), (odd, plain), (silent, plain)):
+        latent_cache.LatentCache(folder).check_alignment(model)
+    assert "stand for other frames than those of variant taehv: set variant=taecvx" in refused(
+        even, monkeypatch, capsys, "frames=16")
+    with pytest.raises(data.DataError, match="say 9 or 16, not 12: build another"):
+        latent_cache.LatentCache(silent).check_alignment(cogvideox)
+    index = json.load(open(silent / "index.json"))  # as caches were made before they told
+    index["teacher"] = {**index["teacher"], "name": "diffusers AutoencoderKLCogVideoX"}
+    del index["crc32"], index["teacher"]["pools_pairs"]
+    latent_cache.write_index(silent, index)
+    assert "say 9 or 16, not 12: build another" in refused(silent, monkeypatch, capsys)
+
+
+def test_a_teacher_that_pools_pairs_gets_frames_that_it_takes(tmp_path):
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    source = data.Source(write_clip(str(tmp_path / "a.mp4"), frames=12, height=32, width=32), "a.mp4")
+    pairs = load_teacher(f"python:{tmp_path / 'pairs.py'}:make")
+    whole = compare.TeacherPass(pairs, source, 12, 4, 8)
+    assert (whole.encoded, whole.count, len(whole.latents)) == (16, 12, 4)
+    assert whole.notes == ["teacher: the last of 12 frames was repeated (4 x): it takes 8k or 8k + 1"]
+    parts = compare.TeacherPass(pairs, source, 12, 4, 8, chunk=9)
+    assert (parts.encoded, parts.count, len(parts.latents)) == (9 + 8, 12, 3)
+
+
+@pytest.mark.parametrize("frames", [16, 17])
+def test_fresh_weights_of_cogvideox_keep_the_colours_of_the_frames_that_they_stand_for(frames):
+    settings = ["taehv", "variant=taecvx", f"frames={frames}", "size=32", "data=demo"]
+    cfg = config.load_config(settings)
+    model, _ = train.make_model(cfg, [data.Bucket(*b) for b in config.parse_buckets(cfg)])
+    video = torch.rand(1, frames, 3, 1, 1).expand(-1, -1, -1, 32, 32)  # each frame of one colour
+    with torch.no_grad():
+        output = model.eval()(video)[0]
+    error = (output - video).abs().mean((2, 3, 4))[0]
+    assert error.max() < 0.12, error
+
+
+SMALL_VAES = {
+    "AutoencoderKLCogVideoX": dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),
+    "AutoencoderKLHunyuanVideo": dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),
+    "AutoencoderKLWan": dict(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+    "AutoencoderKLLTXVideo": dict(latent_channels=8, block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+                                  decoder_block_out_channels=(8,) * 4, decoder_layers_per_block=(1,) * 5),
+    "AutoencoderKLLTX2Video": dict(latent_channels=8, block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
+                                   decoder_block_out_channels=(8,) * 3, decoder_layers_per_block=(1,) * 4),
+}
+
+
+@pytest.mark.parametrize("name, variant, counts", [
+    ("AutoencoderKLCogVideoX", "taecvx", (8, 9)), ("AutoencoderKLHunyuanVideo", "taehv", (9,)),
+    ("AutoencoderKLWan", "taew2_1", (9,)), ("AutoencoderKLLTXVideo", "taeltx_2", (9, 17)),
+    ("AutoencoderKLLTX2Video", "taeltx_2", (9, 17))])
+def test_a_latent_ends_with_the_last_frame_that_it_stands_for(name, variant, counts):
+    """In diffusers' own networks, without their norms, which look at all frames: they are causal, so the last frame
+    that moves a latent is where it ends, and the first frame that a latent moves is where its frames begin."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae, model = getattr(diffusers, name)(**SMALL_VAES[name]).eval(), TAEHV(variant)
+    for module in list(vae.modules()):
+        for child, norm in list(module.named_children()):
+            if isinstance(norm, torch.nn.GroupNorm):
+                setattr(module, child, torch.nn.Identity())
+    size = 64 if "LTX2" in name else 32 if "LTX" in name else 16
+    for frames in counts:
+        video = torch.rand(1, 3, frames, size, size)
+        moved = video + 0.5 * torch.eye(frames)[:, None, :, None, None]  # frames x 3 x frames: one moved in each
+        with torch.no_grad():
+            latents = vae.encode(video).latent_dist.mode()
+            touched = (vae.encode(moved).latent_dist.mode() - latents).abs().amax((1, 3, 4)) > 1e-6  # frames x latents
+        standing = groups(model, frames, latents.shape[2])
+        assert [row.nonzero().max().item() for row in touched.T] == [group[-1] for group in standing]
+        if "LTX" in name:  # whose decoders are not causal
+            continue
+        moved = latents + torch.eye(len(standing))[:, None, :, None, None]
+        with torch.no_grad():
+            touched = (vae.decode(moved).sample - vae.decode(latents).sample).abs().amax((1, 3, 4)) > 1e-6
+        assert touched.shape == (len(standing), frames)
+        assert [row.nonzero().min().item() for row in touched] == [group[0] for group in standing]
 
 
 @pytest.mark.parametrize("latents", [3, 4])

@@ -277,11 +277,19 @@ def make_model(cfg, buckets):
         if size % model.space_factor:
             raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
                               f"{model.space_factor}")
+    if cfg.model == "taehv" and not cfg.latent_cache:  # with a cache, find_cached_clips looks
+        for bucket in buckets:
+            try:
+                model.check_frames(bucket.frames)
+            except ValueError as error:
+                raise ConfigError(f"frames={bucket.frames} with variant={cfg.variant}: {error}") from None
     if not cfg.init_from:
         if cfg.model == "vq_latents":
             raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
         if cfg.init == "pytorch":
             pytorch_weights(model)
+        elif cfg.variant == "taecvx" and cfg.model == "taehv":
+            model.fresh_weights(buckets[0].frames)
         return model, "from scratch"
     source, words = checkpoint.load_model(cfg.init_from)
     target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
@@ -403,10 +411,7 @@ def find_cached_clips(cfg, model, rank, world, control):
                 or width * model.space_factor != cache.size:
             raise ConfigError(f"latent_cache={cache.path}: latents {cache.latent_shape} of {cache.size} pixels do not "
                               f"fit variant={cfg.variant} ({model.latent_channels} channels, 1/{model.space_factor})")
-        try:
-            model.aligned(cache.frames, latents)
-        except ValueError as error:
-            raise ConfigError(f"latent_cache={cache.path}: {error}") from None
+        cache.check_alignment(model)
         if cache.fingerprint != caches[0].fingerprint:
             raise ConfigError(f"val_data={cache.path} holds latents of another teacher than {cfg.latent_cache}")
     limit = val_limit(cfg, caches[0].frames)
