@@ -135,10 +135,10 @@ def published(blocks, x):
     """An encoder or decoder by the published file's whole-clip routine, which is retyped here: N T C H W to
     N T' C' H' W', in the layout as it comes; the frames before are padded and concatenated, and space is enlarged
     before time grows."""
-    from model_taehv import MemBlock, SuperMemBlock, TGrow, TPool
+    from model_taehv import MEMORY_BLOCKS, TGrow, TPool
     n, x = len(x), x.flatten(0, 1)
     for block in blocks:
-        if isinstance(block, (MemBlock, SuperMemBlock)):
+        if isinstance(block, MEMORY_BLOCKS):
             frames = x.unflatten(0, (n, -1))
             x = block(x, F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1].flatten(0, 1))
         elif isinstance(block, TPool):

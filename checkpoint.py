@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 from model_dcae import DCAE, load_dcae
-from model_taehv import TAEHV, VARIANTS, adapt_state_dict, load_taehv
+from model_taehv import TAEHV, adapt_state_dict, load_taehv, look_alikes
 from model_vq_latents import VQLatents
 from model_vqgan import VQGAN, load_vqgan
 from model_vqvae import VQVAE2, VqVae2, load_vqvae
@@ -128,7 +128,7 @@ def load_foreign(path, variant, overrides):
     if "encoder.project_out." in names:
         return load_dcae(path), "Video DC-AE"
     model = load_taehv(path, variant or about.get("variant"), **overrides)
-    others = [v for v, row in VARIANTS.items() if row == VARIANTS[model.variant] and v != model.variant]
+    others = look_alikes(model.variant)
     doubt = f" (by name or default: {', '.join(others)} look alike)" if others and not variant else ""
     return model, f"weights of variant {model.variant}{doubt}"
 

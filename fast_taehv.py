@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model_taehv import TAEHV, MemBlock, SuperMemBlock, TPool
+from model_taehv import MEMORY_BLOCKS, TAEHV, MemBlock, TPool
 
 BAND = 1 << 22  # numbers of a full-size map that exist at a time: bounds memory, costs no time (1 << 17 costs 5 %)
 
@@ -134,7 +134,9 @@ class Memory:
         return batch
 
 
-class SuperMemory:
+class WholeMemory:
+    """A memory block as it is: of a super or wide decoder, or with LeakyReLU, which oneDNN does not add and apply."""
+
     def __init__(self, block):
         self.block = block
 
@@ -267,10 +269,10 @@ def build_steps(blocks):
             last = followed_by(nn.ReLU, nn.Conv2d)
             steps.append(GrowConv(int(layer.scale_factor), grow, behind, blocks[1] if last else None))
             blocks = [] if last else blocks
-        elif isinstance(layer, MemBlock):
+        elif isinstance(layer, MemBlock) and isinstance(layer.act, nn.ReLU):
             steps.append(Memory(layer))
         else:
-            steps.append(SuperMemory(layer) if isinstance(layer, SuperMemBlock) else Plain(layer))
+            steps.append(WholeMemory(layer) if isinstance(layer, MEMORY_BLOCKS) else Plain(layer))
     return steps
 
 

@@ -33,7 +33,36 @@ VARIANTS = {
     "taehv1_5_super": (2, 32, (2, 2, 1), (1, 2, 2), "super"),
     "taeltx_2":       (4, 128, (2, 2, 2), (2, 2, 2), None),    # LTX-2
     "taeltx2_3":      (4, 128, (2, 2, 2), (2, 2, 2), None),    # LTX-2.3
+    "taeltx2_3_wide": (4, 128, (2, 2, 2), (2, 2, 2), "wide"),
     "taeh3":          (2, 24, (2, 2, 1), (1, 2, 2), None),     # MiniMax H3: chunks of 17 frames <-> 5 latents
+    "lighttaew2_1":   (1, 16, (2, 2, 1), (1, 2, 2), None),     # LightX2V's: see RELATIVES
+    "lighttaew2_2":   (2, 48, (2, 2, 1), (1, 2, 2), None),
+    "lighttaehy1_5":  (2, 32, (2, 2, 1), (1, 2, 2), None),
+}
+ENCODER_WIDTHS = (64, 64, 64, 64)
+DECODER_WIDTHS = {None: (256, 128, 64, 64), "super": (512, 256, 128, 64), "wide": (1024, 512, 256, 64)}
+
+# What shapes do not tell of LightX2V's weights (github.com/ModelTC/LightX2V: tae.py, vae_tiny.py, lighttae_hy15.py):
+# the activation, the range of the pixels, and the mean and deviation of the big VAE's own latents. They were trained on
+# these latents, the others of the family on what the diffusion model consumes, (own - mean) / deviation. ComfyUI takes
+# lighttaehy1_5's latents times 1.03682, its authors the diffusion model's divided by it: so does this file.
+RELATIVES = {
+    "lighttaew2_1": dict(
+        mean=[-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+              0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+        deviation=[2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                   3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]),
+    "lighttaew2_2": dict(
+        mean=[-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+              0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+              -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+              -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
+        deviation=[0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+                   0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+                   0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+                   0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]),
+    "lighttaehy1_5": dict(activation="leaky_relu", output_range=(-1, 1),
+                          mean=[0.0] * 32, deviation=[1 / 1.03682] * 32),
 }
 H3_FRAMES, H3_LATENTS, H3_DROPPED = 17, 5, 3  # per chunk; the last three latents of a clip are dropped
 
@@ -49,31 +78,54 @@ class Clamp(nn.Module):
         return torch.tanh(x / 3) * 3
 
 
+def activate(name):
+    """The activation of that name: "relu", or "leaky_relu" with slope 0.2."""
+    return nn.LeakyReLU(0.2, inplace=True) if name == "leaky_relu" else nn.ReLU(inplace=True)
+
+
 class MemBlock(nn.Module):
     """Residual block that sees a frame and the one before it. x, past: (frames, C, H, W)."""
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in, n_out, activation="relu"):
         super().__init__()
-        self.conv = nn.Sequential(conv(n_in * 2, n_out), nn.ReLU(inplace=True),
-                                  conv(n_out, n_out), nn.ReLU(inplace=True), conv(n_out, n_out))
+        self.conv = nn.Sequential(conv(n_in * 2, n_out), activate(activation),
+                                  conv(n_out, n_out), activate(activation), conv(n_out, n_out))
         self.skip = nn.Conv2d(n_in, n_out, 1, bias=False) if n_in != n_out else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
+        self.act = activate(activation)
 
     def forward(self, x, past):
         return self.act(self.conv(torch.cat([x, past], 1)) + self.skip(x))
 
 
+class WideMemBlock(nn.Module):
+    """The wide decoder's memory block: 3x3 convolutions in groups of 64 channels, 1x1 convolutions between them."""
+
+    def __init__(self, n_f, activation="relu"):
+        super().__init__()
+        groups = max(1, n_f // 64)
+        self.conv = nn.Sequential(nn.Conv2d(n_f * 2, n_f, 1), activate(activation),
+                                  conv(n_f, n_f, groups=groups), activate(activation),
+                                  nn.Conv2d(n_f, n_f, 1), activate(activation), conv(n_f, n_f, groups=groups))
+        self.act = activate(activation)
+
+    def forward(self, x, past):
+        return self.act(self.conv(torch.cat([x, past], 1)) + x)
+
+
 class SuperMemBlock(nn.Module):
     """The super decoder's memory block: 7x7 depthwise convolution, then an inverted bottleneck."""
 
-    def __init__(self, n_f):
+    def __init__(self, n_f, activation="relu"):
         super().__init__()
         self.conv = nn.Sequential(nn.Conv2d(n_f * 2, n_f * 2, 7, padding=3, groups=n_f * 2, bias=False),
-                                  nn.Conv2d(n_f * 2, n_f * 4, 1), nn.ReLU(inplace=True),
+                                  nn.Conv2d(n_f * 2, n_f * 4, 1), activate(activation),
                                   nn.Conv2d(n_f * 4, n_f, 1, bias=False))
 
     def forward(self, x, past):
         return self.conv(torch.cat([x, past], 1)) + x
+
+
+MEMORY_BLOCKS = (MemBlock, WideMemBlock, SuperMemBlock)
 
 
 class TPool(nn.Module):
@@ -104,28 +156,27 @@ class TGrow(nn.Module):
         return x.permute(0, 3, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)  # the channels-last layout
 
 
-def build_encoder(patch_size, latent_channels, pooling):
-    layers = [conv(3 * patch_size ** 2, 64), nn.ReLU(inplace=True)]
-    for stride in pooling:
-        layers += [TPool(64, stride), conv(64, 64, stride=2, bias=False), *(MemBlock(64, 64) for _ in range(3))]
-    return nn.Sequential(*layers, conv(64, latent_channels))
+def build_encoder(patch_size, latent_channels, pooling, widths, activation):
+    layers = [conv(3 * patch_size ** 2, widths[0]), activate(activation)]
+    for n_in, n_out, stride in zip(widths, widths[1:], pooling):
+        layers += [TPool(n_in, stride), conv(n_in, n_out, stride=2, bias=False),
+                   *(MemBlock(n_out, n_out, activation) for _ in range(3))]
+    return nn.Sequential(*layers, conv(widths[-1], latent_channels))
 
 
-def build_decoder(patch_size, latent_channels, growth, space):
-    widths = [256, 128, 64, 64]
-    layers = [Clamp(), conv(latent_channels, widths[0]), nn.ReLU(inplace=True)]
+def build_decoder(patch_size, latent_channels, growth, space, widths, activation, wide=False):
+    layers = [Clamp(), conv(latent_channels, widths[0]), activate(activation)]
     for n_in, n_out, time, scale in zip(widths, widths[1:], growth, space):
-        layers += [*(MemBlock(n_in, n_in) for _ in range(3)),
-                   nn.Upsample(scale_factor=scale), TGrow(n_in, time), conv(n_in, n_out, bias=False)]
-    return nn.Sequential(*layers, nn.ReLU(inplace=True), conv(widths[-1], 3 * patch_size ** 2))
+        blocks = (WideMemBlock(n_in, activation) if wide else MemBlock(n_in, n_in, activation) for _ in range(3))
+        layers += [*blocks, nn.Upsample(scale_factor=scale), TGrow(n_in, time), conv(n_in, n_out, bias=False)]
+    return nn.Sequential(*layers, activate(activation), conv(widths[-1], 3 * patch_size ** 2))
 
 
-def build_super_decoder(patch_size, latent_channels, growth, space):
-    widths = [512, 256, 128, 64]
+def build_super_decoder(patch_size, latent_channels, growth, space, widths, activation):
     layers = [nn.Conv2d(latent_channels, widths[0], 1, bias=False)]
     for n_in, n_out, time, scale in zip(widths, widths[1:], growth, space):
-        layers += [*(SuperMemBlock(n_in) for _ in range(3)),
-                   conv(n_in, n_out * scale ** 2), nn.ReLU(inplace=True), nn.PixelShuffle(scale), TGrow(n_out, time)]
+        layers += [*(SuperMemBlock(n_in, activation) for _ in range(3)), conv(n_in, n_out * scale ** 2),
+                   activate(activation), nn.PixelShuffle(scale), TGrow(n_out, time)]
     return nn.Sequential(*layers, conv(widths[-1], 3 * patch_size ** 2))
 
 
@@ -140,19 +191,29 @@ def init_weights(encoder, decoder, patch_size, frame_places, shift):
     """
     for blocks in (encoder, decoder):
         for layer, following in zip(blocks, [*blocks[1:], None]):
-            block = isinstance(layer, (MemBlock, SuperMemBlock))
+            block = isinstance(layer, MEMORY_BLOCKS)
             for module in layer.modules():
                 if isinstance(module, nn.Conv2d):
-                    gain = 2 if block or isinstance(following, nn.ReLU) else 1
+                    gain = 2 if block or isinstance(following, (nn.ReLU, nn.LeakyReLU)) else 1
                     nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
             if block:
                 nn.init.zeros_(layer.conv[-1].weight)
     nn.init.constant_(decoder[-1].bias, 0.5)  # mid-grey, as the published training notebook starts
-    if isinstance(decoder[0], Clamp):  # the super decoder shuffles channels into pixels: it starts from random weights
+    if room_for_colours(encoder, decoder, 1, len(frame_places)):
         with torch.no_grad():
             carry_colours(encoder, decoder, patch_size ** 2, [place - shift for place in frame_places])
+
+
+def room_for_colours(encoder, decoder, frames, frames_out):
+    """Whether the layers can carry the colours of so many frames of a group, and give back `frames_out` frames. The
+    super decoder shuffles channels into pixels and the wide one's are in groups: these start from random weights."""
+    plain = isinstance(decoder[0], Clamp) and not any(isinstance(layer, WideMemBlock) for layer in decoder)
+    widths = [[layer.out_channels for layer in blocks[:-1] if isinstance(layer, nn.Conv2d)]
+              for blocks in (encoder, decoder)]
+    return (plain and 3 * frames <= max(3, encoder[-1].out_channels) and min(widths[0]) >= 6 * frames
+            and widths[1][0] >= 12 * frames - 6 and min(widths[1]) >= 6 * frames_out)
 
 
 def carry_colours(encoder, decoder, cell, places):
@@ -164,7 +225,7 @@ def carry_colours(encoder, decoder, cell, places):
     smooth = smooth[:, None] * smooth
     pools = [layer for layer in encoder if isinstance(layer, TPool)]
     group = math.prod(pool.stride for pool in pools)
-    frames = group if 3 * group <= encoder[-1].out_channels else 1
+    frames = group if room_for_colours(encoder, decoder, group, len(places)) else 1
 
     n = 6
     for i in range(6):
@@ -206,6 +267,15 @@ def carry_colours(encoder, decoder, cell, places):
             pass_on(layer, channels, smooth)
 
 
+def move_range(first, last):
+    """Let fresh layers for pixels in [0, 1] see them in [-1, 1]: the same results but at the frames' edges."""
+    with torch.no_grad():
+        first.weight.mul_(0.5)
+        first.bias.add_(first.weight.sum((1, 2, 3)))
+        last.weight.mul_(2)
+        last.bias.mul_(2).sub_(1)
+
+
 def pass_on(layer, channels, kernel=1.0, start=0):
     """Let a convolution's outputs from `start` on be these input channels, through `kernel`."""
     rows = list(range(start, start + len(channels)))
@@ -230,13 +300,13 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
     piecewise = not torch.is_grad_enabled() and x.device.type == "cpu"
     stretches = []
     for i, block in order:
-        if stretches and not any(isinstance(b, (MemBlock, SuperMemBlock)) for b in (block, stretches[-1][1][-1])):
+        if stretches and not any(isinstance(b, MEMORY_BLOCKS) for b in (block, stretches[-1][1][-1])):
             stretches[-1][1].append(block)
         else:
             stretches.append((i, [block]))
     for i, stretch in stretches if progress is None else progress(stretches):
         block = stretch[0]
-        if isinstance(block, (MemBlock, SuperMemBlock)):
+        if isinstance(block, MEMORY_BLOCKS):
             first = memory.get(i) if memory else None
             if first is None:
                 first = torch.zeros_like(x[:n])  # channels-last as x is, or the concatenations below lose the layout
@@ -259,18 +329,23 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
 class TAEHV(nn.Module):
     """One autoencoder of the family.
 
-    variant: a row of VARIANTS. The other arguments override its row: patch_size, latent_channels,
+    variant: a row of VARIANTS. The other arguments override what it stands for: patch_size, latent_channels,
     encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
-    decoder_space_upscale (three booleans), arch_variant (None or "super"). Upscaling that is switched off in the
-    decoder alone makes a cheaper preview of the same latents. ValueError for a combination that makes no sense.
+    decoder_space_upscale (three booleans), arch_variant (None, "super" or "wide": the decoder), encoder_widths and
+    decoder_widths (four channel counts each, from the first layer to the last), activation ("relu", or "leaky_relu"
+    with slope 0.2), output_range ((0, 1) or (-1, 1): the pixels that the layers see; video is in [0, 1] outside).
+    Upscaling that is switched off in the decoder alone makes a cheaper preview of the same latents. ValueError for a
+    combination that makes no sense.
     """
 
     def __init__(self, variant="taehv", patch_size=None, latent_channels=None, encoder_time_downscale=None,
-                 decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None):
+                 decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None, encoder_widths=None,
+                 decoder_widths=None, activation=None, output_range=None):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown TAEHV variant {variant!r}; there are {', '.join(VARIANTS)}")
         row_patch, row_channels, row_pooling, row_growth, row_arch = VARIANTS[variant]
+        relative = RELATIVES.get(variant, {})
         self.variant = variant
         self.patch_size = patch_size or row_patch
         self.latent_channels = latent_channels or row_channels
@@ -279,8 +354,25 @@ class TAEHV(nn.Module):
         growth = strides(decoder_time_upscale, "decoder_time_upscale") or row_growth
         space = strides(decoder_space_upscale, "decoder_space_upscale") or (2, 2, 2)
         self.arch_variant = arch_variant or row_arch
-        if self.arch_variant not in (None, "super"):
-            raise ValueError(f"unknown arch_variant {self.arch_variant!r}; there are None and 'super'")
+        if self.arch_variant not in DECODER_WIDTHS:
+            raise ValueError(f"unknown arch_variant {self.arch_variant!r}; there are None, 'super' and 'wide'")
+        self.encoder_widths = widths_of(encoder_widths, "encoder_widths") or ENCODER_WIDTHS
+        self.decoder_widths = widths_of(decoder_widths, "decoder_widths") or DECODER_WIDTHS[self.arch_variant]
+        if self.arch_variant == "wide" and any(n > 64 and n % (n // 64) for n in self.decoder_widths[:3]):
+            raise ValueError(f"decoder_widths {self.decoder_widths}: a wide decoder has groups of 64 channels, so that "
+                             "multiples of 64 are wanted")
+        self.activation = activation or relative.get("activation", "relu")
+        if self.activation not in ("relu", "leaky_relu"):
+            raise ValueError(f"unknown activation {self.activation!r}; there are 'relu' and 'leaky_relu'")
+        self.output_range = tuple(output_range or relative.get("output_range", (0, 1)))
+        if self.output_range not in ((0, 1), (-1, 1)):
+            raise ValueError(f"output_range {self.output_range}: (0, 1) or (-1, 1) is wanted")
+        mean, deviation = relative.get("mean"), relative.get("deviation")
+        if mean and len(mean) != self.latent_channels:
+            raise ValueError(f"variant {variant} has {len(mean)} latent channels, not {self.latent_channels}")
+        for name, values in (("latents_mean", mean), ("latents_std", deviation)):
+            values = values and torch.tensor(values).view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)  # the state_dict stays the published one
         self.time_factor = math.prod(pooling)
         self.space_factor = 8 * self.patch_size
         self.t_downscale, self.t_upscale = self.time_factor, math.prod(growth)  # the published names
@@ -296,15 +388,24 @@ class TAEHV(nn.Module):
         for g, f in zip(growth, full):
             self.frame_places = [p * f + k for p in self.frame_places for k in range(f - g, f)]
         self.is_h3, self.is_cogvideox = variant == "taeh3", variant == "taecvx"
-        self.encoder = build_encoder(self.patch_size, self.latent_channels, pooling)
-        build = build_super_decoder if self.arch_variant == "super" else build_decoder
-        self.decoder = build(self.patch_size, self.latent_channels, growth, space)
+        self.encoder = build_encoder(self.patch_size, self.latent_channels, pooling, self.encoder_widths,
+                                     self.activation)
+        decoder = self.patch_size, self.latent_channels, growth, space, self.decoder_widths, self.activation
+        self.decoder = (build_super_decoder(*decoder) if self.arch_variant == "super"
+                        else build_decoder(*decoder, wide=self.arch_variant == "wide"))
         self.fresh_weights()
         self.gradient_checkpointing = False
         self.quick_step = importlib.util.find_spec("step_taehv") is not None  # where gradients are wanted
         self.config = dict(variant=variant, patch_size=self.patch_size, latent_channels=self.latent_channels,
                            encoder_time_downscale=list(pooling), decoder_time_upscale=list(growth),
                            decoder_space_upscale=[s == 2 for s in space], arch_variant=self.arch_variant)
+        # What differs from the variant alone: checkpoints from before these arguments have none of them.
+        for name, default in (("encoder_widths", ENCODER_WIDTHS), ("decoder_widths", DECODER_WIDTHS[self.arch_variant]),
+                              ("activation", relative.get("activation", "relu")),
+                              ("output_range", relative.get("output_range", (0, 1)))):
+            value = getattr(self, name)
+            if value != default:
+                self.config[name] = value if isinstance(value, str) else list(value)
 
     def fresh_weights(self, frames=1):
         """New weights that begin as `init_weights` says, for clips of `frames` frames. That matters to CogVideoX alone:
@@ -314,6 +415,8 @@ class TAEHV(nn.Module):
         untrimmed = self.is_h3 or self.is_cogvideox and self.latent_frames(frames) % 2 == 0
         init_weights(self.encoder, self.decoder, self.patch_size, self.frame_places,
                      shift=0 if untrimmed else self.time_factor - 1)
+        if self.output_range == (-1, 1):
+            move_range(self.encoder[0], self.decoder[-1])
 
     # ---- frame counts and alignment: here, and nowhere else -------------------------------------------------------
 
@@ -402,7 +505,7 @@ class TAEHV(nn.Module):
         if self.is_h3:  # every chunk is a clip of its own, led by three black frames
             lead = H3_LATENTS * self.time_factor - H3_FRAMES
             video = F.pad(video.unflatten(1, (-1, chunk)).flatten(0, 1), (0, 0, 0, 0, 0, 0, lead, 0))
-        latents = self._run(self.encoder, self._unshuffle(video), progress=progress)
+        latents = self._normalised(self._run(self.encoder, self._unshuffle(video), progress=progress))
         if self.is_h3:
             latents = latents.unflatten(0, (n, -1)).flatten(1, 2)[:, :-H3_DROPPED]
         return latents
@@ -415,7 +518,7 @@ class TAEHV(nn.Module):
         return video if self.training else video.clamp(0, 1)
 
     def _decode(self, latents, progress=None):
-        video = self._run(self.decoder, latents, progress=progress)
+        video = self._run(self.decoder, self._own(latents), progress=progress)
         if self.is_h3:
             size = H3_LATENTS * self.t_upscale
             video = F.pad(video, (0, 0, 0, 0, 0, 0, 0, -video.shape[1] % size))
@@ -474,11 +577,22 @@ class TAEHV(nn.Module):
         """What `_run` gives, frame by frame."""
         yield from self._run(blocks, x, memory).split(1, 1)
 
+    # The borders of the layers: pixels in [0, 1] to what the encoder takes, and from what the decoder gives; latents as
+    # the encoder gives and the decoder takes them, and as the diffusion model has them.
+
     def _unshuffle(self, video):
+        video = video * 2 - 1 if self.output_range == (-1, 1) else video
         return F.pixel_unshuffle(video, self.patch_size) if self.patch_size > 1 else video
 
     def _shuffle(self, video):
-        return F.pixel_shuffle(video, self.patch_size) if self.patch_size > 1 else video
+        video = F.pixel_shuffle(video, self.patch_size) if self.patch_size > 1 else video
+        return (video + 1) / 2 if self.output_range == (-1, 1) else video
+
+    def _normalised(self, latents):
+        return latents if self.latents_std is None else (latents - self.latents_mean) / self.latents_std
+
+    def _own(self, latents):
+        return latents if self.latents_std is None else latents * self.latents_std + self.latents_mean
 
 
 class TAEHVStream:
@@ -510,7 +624,8 @@ class TAEHVStream:
     def _group(self, height, width, itemsize):
         if self.memory_limit is None:
             return 1
-        frame = 4 * 64 * itemsize * height * width // self.model.patch_size ** 2  # about four live maps of 64 channels
+        width = width * max(self.model.encoder_widths[0], self.model.decoder_widths[-1])
+        frame = 4 * itemsize * height * width // self.model.patch_size ** 2  # about four live maps of full size
         return max(1, int(self.memory_limit // (frame * self.model.time_factor)))
 
     @torch.no_grad()
@@ -532,7 +647,7 @@ class TAEHVStream:
     def _encode_group(self, frames):
         model = self.model
         if not model.is_h3:
-            return model._run(model.encoder, model._unshuffle(frames), self._encoder_memory)
+            return model._normalised(model._run(model.encoder, model._unshuffle(frames), self._encoder_memory))
         lead = H3_LATENTS * model.time_factor - H3_FRAMES
         latents = model._run(model.encoder, model._unshuffle(F.pad(frames, (0, 0, 0, 0, 0, 0, lead, 0))))
         if self._held_latents is not None:
@@ -581,7 +696,7 @@ class TAEHVStream:
 
     def _decode_group(self, latents):
         model, trim = self.model, self.model.frames_to_trim
-        for frame in model._frames(model.decoder, latents, self._decoder_memory):
+        for frame in model._frames(model.decoder, model._own(latents), self._decoder_memory):
             place, self._decoded = self._decoded, self._decoded + 1
             if model.is_h3:
                 if place % (H3_LATENTS * model.t_upscale) < trim:
@@ -663,14 +778,24 @@ def strides(value, name):
     return value
 
 
+def widths_of(value, name):
+    """Four channel counts; None stays None."""
+    if value is None:
+        return None
+    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(value) != 4 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in value):
+        raise ValueError(f"{name} takes four channel counts, such as {','.join(map(str, ENCODER_WIDTHS))}; got {value}")
+    return value
+
+
 # ---- weights -----------------------------------------------------------------------------------------------------
 
 
 def recognise(state_dict, name=""):
     """The TAEHV arguments that fit a state_dict, from its names and shapes: {"variant": ..., "patch_size": ..., ...}.
 
-    Plain, Wan 2.1, Open-Sora and CogVideoX weights look alike: `name` (a file's name) decides, and says "taehv" if it
-    holds none of these words. ValueError if these are no TAEHV weights.
+    Weights of several variants look alike (`look_alikes`): `name` (a file's name) decides, and if it holds none of
+    their names the first row of VARIANTS that fits. ValueError if these are no TAEHV weights.
     """
     def shape(key):
         if key not in state_dict:
@@ -678,16 +803,28 @@ def recognise(state_dict, name=""):
         return state_dict[key].shape
 
     arch = "super" if "decoder.0.weight" in state_dict else None
+    if arch is None and shape("decoder.3.conv.0.weight")[-1] == 1:
+        arch = "wide"
     patch = math.isqrt(shape("encoder.0.weight")[1] // 3)
     channels = shape("encoder.17.weight")[0]
     pooling = tuple(shape(f"encoder.{i}.conv.weight")[1] // shape(f"encoder.{i}.conv.weight")[0] for i in (2, 7, 12))
-    grow = [f"decoder.{i}.conv.weight" for i in ((7, 14, 21) if arch else (7, 13, 19))]
+    grow = [f"decoder.{i}.conv.weight" for i in ((7, 14, 21) if arch == "super" else (7, 13, 19))]
     growth = tuple(shape(key)[0] // shape(key)[1] for key in grow)
+    encoder_widths = tuple(shape(f"encoder.{i}.weight")[0] for i in (0, 3, 8, 13))
+    decoder_widths = ((shape("decoder.0.weight")[0], *(shape(key)[1] for key in grow)) if arch == "super"
+                      else tuple(shape(f"decoder.{i}.weight")[0] for i in (1, 8, 14, 20)))
     found = dict(patch_size=patch, latent_channels=channels, encoder_time_downscale=pooling,
-                 decoder_time_upscale=growth, arch_variant=arch)
+                 decoder_time_upscale=growth, arch_variant=arch, encoder_widths=encoder_widths,
+                 decoder_widths=decoder_widths)
     fitting = [v for v, row in VARIANTS.items() if row == (patch, channels, pooling, growth, arch)]
-    named = [v for v in sorted(fitting, key=len, reverse=True) if v in os.path.basename(name).lower()]
+    plain = "".join(filter(str.isalnum, os.path.basename(name).lower()))  # LightX2V also writes lighttae_hy1_5
+    named = [v for v in sorted(fitting, key=len, reverse=True) if v.replace("_", "") in plain]
     return dict(variant=(named or fitting or ["taehv"])[0], **found)
+
+
+def look_alikes(variant):
+    """The other variants whose weights have the same names and shapes: a file's name or `variant=` tells them apart."""
+    return [v for v, row in VARIANTS.items() if row == VARIANTS[variant] and v != variant]
 
 
 def adapt_state_dict(state_dict, model):

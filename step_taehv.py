@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model_taehv import MemBlock, SuperMemBlock, TGrow, TPool
+from model_taehv import MEMORY_BLOCKS, MemBlock, TGrow, TPool
 
 
 def run_blocks(blocks, video, checkpointing=False):
@@ -30,7 +30,7 @@ def run_blocks(blocks, video, checkpointing=False):
     x = video.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     while blocks:
         layer = blocks.pop(0)
-        if isinstance(layer, (MemBlock, SuperMemBlock)):
+        if isinstance(layer, MEMORY_BLOCKS):
             x = checkpoint(remember, layer, x, n, use_reentrant=False) if checkpointing else remember(layer, x, n)
         elif isinstance(layer, TPool):
             x = pool_conv([], layer, blocks.pop(0), x, n)
@@ -46,7 +46,7 @@ def run_blocks(blocks, video, checkpointing=False):
 
 def remember(block, x, n):
     """A memory block over all frames. x: (T * N, C, H, W), `n` clips."""
-    if isinstance(block, SuperMemBlock):
+    if not isinstance(block, MemBlock) or not isinstance(block.act, nn.ReLU):  # MemoryPass knows ReLU alone
         return block(x, torch.cat([torch.zeros_like(x[:n]), x[:-n]]))
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -55,7 +55,7 @@ def remember(block, x, n):
 
 
 class MemoryPass(torch.autograd.Function):
-    """A MemBlock of equal widths; everything is of one type."""
+    """A MemBlock of equal widths with ReLU; everything is of one type."""
 
     @staticmethod
     def forward(ctx, x, n, w1, b1, w2, b2, w3, b3):

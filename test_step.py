@@ -49,7 +49,8 @@ def error(ours, theirs):
 
 PREVIEWS = [{"decoder_time_upscale": (False, False)}, {"decoder_space_upscale": (True, False, True)}]
 CASES = [(v, {}) for v in ("taehv", "taew2_2", "taeltx_2", "taecvx", "taeh3", "taew2_2_super")] + [
-    ("taehv", changes) for changes in PREVIEWS]
+    ("taehv", changes) for changes in [*PREVIEWS, dict(activation="leaky_relu", output_range=(-1, 1))]] + [
+    ("taeltx2_3_wide", dict(decoder_widths=(128, 64, 32, 16)))]
 
 
 @pytest.mark.parametrize(("variant", "changes"), CASES)
