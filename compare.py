@@ -22,8 +22,8 @@ class TeacherPass:
     went in, with padding), `peak_memory` (bytes), `notes`.
 
     It is run whole, or, with `chunk` > 0, on that many frames at a time, each chunk by itself. A chunk is filled up by
-    repeating its last frame to a number that the teacher takes (`Teacher.filled`); the first frames that come back stand
-    for the first that went in.
+    repeating its last frame to a number that the teacher takes (`Teacher.filled`); the first frames that come back
+    stand for the first that went in.
     """
 
     def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0):
@@ -53,7 +53,8 @@ class TeacherPass:
         video = torch.from_numpy(np.stack(clip)).to(self.teacher.device).permute(0, 3, 1, 2)[None].float().div_(255)
         missing = self.teacher.filled(len(clip), time_factor) - len(clip)
         if missing and self.teacher.pools_pairs:
-            self.notes.append(f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or 8k + 1")
+            self.notes.append(f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or "
+                              "8k + 1")
         video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
         pad = (0, -width % space_factor, 0, -height % space_factor)
         video = F.pad(video.flatten(0, 1), pad, mode="replicate")[None]

@@ -17,10 +17,12 @@ gives may say so by an attribute of that name.
 """
 import difflib
 import importlib.util
+import json
 import os
 import warnings
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 from model_taehv import check_cogvideox_frames
@@ -137,9 +139,50 @@ def load_python(spec, rest):
         source
 
 
+# Classes whose pipelines normalise latents as `latent_scale` has it.
+DIFFUSERS = ("AutoencoderDC AutoencoderKL AutoencoderKLAllegro AutoencoderKLCogVideoX AutoencoderKLCosmos "
+             "AutoencoderKLFlux2 AutoencoderKLHunyuanImage AutoencoderKLHunyuanImageRefiner AutoencoderKLHunyuanVideo "
+             "AutoencoderKLHunyuanVideo15 AutoencoderKLLTX2Video AutoencoderKLLTXVideo AutoencoderKLMagvit "
+             "AutoencoderKLMiniMaxH3 AutoencoderKLMochi AutoencoderKLQwenImage AutoencoderKLQwenImage21 "
+             "AutoencoderKLWan AutoencoderTiny").split()
+
+
 def load_diffusers(spec, rest):
-    """CLASS:FOLDER. Scale, shift, mean and deviation as the class's config has them, as the pipelines apply them."""
+    """CLASS:FOLDER, of a video VAE or an image VAE (which takes frame by frame). The latents are normalised as the
+    pipelines do it before they hand them to the diffusion model, see `latent_scale`."""
     name, _, folder = rest.partition(":")
+    model = read_diffusers(spec, name, folder)
+    mean, std, scale = latent_scale(name, model)
+    images = not any(isinstance(module, torch.nn.Conv3d) for module in model.modules())
+    patch = 2 if name == "AutoencoderKLFlux2" else 1  # its pipeline folds 2x2 positions into channels
+    # LTX's later decoders take the noise that is left in the latents: none, as their pipelines have it by default.
+    noisy = getattr(model.config, "timestep_conditioning", False)
+
+    def encode(video):
+        posterior = model.encode((video.flatten(0, 1) if images else video.transpose(1, 2)) * 2 - 1)
+        if hasattr(posterior, "latent_dist"):
+            latents = posterior.latent_dist.mode()
+        else:
+            latents = posterior.latents if hasattr(posterior, "latents") else posterior.latent
+        if images:
+            latents = F.pixel_unshuffle(latents, patch).unflatten(0, video.shape[:2])
+        else:
+            latents = latents.transpose(1, 2)
+        latents = (latents - per_channel(mean, latents)) * scale
+        return latents if std is None else latents / per_channel(std, latents)
+
+    def decode(latents):
+        raw = (latents if std is None else latents * per_channel(std, latents)) / scale + per_channel(mean, latents)
+        raw = F.pixel_shuffle(raw.flatten(0, 1), patch) if images else raw.transpose(1, 2)
+        video = model.decode(raw, temb=raw.new_zeros(len(raw))).sample if noisy else model.decode(raw).sample
+        return ((video.unflatten(0, latents.shape[:2]) if images else video.transpose(1, 2)) + 1) / 2
+
+    return f"diffusers {name}", model, encode, decode, f"{name} {mean} {std} {scale}"
+
+
+def read_diffusers(spec, name, folder):
+    """The autoencoder in a folder; TeacherError for another class than it was saved from, or for weights that do not
+    fit, which diffusers itself fills up with random ones."""
     try:
         import diffusers
     except ImportError:
@@ -148,34 +191,55 @@ def load_diffusers(spec, rest):
         close = difflib.get_close_matches(name, [n for n in dir(diffusers) if n.startswith("Autoencoder")], n=1)
         meant = f" (did you mean {close[0]}?)" if close else ""
         raise TeacherError(f"teacher {spec}: diffusers {diffusers.__version__} has no class {name!r}{meant}")
+    if name not in DIFFUSERS:
+        raise TeacherError(f"teacher {spec}: how the latents of {name} are scaled is not known here: give it as "
+                           "python:FILE.py:FUNCTION, with an encode and a decode that scale them")
     if os.path.isfile(os.path.join(folder, "vae", "config.json")):  # a whole pipeline's folder
         folder = os.path.join(folder, "vae")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise TeacherError(f"teacher {spec}: {folder!r} holds no config.json: download the model's vae folder first")
     diffusers.utils.logging.set_verbosity_error()  # advice on packages that nothing here needs
     try:
-        model = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            saved_from = json.load(file).get("_class_name", name)
+        if saved_from != name:
+            raise TeacherError(f"teacher {spec}: {folder!r} holds an {saved_from}: ask for diffusers:{saved_from}:...")
+        model, info = getattr(diffusers, name).from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False,
+                                                               output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise TeacherError(f"teacher {spec}: {folder!r} cannot be loaded ({checkpoint.first_line(error)})") from None
+    wrong = [f"{key if isinstance(key, str) else key[0]} is {word}"
+             for word in ("missing", "unexpected", "mismatched") for key in info[f"{word}_keys"]]
+    if wrong:
+        raise TeacherError(f"teacher {spec}: the weights in {folder!r} are not those of its {name}: {wrong[0]}"
+                           + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     model.pools_pairs = name == "AutoencoderKLCogVideoX"
+    if name == "AutoencoderKLHunyuanVideo15":  # whose attention mask (in diffusers 0.42) fits one clip at a time
+        model.enable_slicing()
+    return model
+
+
+def latent_scale(name, model):
+    """(mean, deviation, scale) of a diffusers autoencoder: its pipelines give (z - mean) * scale / deviation to the
+    diffusion model. Numbers, lists of one for each channel (Cosmos: of one for each channel and latent), or None.
+
+    Most classes keep them in their config. LTX keeps mean and deviation as buffers, FLUX.2 as batch statistics.
+    CogVideoX's invert_scale_latents is about images that condition it, not about what it generates; Cosmos' scheduler
+    has a factor of its own (sigma_data), which is left to it.
+    """
     config = model.config
     scale = getattr(config, "scaling_factor", None) or 1.0
+    if name in ("AutoencoderKLLTXVideo", "AutoencoderKLLTX2Video"):
+        return model.latents_mean.tolist(), model.latents_std.tolist(), scale
+    if name == "AutoencoderKLFlux2":
+        return model.bn.running_mean.tolist(), (model.bn.running_var + config.batch_norm_eps).sqrt().tolist(), scale
     mean, std = (getattr(config, key, None) for key in ("latents_mean", "latents_std"))
-    mean = mean if mean is not None else getattr(config, "shift_factor", None) or 0.0
+    return mean if mean is not None else getattr(config, "shift_factor", None) or 0.0, std, scale
 
-    def channels(values, like):
-        return torch.as_tensor(values, device=like.device, dtype=like.dtype).reshape(1, -1, 1, 1, 1)
 
-    def encode(video):
-        posterior = model.encode(video.transpose(1, 2) * 2 - 1)
-        latents = posterior.latent_dist.mode() if hasattr(posterior, "latent_dist") else posterior.latent
-        latents = (latents - channels(mean, latents)) * scale
-        return (latents if std is None else latents / channels(std, latents)).transpose(1, 2)
-
-    def decode(latents):
-        latents = latents.transpose(1, 2)
-        latents = (latents if std is None else latents * channels(std, latents)) / scale
-        video = model.decode(latents + channels(mean, latents)).sample
-        return (video.transpose(1, 2) + 1) / 2
-
-    return f"diffusers {name}", model, encode, decode, f"{name} {mean} {std} {scale}"
+def per_channel(values, latents):
+    """What `latent_scale` gave, to be broadcast over latents N T C h w."""
+    values = torch.as_tensor(values, device=latents.device, dtype=latents.dtype)
+    if values.ndim:
+        values = values.reshape(1, latents.shape[2], -1, 1, 1)[:, :, :latents.shape[1]].transpose(1, 2)
+    return values

@@ -20,7 +20,7 @@ import objective
 import train
 from conftest import CACHE, ROOT, SMALL_CACHE as SMALL, run, write_clip
 from model_taehv import TAEHV
-from teachers import TeacherError, load_teacher
+from teachers import TeacherError, load_teacher, per_channel
 
 TRAIN = os.path.join(ROOT, "train.py")
 DISTILL = [
@@ -281,6 +281,105 @@ def test_diffusers_teachers(name, clips, tmp_path, monkeypatch):
     assert again.shape[1] == 9 and (again - decoded).abs().max() < 1e-4
 
 
+IMAGE_VAE = dict(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+                 up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4)
+
+
+@pytest.mark.parametrize("name, conditioned", [("AutoencoderKLLTXVideo", False), ("AutoencoderKLLTXVideo", True),
+                                               ("AutoencoderKLLTX2Video", False)])
+def test_ltx_latents_are_normalised_as_its_pipelines_do_it(name, conditioned, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    settings = dict(scaling_factor=0.7, timestep_conditioning=conditioned)
+    vae = getattr(diffusers, name)(**SMALL_VAES[name], **settings).eval()
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2)
+    vae.save_pretrained(tmp_path)
+    teacher = load_teacher(f"diffusers:{name}:{tmp_path}")
+    pipeline = diffusers.LTX2Pipeline if "LTX2" in name else diffusers.LTXPipeline
+    video, statistics = torch.rand(2, 9, 3, 64, 64), (vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    with torch.no_grad():
+        raw = vae.encode(video.transpose(1, 2) * 2 - 1).latent_dist.mode()
+        expected = pipeline._normalize_latents(raw, *statistics)
+        again = pipeline._denormalize_latents(expected, *statistics)
+        decoded = vae.decode(again, torch.zeros(2) if conditioned else None).sample
+    latents = teacher.encode(video)
+    assert (latents - raw.transpose(1, 2)).abs().max() > 0.5  # it is not nothing
+    assert torch.allclose(latents, expected.transpose(1, 2), atol=1e-5)
+    assert torch.allclose(teacher.decode(latents), (decoded.transpose(1, 2) / 2 + 0.5).clamp(0, 1), atol=1e-5)
+
+
+def test_image_autoencoders_take_frame_by_frame(tmp_path):
+    """FLUX's shift; FLUX.2's batch statistics of latents folded 2x2."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    flux = diffusers.AutoencoderKL(**IMAGE_VAE, shift_factor=0.1, scaling_factor=0.3).eval()
+    flux2 = diffusers.AutoencoderKLFlux2(**IMAGE_VAE).eval()
+    flux2.bn.running_mean.normal_()
+    flux2.bn.running_var.uniform_(0.5, 2)
+    video = torch.rand(2, 3, 3, 16, 16)
+    for vae, folder in ((flux, tmp_path / "flux"), (flux2, tmp_path / "flux2")):
+        vae.save_pretrained(folder)
+        teacher = load_teacher(f"diffusers:{type(vae).__name__}:{folder}")
+        with torch.no_grad():
+            raw = vae.encode(video.flatten(0, 1) * 2 - 1).latent_dist.mode()
+            decoded = (vae.decode(raw).sample / 2 + 0.5).clamp(0, 1).unflatten(0, (2, 3))
+        if vae is flux:
+            expected = (raw - 0.1) * 0.3
+        else:
+            mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+            packed = diffusers.Flux2Pipeline._patchify_latents(raw)
+            expected = (packed - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+        latents = teacher.encode(video)
+        assert torch.allclose(latents, expected.unflatten(0, (2, 3)), atol=1e-5)
+        assert torch.allclose(teacher.decode(latents), decoded, atol=1e-5)
+
+
+def test_hunyuan_video_15_takes_several_clips(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.AutoencoderKLHunyuanVideo15(**SMALL_VAES["AutoencoderKLHunyuanVideo15"]).save_pretrained(tmp_path)
+    teacher = load_teacher(f"diffusers:AutoencoderKLHunyuanVideo15:{tmp_path}")
+    video = torch.rand(2, 5, 3, 32, 32)
+    latents = teacher.encode(video)
+    assert latents.shape == (2, 2, 8, 2, 2) and torch.allclose(latents[1:], teacher.encode(video[1:]), atol=1e-5)
+    assert teacher.decode(latents).shape == video.shape
+
+
+def test_cosmos_statistics_are_by_latent_frame():
+    latents = torch.rand(1, 2, 3, 1, 1)
+    values = torch.arange(12.).tolist()  # 3 channels x 4 latents
+    assert per_channel(values, latents).flatten().tolist() == [0, 4, 8, 1, 5, 9]
+    assert per_channel([1., 2., 3.], latents).shape == (1, 1, 3, 1, 1)
+
+
+def test_folders_that_do_not_hold_the_class_asked_for(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from safetensors.torch import load_file, save_file
+
+    def spoil(folder, change):
+        shutil.copytree(tmp_path / "good", tmp_path / folder)
+        path = tmp_path / folder / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        change(weights)
+        save_file(weights, path, {"format": "pt"})
+        with pytest.raises(TeacherError) as caught:
+            load_teacher(f"diffusers:AutoencoderKL:{tmp_path / folder}")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    diffusers.AutoencoderKL(**IMAGE_VAE).save_pretrained(tmp_path / "good")
+    load_teacher(f"diffusers:AutoencoderKL:{tmp_path / 'good'}")
+    assert "quant_conv.bias is missing" in spoil("missing", lambda weights: weights.pop("quant_conv.bias"))
+    assert "extra.weight is unexpected" in spoil(
+        "more", lambda weights: weights.update({"extra.weight": torch.ones(1)}))
+    assert "encoder.conv_in.weight is mismatched" in spoil(
+        "shape", lambda weights: weights.update({"encoder.conv_in.weight": torch.ones(4, 3, 3, 3)}))
+    with pytest.raises(TeacherError, match="holds an AutoencoderKL: ask for diffusers:AutoencoderKL:"):
+        load_teacher(f"diffusers:AutoencoderKLFlux2:{tmp_path / 'good'}")
+    with pytest.raises(TeacherError, match="how the latents of AutoencoderKLTemporalDecoder are scaled is not known"):
+        load_teacher(f"diffusers:AutoencoderKLTemporalDecoder:{tmp_path / 'good'}")
+
+
 # ---- alignment ---------------------------------------------------------------------------------------------------
 
 
@@ -388,7 +487,8 @@ SMALL_VAES = {
     "AutoencoderKLLTXVideo": dict(latent_channels=8, block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
                                   decoder_block_out_channels=(8,) * 4, decoder_layers_per_block=(1,) * 5),
     "AutoencoderKLLTX2Video": dict(latent_channels=8, block_out_channels=(8,) * 4, layers_per_block=(1,) * 5,
-                                   decoder_block_out_channels=(8,) * 3, decoder_layers_per_block=(1,) * 4),
+                                   decoder_block_out_channels=(8, 16, 32), decoder_layers_per_block=(1,) * 4),
+    "AutoencoderKLHunyuanVideo15": dict(block_out_channels=(32,) * 5, layers_per_block=1, latent_channels=8),
 }
 
 
