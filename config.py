@@ -2,13 +2,17 @@
 
     python train.py                          # the demo
     python train.py taehv data=videos/       # a preset and overrides
+    python train.py runs/x/config.json       # the settings of a run, which goes on; with name=NEW another one
     python train.py --help                   # every setting
 """
 import ast
 import dataclasses
 import difflib
+import importlib.util
 import inspect
+import json
 import math
+import os
 import re
 import sys
 
@@ -37,7 +41,10 @@ class Config:
     val_clips: int = 64             # validation clips at most
     val_size: int = 0               # height and width of validation clips, pixels; 0: size, or the first bucket's
     max_val_images: int = 0         # frames in these clips at most; 0: as many as they have
-    val_metrics: str = ""           # measured besides MSE, PSNR, SSIM and sharpness: "lpips,fid" (LPIPS: alex, as infer.py)
+    val_metrics: str = ""           # measured besides MSE, PSNR, SSIM and sharpness: "lpips,fid" (LPIPS of AlexNet)
+    best_by: str = "psnr"           # what best.pt is best in: psnr, ssim, mse or lpips (with val_metrics=lpips)
+    # (Where a teacher's latents are learnt, the pictures are those decoded from the teacher's latents, and best is the
+    # lowest (error of these pictures) x (error of the latents). A half that is not trained does not count.)
     val_clips_per_video: int = 2    # fixed clips of each validation video
     size: int = 128                 # height and width of training clips, pixels
     frames: int = 12                # frames per clip; 1: images
@@ -106,6 +113,7 @@ class Config:
     max_bad_steps: int = 20         # steps in a row with a loss or gradient that is not finite before the run stops
 
     # ---- logging and checkpoints
+    wandb: str = ""                 # project of Weights & Biases that TensorBoard's curves are copied to; empty: none
     log_every: int = 10             # steps
     val_every: int = 500            # steps
     save_every: int = 500           # steps
@@ -165,14 +173,20 @@ class ConfigError(Exception):
 
 
 def load_config(arguments):
-    """["taehv", "lr=1e-4", ...] -> Config. The preset comes first and may be left out (demo). ConfigError otherwise."""
+    """["taehv", "lr=1e-4", ...] -> Config. The preset comes first and may be left out (demo). In its place may stand a
+    file like a run's config.json, with the run's name among its settings. ConfigError otherwise."""
     preset, overrides = "demo", list(arguments)
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     if overrides and "=" not in overrides[0]:
         preset = overrides.pop(0)
-        if preset not in PRESETS:
-            raise ConfigError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
-    values = dict(PRESETS[preset])
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    if preset.endswith(".json"):
+        values = read_settings(preset, kinds)
+        preset = os.path.basename(preset).removesuffix(".json")
+    elif preset in PRESETS:
+        values = dict(PRESETS[preset])
+    else:
+        raise ConfigError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}, or a "
+                          "run's config.json")
     for item in overrides:
         key, separator, text = item.partition("=")
         key = key.removeprefix("--").replace("-", "_")
@@ -191,6 +205,35 @@ def load_config(arguments):
         use_images(config, overrides)
     check(config)
     return config
+
+
+def read_settings(path, kinds):
+    """{key: value} of a JSON file of settings, as a run leaves in config.json; what it lacks has the default."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            values = json.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; a preset or a run's config.json is wanted") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f'{path}: an object of settings like {{"lr": 1e-4}} is wanted')
+    for key, value in values.items():
+        if key not in kinds:
+            raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
+        kind, given = kinds[key], json.dumps(value)[:50]
+        if kind is float and type(value) is int and abs(value) < 2 ** 63:
+            values[key] = value = float(value)
+        if type(value) is not kind or kind is int and abs(value) >= 2 ** 63:
+            meant = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object"}
+            raise ConfigError(f"{path}: {key}={given}: {meant[kind]} is wanted")
+    values["net"] = {key: tuples(value) for key, value in values.get("net", {}).items()}
+    return values
+
+
+def tuples(value):
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def fitting(net, given):
@@ -256,6 +299,7 @@ CHOICES = {
     "perceptual_net": ("vgg", "alex"),
     "seraena_replay_device": ("same", "pinned"),
     "schedule": ("constant", "cosine", "exponential"),
+    "best_by": ("psnr", "ssim", "mse", "lpips"),
 }
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
                "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
@@ -292,6 +336,10 @@ def check(config):
                     raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
     if wrong := [m for m in config.val_metrics.split(",") if m.strip() not in ("", "lpips", "fid")]:
         raise ConfigError(f"val_metrics={config.val_metrics}: {wrong[0].strip()!r} is neither lpips nor fid")
+    if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # a mere folder has none
+        raise ConfigError(f"wandb={config.wandb} needs a package: pip install wandb, or leave it out")
+    if config.best_by == "lpips" and "lpips" not in config.val_metrics:
+        raise ConfigError("best_by=lpips needs val_metrics=lpips, which measures it")
     if config.min_frame_delta > config.max_frame_delta:
         raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
     if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
@@ -325,7 +373,7 @@ def check_vq_latents(config):
 
 def usage():
     """What --help prints: presets, then every setting with its default and its comment above."""
-    lines = ["python train.py [PRESET] [key=value ...]", "", "presets:"]
+    lines = ["python train.py [PRESET or runs/NAME/config.json] [key=value ...]", "", "presets:"]
     for name, values in PRESETS.items():
         items = [(k, v) for k, v in values.items() if k != "net"]
         items += [(f"net.{k}", v) for k, v in values.get("net", {}).items()]

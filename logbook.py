@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import uuid
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -15,7 +16,8 @@ class Logbook:
     """Writes to `folder`. Only rank 0 speaks, except that each rank notes oddities of the data that it met."""
 
     def __init__(self, folder, rank):
-        self.folder, self.rank, self.noted, self.board, self.complained = folder, rank, set(), None, False
+        self.folder, self.rank, self.noted, self.complained = folder, rank, set(), False
+        self.board = self.copy = None  # TensorBoard's writer; the run at Weights & Biases
 
     def __call__(self, line, screen=True):
         if self.rank > 0:
@@ -49,6 +51,24 @@ class Logbook:
             json.dump(config, file, indent=2)
         with self.unharmed():
             self.board = SummaryWriter(self.folder, purge_step=step + 1)
+
+    def mirror(self, project, config, resumed):
+        """Copy the curves to a project of Weights & Biases, by its own means; call it on rank 0, before `start`.
+        A resumed run goes on with the same curves there. Returns what went wrong, or ""."""
+        import wandb
+        note = os.path.join(self.folder, "wandb_id.txt")
+        identity = uuid.uuid4().hex[:12]
+        if resumed and os.path.exists(note):
+            with open(note) as file:
+                identity = file.read().strip()
+        try:
+            self.copy = wandb.init(project=project, name=config["name"], id=identity, resume="allow", dir=self.folder,
+                                   config=config, sync_tensorboard=True)
+        except wandb.Error as error:  # no login, no network: WANDB_MODE=offline needs neither
+            return f"wandb={project}: {error}"
+        with self.unharmed(), open(note, "w") as file:
+            file.write(identity)
+        return ""
 
     def notes(self, notes):
         """[(path, what was odd)] of a batch: each once, counted, from whichever rank met it."""
@@ -92,6 +112,8 @@ class Logbook:
         if self.board is not None:
             with self.unharmed():
                 self.board.close()
+        if self.copy is not None:
+            self.copy.finish()
 
 
 class Clock:

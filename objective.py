@@ -35,7 +35,7 @@ class Objective:
         if not teacher and (from_teacher or cfg.encoder_weight > 0):
             name = "decoder_input=teacher" if from_teacher else f"encoder_weight={cfg.encoder_weight}"
             raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
-        train_decoder = cfg.train_decoder and not self.requantizes
+        train_decoder = self.trains_decoder = cfg.train_decoder and not self.requantizes
         reaches_weights = train_decoder or cfg.train_encoder and not from_teacher
         self.pixels = reaches_weights and max(cfg.pixel_weight, cfg.perceptual_weight, cfg.seraena_weight) > 0
         self.latents = cfg.train_encoder and cfg.encoder_weight > 0
@@ -180,11 +180,30 @@ class Objective:
         if self.seraena and state:
             self.seraena.load_rank_state(state)
 
+    def best_by(self):
+        """What `score` measures, in words: scores of different words do not compare."""
+        words = self.cfg.best_by
+        if self.from_teacher():
+            words = " x ".join([f"{words} from the teacher's latents"] * self.trains_decoder
+                               + ["latent error"] * self.latents)
+        return words
+
+    def from_teacher(self):
+        """Whether the run is there to speak a teacher's latents: then own encoding and own decoding, which suit each
+        other from the first step on, say nothing. (A tokenizer of latents is there to bring the pictures through.)"""
+        return bool(self.latents or self.cfg.decoder_input == "teacher") and not self.requantizes
+
     def score(self, result):
-        """What "best" means, from `evaluate`'s result: dB of the half that is trained, or of the whole."""
-        if not self.cfg.train_decoder and self.latents and not self.requantizes:
-            return -10 * math.log10(max(result["latent_mse"], 1e-10))
-        return result["psnr" if self.cfg.train_encoder or "teacher_psnr" not in result else "teacher_psnr"]
+        """How good `evaluate`'s result is by cfg.best_by, dB: -10 log10 of an error. The error is that of the pictures:
+        mse, 1 - ssim, lpips, or 10^(-psnr / 10). With a teacher it is that of its latents decoded, if the decoder is
+        trained, times the latents' squared error over their mean square, if the encoder learns them."""
+        name, prefix, errors = self.cfg.best_by, "teacher_" if self.from_teacher() else "", []
+        if self.trains_decoder or not self.from_teacher():
+            value = result[prefix + name]
+            errors.append({"psnr": 10 ** (-value / 10), "ssim": 1 - value}.get(name, value))
+        if self.from_teacher() and self.latents:
+            errors.append(result["latent_mse"] / max(result["teacher_square"], 1e-10))
+        return sum(-10 * math.log10(max(error, 1e-10)) for error in errors)
 
 
 def make_perceptual(cfg, device):
@@ -227,12 +246,14 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
     (frames at most 100 dB), "ssim", "sharpness" (as `metrics.sharpness`, of all frames; None for flat clips), "count";
     "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
     `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
-    latents, and "teacher_psnr", of decoding the teacher's.
+    latents, and "teacher_psnr", "teacher_mse", "teacher_ssim" and, if asked for, "teacher_lpips", of decoding the
+    teacher's.
     """
     mean = metrics.Mean("mse", "psnr", "ssim", "detail", "original_detail", *(["lpips"] if lpips else []))
     shown, fid = [], make_fid() if make_fid else None
     statistics = metrics.CodeStatistics(model.codebook_sizes) if hasattr(model, "tokenize") else None
-    latents_mean, teacher_mean = metrics.Mean("latent_mse", *LATENT_FACTS), metrics.Mean("teacher_psnr")
+    latents_mean = metrics.Mean("latent_mse", *LATENT_FACTS)
+    teacher_mean = metrics.Mean("teacher_psnr", "teacher_mse", "teacher_ssim", *(["teacher_lpips"] if lpips else []))
     for sample in samples:
         video = sample["video"][None].to(device).float().div_(255)
         with autocast:
@@ -259,7 +280,9 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
             output = model.decode(latents)
         output = output.float().clamp(0, 1)[:, :frames_count]
         target = model.targets(video, latents.shape[1])[:, :frames_count]
-        teacher_mean.add(teacher_psnr=metrics.psnr(output, target).clamp(max=100))
+        teacher_mean.add(teacher_psnr=metrics.psnr(output, target).clamp(max=100),
+                         teacher_mse=metrics.mse(output, target), teacher_ssim=metrics.ssim(output, target),
+                         **({"teacher_lpips": lpips(output, target)} if lpips else {}))
     result = mean.reduce(control)
     result["sharpness"] = metrics.sharpness(result.pop("detail"), result.pop("original_detail"))
     for more in (latents_mean, teacher_mean):

@@ -165,8 +165,8 @@ class StopSignal:
     def exit_code(self, control):
         """Of a run that has stopped; all ranks ask together. Without torchrun: 130 after Ctrl-C, as of any program that
         it ends, so that `train.py && infer.py` goes no further; 0 after SIGTERM and the others, which schedulers send.
-        Under torchrun: 0 where a rank of the same machine got the signal, or it would start them again. 1 on other machines:
-        their torchruns then wait for that one to come back, where 0 would mean that all is done."""
+        Under torchrun: 0 where a rank of the same machine got the signal, or it would start them again. 1 on other
+        machines: their torchruns then wait for that one to come back, where 0 would mean that all is done."""
         if control is None:
             return 128 + self.number if self.number == signal.SIGINT else 0
         machine = os.environ.get("GROUP_RANK")

@@ -724,3 +724,25 @@ def test_distilling_brings_the_latents_nearer(cache, teacher, tmp_path, monkeypa
     infer.main()
     row = json.load(open("same/metrics.json"))["rows"][0]  # a model beside itself: no difference at all
     assert row["latent_error"] < 1e-10 and abs(row["metrics"]["psnr"] - row["teacher"]["metrics"]["psnr"]) < 0.01
+
+
+def test_best_pt_of_a_distillation_has_the_teachers_latents(cache, here, monkeypatch):
+    """Own encoding and decoding suit each other before the latents are right."""
+    early = dict(psnr=21.0, teacher_psnr=12.0, latent_mse=0.5)
+    late = dict(psnr=19.0, teacher_psnr=20.0, latent_mse=0.01)
+    results, measured = [early, late], train.evaluate
+
+    def evaluate(*arguments, **keywords):
+        result, shown = measured(*arguments, **keywords)
+        return {**result, **results.pop(0)}, shown
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    folder = here(*DISTILL, "data=", f"latent_cache={cache}", "val_every=1", "max_steps=2", "name=best")
+    assert results == [] and checkpoint.read(str(folder / "best.pt"))["step"] == 2
+    state = checkpoint.read(str(folder / "step_00000002.pt"))
+    assert state["best_by"] == "psnr from the teacher's latents x latent error"
+    state["best_by"] = "psnr"  # one of another measure: whatever comes next is better than that
+    torch.save(state, folder / "step_00000002.pt")
+    results.append(early)
+    here(*DISTILL, "data=", f"latent_cache={cache}", "val_every=1", "max_steps=3", "name=best")
+    assert checkpoint.read(str(folder / "best.pt"))["step"] == 3

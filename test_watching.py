@@ -1,10 +1,12 @@
 """What a run shows of itself, and how its commands are given: curves, warnings, best.pt, settings from files."""
 
 import contextlib
+import importlib.util
 import inspect
 import os
 import re
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +14,12 @@ import torch
 
 import config
 import launch
+import logbook
 import metrics
 import objective
 import ranks
 import train
+from conftest import mistake
 from logbook import summary
 from model_taehv import TAEHV
 
@@ -69,6 +73,34 @@ def test_the_table_of_layers_lists_each_once_with_the_frames_of_the_whole_clip()
     assert re.search(r"encoder.0 .*\(12, 64, 32, 32\)", rows[1]) and "(3, 16, 4, 4)" in rows[18]
 
 
+PLAIN = ["taehv", "size=16", "frames=4"]
+DISTILLED = ["taehv_distill", "latent_cache=none_is_opened", "size=16", "frames=4"]
+RESULT = dict(psnr=20.0, ssim=0.5, mse=0.01, lpips=0.5, teacher_psnr=20.0, teacher_ssim=0.5, teacher_mse=0.01,
+              teacher_lpips=0.5, latent_mse=0.1, teacher_square=1.0)
+MODEL = TAEHV()
+
+
+@pytest.mark.parametrize("settings, counts", [
+    (PLAIN, {"psnr": 1}),
+    ([*PLAIN, "best_by=ssim"], {"ssim": 1}),
+    ([*PLAIN, "best_by=mse"], {"mse": -1}),
+    ([*PLAIN, "best_by=lpips", "val_metrics=lpips"], {"lpips": -1}),
+    (DISTILLED, {"teacher_psnr": 1, "latent_mse": -1}),
+    ([*DISTILLED, "best_by=ssim"], {"teacher_ssim": 1, "latent_mse": -1}),
+    ([*DISTILLED, "best_by=lpips", "val_metrics=lpips"], {"teacher_lpips": -1, "latent_mse": -1}),
+    ([*DISTILLED, "train_encoder=false"], {"teacher_psnr": 1}),
+    ([*DISTILLED, "train_decoder=false"], {"latent_mse": -1}),
+    ([*DISTILLED, "encoder_weight=0", "decoder_input=own"], {"psnr": 1}),
+])
+def test_best_is_what_the_run_is_for(settings, counts):
+    """Each figure of a validation that grows makes the run better (1), worse (-1), or does not count."""
+    cfg = config.load_config(settings)
+    score = objective.Objective(cfg, MODEL, CPU, contextlib.nullcontext()).score
+    for name, value in RESULT.items():
+        change = score({**RESULT, name: value * 1.1}) - score(RESULT)
+        assert (change > 0) - (change < 0) == counts.get(name, 0) or name == "teacher_square", name
+
+
 # ---- settings ----------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +110,93 @@ def test_booleans_are_written_either_way(no, yes):
                               f"net.c=({yes},{no})", f"net.d=[{no}]", "net.e=untrue"])
     assert cfg.use_images is False and cfg.flip is True
     assert cfg.net == {"a": False, "b": (True, False, False), "c": (True, False), "d": [False], "e": "untrue"}
+
+
+SMALL = "workers=0 val_fraction=0 warmup_steps=2 precision=fp32 device=cpu save_every=100 size=16 frames=4".split()
+
+
+def test_a_runs_config_json_stands_for_its_settings(here, tmp_path, monkeypatch):
+    """The same run goes on, to the same end; with another name it is another run."""
+    folder = here("taehv", *SMALL, "batch_size=1", "max_steps=1", "lr=1e-5", "name=first",
+                  "net.encoder_time_downscale=true,true,false")
+    file = str(folder / "config.json")
+    saved = config.load_config([file])
+    assert config.load_config([file, "lr=1"]).lr == 1 and config.load_config([file, "name=b"]).name == "b"
+    assert saved.net == {"encoder_time_downscale": (True, True, False)}
+    train.train(config.load_config([file, "max_steps=2"]))
+    assert "at step 1" in (folder / "train.log").read_text() and (folder / "step_00000002.pt").exists()
+    (tmp_path / "few.json").write_text('{"lr": 1, "gan_start": 3}')
+    few = config.load_config([str(tmp_path / "few.json")])
+    assert (few.name, few.lr, few.gan_start, few.max_steps) == ("few", 1.0, 3, config.Config.max_steps)
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "No such file or directory; a preset or a run's config.json is wanted"),
+    ('{"lr": ', "cannot be read as JSON"),
+    ("[1]", "an object of settings"),
+    ('{"learning_rate": 1}', "unknown key 'learning_rate'"),
+    ('{"lrr": 1}', "(did you mean 'lr'?)"),
+    ('{"lr": "high"}', 'lr="high": a number is wanted'),
+    ('{"lr": true}', "lr=true: a number is wanted"),
+    ('{"max_steps": 1.5}', "max_steps=1.5: a whole number is wanted"),
+    ('{"max_steps": ' + "9" * 300 + "}", "a whole number is wanted"),
+    ('{"flip": 1}', "flip=1: true or false is wanted"),
+    ('{"net": 1}', "net=1: an object is wanted"),
+    ('{"lr": NaN}', "lr=nan: a finite number is wanted"),
+    ('{"precision": "half"}', "precision=half"),
+])
+def test_a_file_that_is_none_of_settings_is_one_line(text, words, tmp_path, monkeypatch, capsys):
+    if text is not None:
+        (tmp_path / "c.json").write_text(text)
+    assert words in mistake(capsys, monkeypatch, train, tmp_path / "c.json")
+
+
+def test_best_by_lpips_needs_its_measure(monkeypatch, capsys):
+    assert "best_by=lpips needs val_metrics=lpips" in mistake(capsys, monkeypatch, train, "demo", "best_by=lpips")
+    assert "one of psnr, ssim, mse, lpips" in mistake(capsys, monkeypatch, train, "demo", "best_by=fid")
+
+
+FAKE_WANDB = """
+calls = []
+class Error(Exception):
+    pass
+class Run:
+    def finish(self):
+        calls.append("finished")
+def init(**given):
+    if given["project"] == "locked":
+        raise Error("no API key configured")
+    calls.append(given)
+    return Run()
+"""
+
+
+def test_wandb_copies_the_curves_and_a_resumed_run_keeps_its_id(here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    words = mistake(capsys, monkeypatch, train, "demo", "wandb=project")
+    assert "wandb=project needs a package: pip install wandb" in words
+    monkeypatch.undo()
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    import wandb
+
+    boards = []
+    writer = logbook.SummaryWriter
+    monkeypatch.setattr(logbook, "SummaryWriter", lambda *a, **k: (boards.append(len(wandb.calls)), writer(*a, **k))[1])
+    settings = ["taehv", *SMALL, "batch_size=1", "wandb=project"]
+    here(*settings, "max_steps=1", "name=a")
+    here(*settings, "max_steps=2", "name=a")
+    here(*settings, "max_steps=1", "name=b")
+    first, _, second, _, other, ended = wandb.calls
+    assert ended == "finished" and boards == [1, 3, 5], "made before TensorBoard's writer"
+    assert first["project"] == "project" and first["name"] == "a" and first["sync_tensorboard"] is True
+    assert first["config"]["max_steps"] == 1 and first["dir"] == str(tmp_path / "a")
+    assert first["id"] == second["id"] != other["id"] and first["resume"] == "allow"
+    with pytest.raises(config.ConfigError, match="^wandb=locked: no API key configured$"):
+        here(*settings[:-1], "wandb=locked", "name=c")
+    monkeypatch.delitem(sys.modules, "wandb")
 
 
 # ---- signals -----------------------------------------------------------------------------------------------------

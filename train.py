@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 8 train.py taehv data=videos/    # eight GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py taehv data=videos/
 
-Settings: config.py, or key=value here. The same command again resumes. Ctrl-C or SIGTERM saves and ends.
+Settings: config.py, or key=value here; a run's config.json may stand in the preset's place. The same command again
+resumes. Ctrl-C or SIGTERM saves and ends.
 """
 import contextlib
 import copy
@@ -80,7 +81,9 @@ def train(cfg):
         state = checkpoint.read(resume_from)
         try:
             restore(state, model, average, optimizer, teacher, resume_from)
-            step, samples, best = state["step"], state["samples"], float(state["best"])
+            step, samples = state["step"], state["samples"]
+            if state.get("best_by", "psnr") == objective.best_by():  # another measure's does not compare
+                best = float(state["best"])
             seconds = float(state.get("seconds", 0))
             if (state["config"]["batch_size"], state["config"]["buckets"]) == (cfg.batch_size, cfg.buckets):
                 pieces = state["pieces"]
@@ -106,6 +109,8 @@ def train(cfg):
             "max_minutes higher to go on, or name=... for a new run")
         return 0
     log(summary(model, buckets[0].size, buckets[0].frames, device), screen=False)
+    if cfg.wandb and (problem := from_rank_0(control, lambda: log.mirror(cfg.wandb, asdict(cfg), bool(resume_from)))):
+        raise ConfigError(problem)
     log.start(asdict(cfg), step)
     title = " ".join(filter(None, [cfg.model, model.config.get("variant")]))
     log(f"{title}: {count(model) / 1e6:.1f} M parameters, {origin}; {describe(device)}, "
@@ -157,9 +162,9 @@ def train(cfg):
             return next(filter(None, problems))
         problem = checkpoint.save_run(folder, dict(
             model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
-            seconds=clock.total(), pieces=pieces, tally=tally.cpu(), world=world, random=list(states),
-            teacher=teacher, model=model.state_dict(), ema=average.state_dict(), optimizer=optimizer.state_dict(),
-            objective=objective.state()), cfg.keep_last)
+            best_by=objective.best_by(), seconds=clock.total(), pieces=pieces, tally=tally.cpu(), world=world,
+            random=list(states), teacher=teacher, model=model.state_dict(), ema=average.state_dict(),
+            optimizer=optimizer.state_dict(), objective=objective.state()), cfg.keep_last)
         log(problem or f"step {step}: saved {folder}/step_{step:08d}.pt")
         return problem
 
