@@ -37,6 +37,7 @@ class Job(NamedTuple):
     model_hash: str
     device: torch.device
     dtype: torch.dtype
+    memory: object  # a compare.PeakMemory
     lpips: object
     teacher: object
     options: argparse.Namespace

@@ -2,16 +2,48 @@
 
 Needs teachers.py, data.py and device.py.
 """
+import contextlib
 import itertools
+import os
 import tempfile
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
-from device import peak_memory, reset_peak_memory, synchronize
+from device import held_memory, peak_memory, reset_peak_memory, synchronize
+
+
+class PeakMemory:
+    """The peak memory of two, "ours" and "teacher", that live in one process: each without what the other holds.
+
+    with memory.of("teacher"): ...     # all that loads or runs it
+    memory.peak                        # bytes in that block; None where the system cannot start a peak anew
+    """
+
+    def __init__(self, device, alone):
+        """alone: whether there is no teacher, so that any peak is ours."""
+        self.device, self.alone, self.peak, self.held = device, alone, None, {"ours": 0, "teacher": 0}
+
+    @contextlib.contextmanager
+    def of(self, who):
+        before, anew = held_memory(self.device), reset_peak_memory(self.device)
+        yield
+        of_other = self.held["teacher" if who == "ours" else "ours"]
+        self.peak = peak_memory(self.device) - of_other if anew or self.alone else None
+        self.held[who] += held_memory(self.device) - before
+
+    def megabytes(self):
+        return None if self.peak is None else self.peak / 1e6
+
+
+def frames_at_a_time(pixels):
+    """How many frames of so many pixels a teacher is given at a time where the user does not say: 33, 17 or 9, numbers
+    that all causal video VAEs take. A big one needs about 0.4 GB for a frame of 480x832: 17 of these are the most."""
+    return next((frames for frames in (33, 17) if frames * pixels <= 17 * 480 * 832), 9)
 
 
 class TeacherPass:
@@ -19,31 +51,39 @@ class TeacherPass:
 
     `frame(i)`: H W 3 uint8, its reconstruction of frame i, or None where it gave none. `latents`: T C h w, float32,
     of the first chunk. Also `count` (frames that came back), `encode_seconds`, `decode_seconds`, `encoded` (frames that
-    went in, with padding), `peak_memory` (bytes), `notes`.
+    went in, with padding), `peak_memory_mb`, `notes`.
 
-    It is run whole, or, with `chunk` > 0, on that many frames at a time, each chunk by itself. A chunk is filled up by
-    repeating its last frame to a number that the teacher takes (`Teacher.filled`); the first frames that come back
-    stand for the first that went in.
+    It is run on `chunk` frames at a time, each chunk by itself: on the whole video with 0, on as many as
+    `frames_at_a_time` says with None. A chunk is filled up by repeating its last frame to a number that the teacher
+    takes (`Teacher.filled`); the first frames that come back stand for the first that went in.
     """
 
-    def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0):
+    def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0, memory=None, folder=None):
+        """memory: a PeakMemory. folder: of the temporary file that holds its frames."""
         self.teacher, self.factors = teacher, (time_factor, space_factor)
         self.encode_seconds, self.decode_seconds, self.encoded, self.count = 0.0, 0.0, 0, 0
         self.latents, self.notes = None, []
-        reader = iter(data.VideoReader(source.path))
-        self.file, self.shape, self.given = tempfile.TemporaryFile(), None, []
-        if isinstance(teacher.source, torch.nn.Module):
-            teacher.source.to(teacher.device)
-        reset_peak_memory(teacher.device)
-        left = frames
-        while left > 0 and (clip := list(itertools.islice(reader, min(chunk or frames, left)))):
-            self.run(clip)
-            left -= len(clip)
-        self.peak_memory = peak_memory(teacher.device)
-        if teacher.device.type == "cuda" and isinstance(teacher.source, torch.nn.Module):
-            teacher.source.to("cpu")  # its weights are not ours to count
+        reader = data.VideoReader(source.path)
+        chosen = " (--teacher-frames N sets another number, 0 the whole video)" if chunk is None else ""
+        chunk = frames_at_a_time(reader.height * reader.width) if chunk is None else chunk
+        self.file, self.shape, self.given = tempfile.TemporaryFile(dir=folder), None, []
+        left, reader = frames, iter(reader)
+        memory, name = memory or PeakMemory(teacher.device, alone=False), os.path.basename(source.path)
+        with memory.of("teacher"), tqdm(total=frames, desc=f"{name[:30]} teacher", unit="frame",
+                                        dynamic_ncols=True) as bar:
+            module = teacher.source if isinstance(teacher.source, torch.nn.Module) else None
+            if module is not None:
+                module.to(teacher.device)
+            while left > 0 and (clip := list(itertools.islice(reader, min(chunk or frames, left)))):
+                self.run(clip)
+                left -= len(clip)
+                bar.update(len(clip))
+            del reader, clip
+            if module is not None and teacher.device.type == "cuda":
+                module.to("cpu")  # room for ours
+        self.peak_memory_mb = memory.megabytes()
         if chunk and frames > chunk:
-            self.notes.append(f"teacher: {chunk} frames at a time, each chunk by itself; the latents are compared over "
+            self.notes.append(f"teacher: {chunk} frames at a time{chosen}, each chunk by itself; latents are those of "
                               "the first")
 
     def run(self, clip):
@@ -96,7 +136,7 @@ def teacher_row(beside, quality):
         metrics=quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
         seconds=beside.encode_seconds + beside.decode_seconds,
         encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
-        peak_memory_mb=beside.peak_memory / 1e6, latent_shape=list(beside.latents.shape))
+        peak_memory_mb=beside.peak_memory_mb, latent_shape=list(beside.latents.shape))
 
 
 def compare_latents(beside, errors, shape):

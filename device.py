@@ -111,11 +111,15 @@ def synchronize(device):
 
 
 def reset_peak_memory(device):
+    """Whether `peak_memory` counts from now on; not every system can start anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
+        return True
+    if os.access("/proc/self/clear_refs", os.W_OK):
         with contextlib.suppress(PermissionError), open("/proc/self/clear_refs", "w") as file:
             file.write("5")
+            return True
+    return False
 
 
 def peak_memory(device):
@@ -130,6 +134,15 @@ def peak_memory(device):
                     return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def held_memory(device):
+    """Bytes that are in use now: by tensors on a GPU; else the process's resident memory, less what was freed."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if libc := glibc():
+        libc.malloc_trim(0)
+    return resident_memory()
 
 
 def resident_memory():

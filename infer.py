@@ -32,8 +32,8 @@ import judge
 import metrics
 import report
 from codec import TOKENS, Codec, InputError, Job, Spill, decode_file, open_codes, padded_length, tile, to_uint8
-from compare import TeacherPass, compare_latents, teacher_row
-from device import DeviceError, describe, peak_memory, pick_device, pick_precision, place, reset_peak_memory, tune
+from compare import PeakMemory, TeacherPass, compare_latents, teacher_row
+from device import DeviceError, describe, pick_device, pick_precision, place, tune
 from latent_file import LATENTS, LatentFileError, LatentWriter
 from teachers import KINDS, TeacherError, load_teacher
 from token_file import TokenError, TokenWriter
@@ -132,9 +132,8 @@ def reconstruct(source, name, job):
         for note in notes:
             tqdm.write(f"{source.path}: {note}")
     beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor,
-                         options.teacher_frames) if job.teacher else None
-    reset_peak_memory(device)
-    pictured = {round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))}
+                         options.teacher_frames, job.memory, options.out) if job.teacher else None
+    pictured = sorted({round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))})
     picture, latents_done, latent_errors = [], 0, []
     statistics = metrics.CodeStatistics(model.codebook_sizes) if codec.tokens else None
     quality = Quality(device, job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
@@ -143,7 +142,8 @@ def reconstruct(source, name, job):
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
     about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
-    with Outputs(options.out, videos, reader, source.is_image) as outputs, Spill(options.out) as spill, \
+    with job.memory.of("ours"), Outputs(options.out, videos, reader, source.is_image) as outputs, \
+            Spill(options.out) as spill, \
             LatentWriter(latents_path, model, reader, frames, total_latents, str(job.tiled or "")) as latent_file, \
             open_tokens(tokens_path, model, about) as token_file:
 
@@ -175,21 +175,25 @@ def reconstruct(source, name, job):
             outputs.write(original, output, theirs, bool(beside))
     os.makedirs(os.path.join(options.out, "latent_visualizations"), exist_ok=True)
     latent_picture = f"latent_visualizations/{name}_latents.png"
-    data.cv2.imwrite(os.path.join(options.out, latent_picture), report.latent_picture(np.stack(picture))[..., ::-1])
+    data.cv2.imwrite(os.path.join(options.out, latent_picture), report.latent_picture(
+        np.stack(picture), numbers=pictured, total=total_latents)[..., ::-1])
     count = quality.counts["mse"]
     notes += sorted({writer.note for writer in outputs.writers.values() if writer.note})
     row = dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
                latent_picture=latent_picture, metrics=quality.means(),
                encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
-               seconds=sum(codec.seconds.values()), encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
-               peak_memory_mb=peak_memory(device) / 1e6)
+               seconds=sum(codec.seconds.values()),
+               encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
+               peak_memory_mb=job.memory.megabytes())
     if codec.tokens:
         row["metrics"].update(describe_codes(statistics, row, tokens_path, options.out))
     if beside:
         row.update(compare_latents(beside, latent_errors, picture[0].shape))
         row["teacher"] = teacher_row(beside, teacher_quality)
         notes += beside.notes
+        if row["peak_memory_mb"] is None:
+            notes.append("peak memory: this system cannot tell ours from the teacher's")
     return row
 
 
@@ -269,7 +273,7 @@ class Failures:
             self.unexpected += 1
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{path}\n{''.join(traceback.format_exception(error))}\n")
-        if not isinstance(error, (OSError, data.DataError)):  # a file that cannot be read or written is no fault of ours
+        if not isinstance(error, (OSError, data.DataError)):  # not merely a file that cannot be read or written
             self.code = 1
         return dict(name=name, source=path, failed=reason)
 
@@ -301,15 +305,18 @@ def run(options):
     tune(device)
     dtype = pick_precision(options.precision, device)
     sources, latent_files, refused = find_inputs(options.inputs)
-    model, words = checkpoint.load_model(options.checkpoint, options.variant)
-    model_hash = checkpoint.fingerprint(model)
-    place(model, device, dtype).requires_grad_(False)
-    if device.type == "cpu" and hasattr(model, "fast"):
-        model = model.fast()
+    memory = PeakMemory(device, alone=not options.teacher)
+    with memory.of("ours"):
+        model, words = checkpoint.load_model(options.checkpoint, options.variant)
+        model_hash = checkpoint.fingerprint(model)
+        place(model, device, dtype).requires_grad_(False)
+        if device.type == "cpu" and hasattr(model, "fast"):
+            model = model.fast()
     tiled = tile(model, options)
     if tiled:
         words += f", tiles of {tiled}"
-    teacher = load_teacher(options.teacher, device, dtype) if options.teacher else None
+    with memory.of("teacher"):
+        teacher = load_teacher(options.teacher, device, dtype) if options.teacher else None
     readers = [open_codes(path, model, model_hash, str(tiled or "")) for path in latent_files]
     if options.save_tokens and not hasattr(model, "tokenize"):
         raise InputError(f"--save-tokens: {options.checkpoint} is {words}, which has no tokens; try --save-latents")
@@ -326,7 +333,7 @@ def run(options):
         if problem:
             raise InputError(f"--fid: {problem.removeprefix('FID is left out: ')}")
         fid = make_fid()
-    job = Job(model, tiled, model_hash, device, dtype, lpips, teacher, options, fid,
+    job = Job(model, tiled, model_hash, device, dtype, memory, lpips, teacher, options, fid,
               max(1, options.fid // max(1, len(sources))))
     names, failures, rows, decoded = set(), Failures(options.out), [], 0
     # Whatever befalls one input, the others get their turn and their report.
@@ -402,8 +409,8 @@ def parse(arguments=None):
     parser.add_argument("--fid", type=int, default=0, metavar="N",
                         help="FID of about N frames, spread over the inputs (needs pytorch-fid; biased under 2048)")
     parser.add_argument("--teacher", metavar="SPEC", help=f"set it beside the model: {KINDS}")
-    parser.add_argument("--teacher-frames", type=int, default=0, metavar="N",
-                        help="give it N frames at a time (33, say), where a whole video is too much for it")
+    parser.add_argument("--teacher-frames", type=int, metavar="N",
+                        help="give it N frames at a time, 0 for a whole video (default: 33, 17 or 9, by their size)")
     parser.add_argument("--tile", type=int, metavar="SIZE",
                         help="spatial tiles of SIZE x SIZE pixels, 0 for none (default: 256 for a DCAE, else 0)")
     parser.add_argument("--tile-frames", type=int, metavar="N",
@@ -413,7 +420,7 @@ def parse(arguments=None):
     parser.add_argument("--quiet", dest="verbose", action="store_false", help="no notes on padding and frame counts")
     options = parser.parse_args(arguments)
     for name in ("max_frames", "teacher_frames", "fid"):
-        if getattr(options, name) < 0:
+        if (getattr(options, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: a positive number, or 0 for all, is "
                          "wanted")
     try:

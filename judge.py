@@ -121,7 +121,7 @@ def table(rows, targets):
         return lines
     summary = summarize(rows, keys, targets)
     last = verdict(summary["targets"])
-    last += f" ({summary['inputs_that_met_targets']} of {len(done)} inputs met)" if last and len(done) > 1 else ""
+    last += f" ({summary['inputs_that_met_targets']} of {len(done)} met)" if last and len(done) > 1 else ""
     lines.append(line("mean ± deviation", cells({key: one["mean"] for key, one in summary["ours"].items()}), last))
     if len(done) > 1:
         lines.append(line("", cells({key: one["std"] for key, one in summary["ours"].items()}, "±")))

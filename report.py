@@ -182,8 +182,9 @@ def _principal_colours(frames):
     return colours.reshape(t, h, w, 3)
 
 
-def latent_picture(latents, max_frames=8, max_channels=256):
-    """A picture of latents, float T C h w (a few latent frames): RGB uint8 H W 3.
+def latent_picture(latents, max_frames=8, max_channels=256, numbers=None, total=None):
+    """A picture of latents, float T C h w (a few latent frames): RGB uint8 H W 3. Where these are some of `total`,
+    `numbers` are their places among them; captions number them so.
 
     Above, the main directions of the channels as colours for up to `max_frames` frames spread over T; below, each
     channel of the middle one, blue below and red above zero on one scale for all, so that a dead channel stays white
@@ -194,17 +195,20 @@ def latent_picture(latents, max_frames=8, max_channels=256):
     if latents.ndim != 4 or not latents.size:
         raise ValueError(f"expected latents of shape T C h w, got {latents.shape}")
     t, c, h, w = latents.shape
+    numbers, total = range(t) if numbers is None else numbers, total or t
     finite = np.ma.masked_invalid(latents)
     lost = latents.size - finite.count()
     mean, deviation = [f(axis=(0, 2, 3), dtype=np.float64).filled(0) for f in (finite.mean, finite.std)]
     rms = np.hypot(mean, deviation)
-    values = finite.compressed().astype(np.float64) if finite.count() else np.zeros(1)
-    title = (f"latents T={t} C={c} h={h} w={w}   mean {values.mean():.3g}   rms {np.sqrt(np.mean(values ** 2)):.3g}   "
-             f"min {values.min():.3g}   max {values.max():.3g}")
+    found = finite.compressed().astype(np.float64) if finite.count() else np.zeros(1)
+    some = f" ({t} of them here)" if t < total else ""
+    title = (f"latents T={total}{some} C={c} h={h} w={w}   mean {found.mean():.3g}   "
+             f"rms {np.sqrt(np.mean(found ** 2)):.3g}   "
+             f"min {found.min():.3g}   max {found.max():.3g}")
     title += f"   {lost} VALUES NOT FINITE (magenta)" if lost else ""
     times = np.unique(np.linspace(0, t - 1, min(t, max_frames)).round().astype(int))
     colours = _principal_colours(latents[times])
-    tiles = [_tile(colour, f"t = {time}", 192) for colour, time in zip(colours, times)]
+    tiles = [_tile(colour, f"t = {numbers[time]}", 192) for colour, time in zip(colours, times)]
     middle = times[len(times) // 2]
     limit = 3 * float(np.median(rms)) or 3 * float(rms.max()) or 1.0
     maps = []
@@ -219,7 +223,8 @@ def latent_picture(latents, max_frames=8, max_channels=256):
     blocks = [cv2.copyMakeBorder(block, 0, 8, 0, width - block.shape[1], cv2.BORDER_CONSTANT, value=DARK)
               for block in blocks]
     above = "PCA of the channels over these frames: components 1, 2, 3 as red, green, blue"
-    below = f"channels{hidden} at t = {middle}: blue {-limit:.3g}, red {limit:.3g}; mean +- deviation over all t"
+    below = (f"channels{hidden} at t = {numbers[middle]}: blue {-limit:.3g}, red {limit:.3g}; mean +- deviation over "
+             f"{'all t' if t == total else 'those here'}")
     return np.vstack([_strip(title, width, 30, ALARM if lost else LIGHT), _strip(above, width, 24), blocks[0],
                       _strip(below, width, 24), blocks[1]])
 
@@ -258,7 +263,7 @@ h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6r
 small { display: block }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.5rem; margin: 1.2rem 0 } dd { margin: 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; border-block: 2px solid; font-size: .93em }
-th, td { padding: .35rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; overflow-wrap: normal }
+th, td { padding: .35rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; overflow-wrap: normal }
 td { font-variant-numeric: tabular-nums } tbody { border-top: 1px solid var(--rule) } .name { text-align: left }
 td.name:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9rem } figure { margin: 0 }
 .videos { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem;
@@ -320,27 +325,27 @@ def _verdict(judged, more=""):
 
 
 def _table(first, quantities, groups):
-    """HTML of a table. groups: (html of the first cell, rows, targets judged, a word on them): one input's row, or several
-    to be averaged."""
+    """HTML of a table. groups: (html of the first cell, rows, targets judged, a word on them): one input's row, or
+    several to be averaged."""
     with_teacher = any(row.get("teacher") for _, rows, *_ in groups for row in rows)
     with_targets = any(judged for *_, judged, _ in groups)
-    names = [first, "model"] if with_teacher else [first]
+    names = [first] + ["targets"] * with_targets + ["model"] * with_teacher
     page = '<div class="scroll"><table><thead><tr>' + "".join(f'<th class="name">{name}</th>' for name in names)
     page += "".join(f"<th>{html.escape(name)}<small>{unit}</small></th>" for _, name, unit, _ in quantities)
-    page += ("<th>targets</th>" if with_targets else "") + "</tr></thead>"
+    page += "</tr></thead>"
     for cell, rows, judged, more in groups:
-        lines = {"ours": _cells(rows, quantities, judged) + ([_verdict(judged, more)] if with_targets else [])}
+        lines = {"ours": _cells(rows, quantities, judged)}
         teachers = [row["teacher"] for row in rows if row.get("teacher")]
         if teachers:
             lines["teacher"] = _cells(teachers, quantities)
             ratios = versus(rows, [key for key, *_ in quantities])
             lines["ours vs teacher"] = ["–" if value is None else f"{value:+.2f}".replace("-", "−") if key == "psnr"
                                         else f"{value:.2f}×" for key, value in ratios.items()]
-        for texts in lines.values():
-            texts += [""] * (len(quantities) + with_targets - len(texts))
         body = [(f'<td class="name">{model}</td>' if with_teacher else "") + "".join(f"<td>{x}</td>" for x in texts)
                 for model, texts in lines.items()]
-        page += f'<tbody><tr><td class="name" rowspan="{len(body)}">{cell}</td>{"</tr><tr>".join(body)}</tr></tbody>'
+        first = [cell, _verdict(judged, more)] if with_targets else [cell]
+        first = "".join(f'<td class="name" rowspan="{len(body)}">{text}</td>' for text in first)
+        page += f'<tbody><tr>{first}{"</tr><tr>".join(body)}</tr></tbody>'
     return page + "</table></div>"
 
 
@@ -407,7 +412,7 @@ def write_report(out_dir, rows, info, targets=None):
             failures += f'<p class="alarm">{link}: {html.escape(clean["failed"])}</p>'
         else:
             inputs.append((link, [row], row.get("targets", {}), ""))
-    met = f"{summary['inputs_that_met_targets']} of {len(done)} inputs met" if len(done) > 1 else ""
+    met = f"{summary['inputs_that_met_targets']} of {len(done)} met" if len(done) > 1 else ""
     if len(done) > 1:
         inputs.append(("mean ± deviation", done, summary["targets"], met))
     legend = "Mean ± sample standard deviation"
@@ -421,7 +426,8 @@ def write_report(out_dir, rows, info, targets=None):
     _write(path, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
            f'<h1>{title}</h1><dl>{facts}</dl><h2>Summary</h2>'
-           f'{_table("inputs", quantities, [(f"{len(done)} of {len(rows)}", done, summary["targets"], met)])}<p class="soft">{legend}. '
+           f'{_table("inputs", quantities, [(f"{len(done)} of {len(rows)}", done, summary["targets"], met)])}'
+           f'<p class="soft">{legend}. '
            f'<a href="metrics.json">metrics.json</a></p><h2>Inputs</h2>'
            f'{_table("input", quantities, inputs)}{failures}{sections}</body></html>\n')
     return path
