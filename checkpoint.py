@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 from model_dcae import DCAE, load_dcae
-from model_taehv import TAEHV, adapt_state_dict, load_taehv, look_alikes
+from model_taehv import TAEHV, adapt_state_dict, find_weights, load_taehv, look_alikes
 from model_vq_latents import VQLatents
 from model_vqgan import VQGAN, load_vqgan
 from model_vqvae import VQVAE2, VqVae2, load_vqvae
@@ -79,8 +79,10 @@ def load_model(path, variant=None, **overrides):
     path = str(path)
     if os.path.isdir(path):
         path = newest_weights(path)
-    if not os.path.isfile(path):
-        raise CheckpointError(f"checkpoint: {path!r} does not exist")
+    try:
+        path = find_weights(path)  # a file, or published weights by name
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"checkpoint: {error}") from None
     if not path.endswith((".safetensors", ".ckpt")):
         state = read(path)
         if "model_config" in state:

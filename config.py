@@ -29,7 +29,7 @@ class Config:
     precision: str = "auto"         # auto, bf16 (autocast) or fp32 (TF32 on GPUs); auto: bf16 where the hardware has it
     compile: bool = False           # torch.compile the model: minutes at the start, faster steps on a GPU
     resume: str = "auto"            # auto: newest good checkpoint of the run folder; none: a new run; or a path
-    init_from: str = ""             # weights to start from: published .pth/.safetensors, or a checkpoint of ours
+    init_from: str = ""             # weights to start from: published (a name or a file), or a checkpoint of ours
     timeout_minutes: float = 30.0   # how long a rank waits for the others before the run is given up
 
     # ---- data

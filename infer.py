@@ -1,7 +1,7 @@
 """Reconstruct videos with a trained or published autoencoder, and report how well and how fast.
 
     python infer.py runs/mine videos/                      # a run folder, a checkpoint, or published weights (.pth)
-    python infer.py taew2_1.pth a.mp4 b.mkv --out results
+    python infer.py taew2_1 a.mp4 b.mkv --out results      # published weights by name: downloaded once
     python infer.py runs/mine a.mp4 --save-latents         # writes results/latents/a.latents.npz ...
     python infer.py runs/mine a.latents.npz                # ... and decodes it
     python infer.py runs/vqgan a.mp4 --save-tokens         # compresses: writes results/tokens/a.tokens ...
@@ -392,7 +392,8 @@ def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"infer.py: {message}\n")  # without lines of usage before it
-    parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), or published weights (.pth, .safetensors)")
+    parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), weights (.pth, .safetensors), or the name "
+                        "of published ones (say taew2_1)")
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
                         help=f"videos, images, folders of them, *{LATENTS}, *{TOKENS}")
     parser.add_argument("--out", default="inference_results", help="folder to write to (default: %(default)s)")

@@ -1,10 +1,12 @@
 """TAEHV: tiny video autoencoders that speak the latent space of a big video VAE.
 
     model = load_taehv("taew2_1.pth")                # published or own weights; the variant is recognised
+    model = load_taehv("taew2_1")                    # published weights by name: downloaded once
     latents = model.encode(video)                    # N T 3 H W in [0, 1]  ->  N T/4 16 H/8 W/8
     video = model.decode(latents)                    # ... and back, clamped to [0, 1]
 
-This file works alone: it needs torch, and tqdm only where a progress bar is asked for. With step_taehv.py beside it,
+This file works alone: it needs torch, and tqdm only where a progress bar is asked for. It takes the place of taehv.py:
+TAEHV("taew2_1.pth"), encode_video, decode_video and StreamingTAEHV are called as there. With step_taehv.py beside it,
 training steps are quicker (`quick_step`). State_dict names, shapes and results are those of
 github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and streams alike, everything is
 channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four times less work there),
@@ -12,9 +14,14 @@ and `targets()` says which input frames an output stands for.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
 """
+import contextlib
+import difflib
+import hashlib
+import http.client
 import importlib.util
 import math
 import os
+import socket
 
 import torch
 import torch.nn as nn
@@ -64,6 +71,26 @@ RELATIVES = {
     "lighttaehy1_5": dict(activation="leaky_relu", output_range=(-1, 1),
                           mean=[0.0] * 32, deviation=[1 / 1.03682] * 32),
 }
+
+# Published weights: name.pth at github.com/madebyollin/taehv, and the id that git gives to its contents (`blob_id`).
+# TAEHV_URL, an environment variable, names another place that holds the same files.
+URL = "https://raw.githubusercontent.com/madebyollin/taehv/1f14a568f24bf8811e0a0ac601613e04fc1581e8"
+WIDE_URL = "https://raw.githubusercontent.com/madebyollin/taehv/32ac0146b11007cda5a57b60a3b35653361fb8a4"
+PUBLISHED = {
+    "taehv":          "e1409542548a72fe9259cc6dc92f0504555616c4",
+    "taew2_1":        "d6ffa27358914606153bbb790bd1da1c5cf822fd",
+    "taeos1_3":       "932cae63cf7c1f0cbfb37a35cce233e154dd044b",
+    "taecvx":         "faf18249d011f1188d28ac3dbcca7d91316baef2",
+    "taew2_2":        "4b51ee2578346051cb091d6280213927b9403d61",
+    "taew2_2_super":  "88641133a999bd6a9f4aa17a41d2bc9b6241d077",
+    "taehv1_5":       "73960d2af787dd8e05c9e1df93da27dc0c32deb3",
+    "taehv1_5_super": "b69a23b4db996fe47ca75371a0f840b5def1ce83",
+    "taeltx_2":       "415c1d34395097beed07efe5b3b9432771b02d70",
+    "taeltx2_3":      "d1b7ab9b7e106aed3b1ca907dc3ec02ef8e61005",
+    "taeltx2_3_wide": "1da8954033693369aa34de1840dc0fad00fe7d46",
+    "taeh3":          "8c459d15868be182ca52f95c82410767e06ef510",
+}
+
 H3_FRAMES, H3_LATENTS, H3_DROPPED = 17, 5, 3  # per chunk; the last three latents of a clip are dropped
 
 
@@ -329,7 +356,10 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
 class TAEHV(nn.Module):
     """One autoencoder of the family.
 
-    variant: a row of VARIANTS. The other arguments override what it stands for: patch_size, latent_channels,
+    variant: a row of VARIANTS, for fresh weights. Or the path of a weights file, here or as checkpoint_path (as in the
+    published file): then the weights tell the arguments that are not given, as in `load_taehv`, and the model is in
+    eval mode. The published TAEHV() reads "taehv.pth"; without a path this one has fresh weights.
+    The other arguments override what the variant or the file stands for: patch_size, latent_channels,
     encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
     decoder_space_upscale (three booleans), arch_variant (None, "super" or "wide": the decoder), encoder_widths and
     decoder_widths (four channel counts each, from the first layer to the last), activation ("relu", or "leaky_relu"
@@ -338,12 +368,29 @@ class TAEHV(nn.Module):
     combination that makes no sense.
     """
 
-    def __init__(self, variant="taehv", patch_size=None, latent_channels=None, encoder_time_downscale=None,
+    def __init__(self, variant=None, patch_size=None, latent_channels=None, encoder_time_downscale=None,
                  decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None, encoder_widths=None,
-                 decoder_widths=None, activation=None, output_range=None):
+                 decoder_widths=None, activation=None, output_range=None, checkpoint_path=None):
+        path_first = isinstance(variant, (str, os.PathLike)) and variant not in VARIANTS and os.path.isfile(variant)
+        if checkpoint_path is None and path_first:
+            checkpoint_path, variant = variant, None
+        if checkpoint_path is not None:
+            given = dict(patch_size=patch_size, latent_channels=latent_channels, arch_variant=arch_variant,
+                         encoder_time_downscale=encoder_time_downscale, decoder_time_upscale=decoder_time_upscale,
+                         decoder_space_upscale=decoder_space_upscale, encoder_widths=encoder_widths,
+                         decoder_widths=decoder_widths, activation=activation, output_range=output_range)
+            path = find_weights(checkpoint_path)
+            state_dict = read_weights(path)
+            found = arguments_of(state_dict, path, variant)
+            TAEHV.__init__(self, **{**found, **{name: value for name, value in given.items() if value is not None}})
+            put_weights(self, state_dict, path)
+            self.eval()
+            return
         super().__init__()
+        variant = variant or "taehv"
         if variant not in VARIANTS:
-            raise ValueError(f"unknown TAEHV variant {variant!r}; there are {', '.join(VARIANTS)}")
+            raise ValueError(f"unknown TAEHV variant or file {str(variant)!r}{nearest(variant, VARIANTS)}; there are "
+                             f"{', '.join(VARIANTS)}, and paths of weights")
         row_patch, row_channels, row_pooling, row_growth, row_arch = VARIANTS[variant]
         relative = RELATIVES.get(variant, {})
         self.variant = variant
@@ -741,6 +788,82 @@ class TAEHVStream:
         return rest
 
 
+class StreamingTAEHV(nn.Module):
+    """The published wrapper for live video, one frame or latent out at a time. Decoding a world model's latents:
+
+        streaming = StreamingTAEHV(model)
+        frame = streaming.decode(latent)           # N 1 3 H W in [0, 1], or None if there is none yet
+        while frame is not None:
+            show(frame)
+            frame = streaming.decode()             # the latent's other frames
+
+    Video to video: `streaming.decode(streaming.encode(frame))` for each frame, then `streaming.flush()`. As published,
+    nothing is trimmed for CogVideoX. What differs: no gradients, and H3's chunks are those of `encode` and `decode`.
+    """
+
+    def __init__(self, taehv):
+        super().__init__()
+        self.taehv = taehv
+        self.reset()
+
+    def reset(self):
+        """Forget everything: the next frame or latent begins a new clip."""
+        self._stream = TAEHVStream(self.taehv, total_latents=0)  # an even number: CogVideoX is not trimmed
+        self._frames, self._latents = [], []         # what waits to be encoded and decoded, each T = 1
+        self._encoded, self._pending = [], iter(())  # what waits to be handed out
+        self._last_frame, self.n_frames_encoded = None, 0
+
+    @property
+    def n_frames_decoded(self):
+        """Frames that the decoder has made, the dropped first ones too."""
+        return self._stream._decoded
+
+    def encode(self, x=None):
+        """Take N T 3 H W frames in [0, 1], any T, or None; return the next latent, N 1 C h w, or None if there is none
+        before more frames come."""
+        if x is not None:
+            if x.ndim != 5 or x.shape[2] != 3:
+                raise ValueError(f"expected frames as N T 3 H W, got shape {tuple(x.shape)}")
+            self._frames += x.split(1, 1)
+            self._last_frame = x[:, -1:]
+            self.n_frames_encoded += x.shape[1]
+        while self._frames and not self._encoded:
+            latents = self._stream.encode(self._frames.pop(0))
+            self._encoded += latents.split(1, 1) if latents.shape[1] else []
+        return self._encoded.pop(0) if self._encoded else None
+
+    def decode(self, x=None):
+        """Take N T C h w latents, any T, or None; return the next frame, N 1 3 H W in [0, 1], or None if there is none
+        before more latents come."""
+        if x is not None:
+            if x.ndim != 5 or x.shape[2] != self.taehv.latent_channels:
+                raise ValueError(f"expected latents as N T {self.taehv.latent_channels} H W, got shape "
+                                 f"{tuple(x.shape)}")
+            self._latents += x.split(1, 1)
+        frame = next(self._pending, None)
+        while frame is None and self._latents:
+            self._pending = self._stream.frames(self._latents.pop(0))
+            frame = next(self._pending, None)
+        return frame
+
+    def flush_encoder(self):
+        """Fill up the last group with the last frame; return the remaining latents, a list of N 1 C h w."""
+        group = H3_FRAMES if self.taehv.is_h3 else self.taehv.time_factor
+        latents = [self.encode(self._last_frame) for _ in range(-self.n_frames_encoded % group)]
+        return [latent for latent in latents if latent is not None] + [*iter(self.encode, None)]
+
+    def flush_decoder(self):
+        """Return the remaining frames, a list of N 1 3 H W."""
+        frames = [*iter(self.decode, None)]
+        rest = self._stream.flush_decoder() if self.taehv.is_h3 else None
+        return frames + ([] if rest is None or not rest.shape[1] else [*rest.split(1, 1)])
+
+    def flush(self):
+        """`flush_encoder`, its latents decoded, `flush_decoder`: the remaining frames, a list of N 1 3 H W."""
+        frames = [self.decode(latent) for latent in self.flush_encoder()]
+        return [frame for frame in frames if frame is not None] + self.flush_decoder()
+
+
 def take(pieces, size):
     """Cut pieces of N t C H W off the front of the list, `size` frames each, and leave the rest in the list."""
     while sum(piece.shape[1] for piece in pieces) >= size:
@@ -844,18 +967,102 @@ def adapt_state_dict(state_dict, model):
     return adapted
 
 
-def load_taehv(path, variant=None, **overrides):
-    """Build the TAEHV that a .pth or .safetensors file of plain weights describes; runs no code from the file.
+def nearest(word, words):
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
-    `variant` settles what shapes cannot (see `recognise`); `overrides` are TAEHV's other arguments, say
-    decoder_time_upscale=(False, False) for a preview. ValueError if the weights do not fit.
-    """
-    if str(path).endswith(".safetensors"):
+
+def blob_id(path):
+    """The id that git gives to a file's contents: SHA-1 of "blob", their size and themselves."""
+    digest = hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_weights(path):
+    """The path of a weights file, given itself or as a name in PUBLISHED. ValueError if there is none such; OSError and
+    ValueError of `published_weights`."""
+    path = str(path)
+    if os.path.isfile(path):
+        return path
+    if path in PUBLISHED:
+        return published_weights(path)
+    name = os.path.basename(path).removesuffix(".pth")
+    if name in PUBLISHED:
+        raise ValueError(f"{path!r} does not exist; {name} alone is found or downloaded")
+    if name.removesuffix(".safetensors") in RELATIVES:
+        raise ValueError(f"{path!r} does not exist: LightX2V's weights are at huggingface.co/lightx2v/Autoencoders; "
+                         "load them by their path")
+    raise ValueError(f"{path!r} does not exist{nearest(path, PUBLISHED)}")
+
+
+def published_weights(name):
+    """The path of published weights: NAME.pth in the present folder, or in PyTorch's hub cache, into which it is
+    downloaded if it is not there. Only a file with the published contents gets there. OSError without a network,
+    ValueError for other contents; both say where to put the file."""
+    file = f"{name}.pth"
+    if os.path.isfile(file):
+        return file
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    path, source = os.path.join(folder, file), f"{WIDE_URL if name.endswith('wide') else URL}/{file}"
+    url = f"{os.environ['TAEHV_URL'].rstrip('/')}/{file}" if os.environ.get("TAEHV_URL") else source
+    by_hand = f"get {source} by hand and put it there as {path}, or into the present folder"
+    temporary, timeout = f"{path}.{os.getpid()}.part", socket.getdefaulttimeout()
+    with locked(folder, by_hand):
+        if os.path.isfile(path):
+            if blob_id(path) != PUBLISHED[name]:
+                raise ValueError(f"{path} is damaged, or not the published {name}: remove it, or load it by its path")
+            return path
+        try:
+            socket.setdefaulttimeout(30)  # a network that swallows everything would hold us for minutes
+            torch.hub.download_url_to_file(url, temporary, progress=os.environ.get("LOCAL_RANK", "0") == "0")
+            if blob_id(temporary) == PUBLISHED[name]:
+                os.replace(temporary, path)
+                return path
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL
+            reason = getattr(error, "reason", None) or error
+            raise OSError(f"{url} cannot be downloaded ({reason}): {by_hand}") from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+            if os.path.exists(temporary):
+                os.remove(temporary)
+        raise ValueError(f"{url} is not the published {name}, and was removed: {by_hand}")
+
+
+@contextlib.contextmanager
+def locked(folder, by_hand):
+    """Makes the folder; of several processes on a machine (the ranks of a run) one at a time goes on."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made ({error.strerror}): {by_hand}") from None
+    try:
+        import fcntl  # absent from Windows: there each process downloads for itself
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock nothing: likewise
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_weights(path):
+    """The state_dict in a .pth or .safetensors file; runs no code from it."""
+    if path.endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
-        state_dict = load_file(str(path))
-    else:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    arguments = recognise(state_dict, str(path))
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def arguments_of(state_dict, path, variant=None):
+    """What `recognise` finds, with the variant that is given. ValueError if the weights cannot be of that one."""
+    arguments = recognise(state_dict, path)
     if variant is not None:
         found = tuple(arguments[key] for key in ("patch_size", "latent_channels", "encoder_time_downscale",
                                                  "decoder_time_upscale", "arch_variant"))
@@ -863,16 +1070,31 @@ def load_taehv(path, variant=None, **overrides):
             raise ValueError(f"these weights (patch size {found[0]}, {found[1]} latent channels, {found[4] or 'plain'} "
                              f"decoder) are not of variant {variant}")
         arguments["variant"] = variant
-    model = TAEHV(**{**arguments, **overrides})
-    missing, unexpected = [], []
-    adapted = adapt_state_dict(state_dict, model)
-    own = model.state_dict()
-    wrong = [f"{k} is {tuple(adapted[k].shape)}, not {tuple(own[k].shape)}"
-             for k in own if k in adapted and adapted[k].shape != own[k].shape]
-    missing, unexpected = [k for k in own if k not in adapted], [k for k in adapted if k not in own]
-    if wrong or missing or unexpected:
-        problems = wrong + [f"{k} is missing" for k in missing] + [f"{k} is unknown" for k in unexpected]
-        raise ValueError(f"{path} does not fit TAEHV variant {arguments['variant']}: {problems[0]}"
+    return arguments
+
+
+def put_weights(model, state_dict, path):
+    """Load weights into a model that may be a preview of theirs. ValueError, naming the file, if they do not fit."""
+    adapted, own = adapt_state_dict(state_dict, model), model.state_dict()
+    problems = [f"{k} is {tuple(adapted[k].shape)}, not {tuple(own[k].shape)}"
+                for k in own if k in adapted and adapted[k].shape != own[k].shape]
+    problems += [f"{k} is missing" for k in own if k not in adapted]
+    problems += [f"{k} is unknown" for k in adapted if k not in own]
+    if problems:
+        raise ValueError(f"{path} does not fit TAEHV variant {model.variant}: {problems[0]}"
                          + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
     model.load_state_dict(adapted)
+
+
+def load_taehv(path, variant=None, **overrides):
+    """Build the TAEHV that a .pth or .safetensors file of plain weights describes; runs no code from the file.
+
+    `path`: of the file, or a name in PUBLISHED (see `published_weights`). `variant` settles what shapes cannot (see
+    `recognise`); `overrides` are TAEHV's other arguments, say decoder_time_upscale=(False, False) for a preview.
+    ValueError if the weights do not fit; OSError if they cannot be had.
+    """
+    path = find_weights(path)
+    state_dict = read_weights(path)
+    model = TAEHV(**{**arguments_of(state_dict, path, variant), **overrides})
+    put_weights(model, state_dict, path)
     return model.eval()

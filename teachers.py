@@ -1,6 +1,7 @@
 """Teachers: the video autoencoders whose latents a small one learns to speak.
 
-    taehv:FILE                 weights of the TAEHV family, a checkpoint or a run folder of ours
+    taehv:FILE                 weights of the TAEHV family (a file, or a published name), a checkpoint or run folder of
+                               ours
     torchscript:FILE           a torch.jit file whose module has encode(video) and decode(latents)
     python:FILE.py:FUNCTION    FUNCTION() returns an object with encode(video) and decode(latents)
     diffusers:CLASS:FOLDER     say diffusers:AutoencoderKLWan:Wan2.1-T2V-1.3B-Diffusers (needs the package diffusers)

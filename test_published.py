@@ -1,17 +1,28 @@
 """Weights and code that others published for TAEHV: relatives, the published calls, weights by name, torch.hub."""
 
 import ast
+import http.server
 import importlib.util
 import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import checkpoint
+import hubconf
+import infer
+import model_taehv
+import teachers
+import train
+from conftest import ROOT, mistake
 from golden.fill import fill_, make_input
-from model_taehv import RELATIVES, TAEHV, load_taehv, recognise
+from model_taehv import PUBLISHED, RELATIVES, TAEHV, StreamingTAEHV, load_taehv, recognise
 
 # ---- relatives: one clip, retyped from the published files, straight from the weights -----------------------------
 
@@ -167,3 +178,262 @@ def test_fresh_weights_start_from_colours_all_the_same(changes):
 def test_shapes_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         TAEHV(**changes)
+
+
+# ---- the published calls -----------------------------------------------------------------------------------------
+
+SMALL = dict(encoder_widths=(8,) * 4, decoder_widths=(32, 24, 24, 24))
+
+
+def save_small(path, variant="taehv", **changes):
+    torch.manual_seed(1)
+    torch.save(TAEHV(variant, **SMALL, **changes).state_dict(), path)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@torch.no_grad()
+def test_every_call_of_the_published_readme_and_main(folder):
+    save_small("taehv.pth")
+    save_small("taew2_2.pth", "taew2_2")
+    frames = torch.randint(0, 256, (1, 9, 3, 24, 40), dtype=torch.uint8)
+    model = TAEHV(checkpoint_path="taehv.pth").to(torch.device("cpu"), torch.float16)  # taehv.py's main()
+    video = frames.to("cpu", torch.float16).div_(255.0)
+    results = []
+    for options in (dict(), dict(parallel=False)):
+        latents = model.encode_video(video, **options)
+        decoded = model.decode_video(latents, **options)
+        assert decoded.dtype == torch.float16 and decoded.shape == (1, 9, 3, 24, 40)
+        assert decoded.clamp_(0, 1).mul_(255).round_().byte().cpu()[0].shape == (9, 3, 24, 40)
+        results.append(latents)
+    assert latents.shape == (1, 3, 16, 3, 5) and torch.allclose(*map(torch.Tensor.float, results), atol=1e-2)
+    model = TAEHV("taew2_2.pth").to("cpu", torch.float32).eval().requires_grad_(False)  # the notebooks
+    diffusers_layout = model.decode_video(torch.randn(1, 2, 48, 2, 2), parallel=False).transpose(1, 2).mul_(2).sub_(1)
+    assert diffusers_layout.shape == (1, 3, 5, 32, 32) and (model.patch_size, model.latent_channels) == (2, 48)
+    assert {"t_downscale": 4, "t_upscale": 4, "frames_to_trim": 3, "image_channels": 3}.items() <= vars(model).items()
+
+
+@pytest.mark.parametrize("arguments", [
+    dict(), dict(checkpoint_path=None), dict(decoder_time_upscale=(False, False), decoder_space_upscale=(True,) * 3)])
+def test_without_a_path_weights_are_fresh(arguments, folder):
+    save_small("taehv.pth")
+    assert TAEHV(**arguments).encoder_widths == (64,) * 4, "the file is not read"
+
+
+@torch.no_grad()
+def test_previews_and_arguments_beside_a_path(folder):
+    save_small("weights.pth", patch_size=2, latent_channels=8)
+    arguments = dict(patch_size=2, latent_channels=8, encoder_time_downscale=(True, True, False),
+                     decoder_time_upscale=(False, False), decoder_space_upscale=(False, False, False), arch_variant=None)
+    model = TAEHV("weights.pth", **arguments)
+    whole = load_taehv("weights.pth")
+    assert not model.training and model.decode_video(torch.randn(1, 3, 8, 2, 2)).shape == (1, 3, 3, 4, 4)
+    assert torch.equal(model.decoder[19].conv.weight, whole.decoder[19].conv.weight[24:]), "the last frame's weights"
+    video = torch.rand(1, 4, 3, 16, 16)
+    assert torch.equal(model.encode(video), whole.encode(video))
+    assert TAEHV(**model.config).config == model.config
+    with pytest.raises(ValueError, match="weights.pth does not fit TAEHV variant taehv: encoder.0.weight is"):
+        TAEHV("weights.pth", patch_size=1)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: TAEHV("taew21"), r"unknown TAEHV variant or file 'taew21' \(did you mean 'taew2_1'\?\)"),
+    (lambda: TAEHV("nowhere/taew2_1.pth"), "unknown TAEHV variant or file 'nowhere/taew2_1.pth'"),
+    (lambda: TAEHV(checkpoint_path="nowhere.pth"), "'nowhere.pth' does not exist"),
+    (lambda: load_taehv("taew2_9"), r"'taew2_9' does not exist \(did you mean 'taew2_2'\?\)"),
+    (lambda: load_taehv("a/taew2_1.pth"), "'a/taew2_1.pth' does not exist; taew2_1 alone is found or downloaded"),
+    (lambda: load_taehv("lighttaehy1_5.safetensors"), "huggingface.co/lightx2v/Autoencoders"),
+])
+def test_what_is_neither_a_variant_nor_a_file(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", ["taehv", "taecvx", "taeltx_2", "taeh3"])
+@torch.no_grad()
+def test_streaming_as_the_published_docstring_has_it(name):
+    torch.manual_seed(1)
+    model = TAEHV(name, **{**SMALL, "decoder_widths": (48, 48, 48, 48)}).eval()
+    size, factor = model.space_factor, model.time_factor
+    video = torch.rand(2, 21, 3, size, size)
+    latents = model.encode_video(video, show_progress_bar=False)
+    whole = model.decode_video(latents, show_progress_bar=False)
+    streaming = StreamingTAEHV(model)
+    shown, seen = [], []  # video to video: each call gives one latent or None, one frame or None
+    for frame in video.split(1, 1):
+        latent = streaming.encode(frame)
+        decoded = streaming.decode(latent)
+        shown += [] if decoded is None else [decoded]
+        seen.append(latent is not None)
+    if name != "taeh3":
+        assert seen == [(t + 1) % factor == 0 for t in range(21)], "a latent comes with the last frame of its group"
+    rest = streaming.flush()
+    assert isinstance(rest, list) and all(frame.shape == (2, 1, 3, size, size) for frame in [*shown, *rest])
+    frames = torch.cat([*shown, *rest], 1)
+    assert frames.shape == whole.shape and torch.allclose(frames, whole, atol=1e-5)
+    assert streaming.encode() is None and streaming.decode() is None
+
+    streaming.reset()
+    assert streaming.flush_encoder() == streaming.flush_decoder() == streaming.flush() == []
+    again = [streaming.encode(video)]  # all frames at once; the others are asked for
+    again += [*iter(streaming.encode, None), *streaming.flush_encoder()]
+    assert torch.allclose(torch.cat(again, 1), latents, atol=1e-5)
+    shown = []  # decoding alone (a world model)
+    for latent in latents.split(1, 1):
+        frame = streaming.decode(latent)
+        while frame is not None:
+            shown.append(frame)
+            frame = streaming.decode()
+    shown += streaming.flush_decoder()
+    assert torch.allclose(torch.cat(shown, 1), whole, atol=1e-5)
+    assert streaming.n_frames_encoded >= 21 and streaming.n_frames_decoded == model.t_upscale * latents.shape[1]
+
+
+def test_streaming_refuses_what_has_no_time():
+    streaming = StreamingTAEHV(TAEHV(**SMALL))
+    with pytest.raises(ValueError, match="expected frames as N T 3 H W"):
+        streaming.encode(torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="expected latents as N T 16 H W"):
+        streaming.decode(torch.rand(1, 1, 4, 2, 2))
+
+
+# ---- weights by name ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mirror(folder, monkeypatch):
+    """A server with taew2_1.pth, an empty hub cache, an empty present folder. Has: url, requests, the file's bytes,
+    how many of them are `sent`."""
+    save_small("taew2_1.pth", "taew2_1")
+    contents = (folder / "taew2_1.pth").read_bytes()
+    monkeypatch.setitem(PUBLISHED, "taew2_1", model_taehv.blob_id("taew2_1.pth"))
+    os.remove("taew2_1.pth")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        requests, sent = [], len(contents)
+
+        def do_GET(self):
+            self.requests.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(contents)))
+            self.end_headers()
+            self.wfile.write(contents[:Handler.sent])
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+        thread.start()
+        monkeypatch.setenv("TAEHV_URL", f"http://127.0.0.1:{server.server_port}/files/")
+        monkeypatch.setenv("TORCH_HOME", str(folder / "home"))
+        monkeypatch.setattr(torch.hub, "_hub_dir", None)
+        Handler.contents, Handler.path = contents, folder / "home" / "hub" / "checkpoints" / "taew2_1.pth"
+        yield Handler
+        server.shutdown()
+        thread.join()
+
+
+def test_the_id_of_contents_is_gits(tmp_path):
+    (tmp_path / "empty").touch()
+    assert model_taehv.blob_id(tmp_path / "empty") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+    assert set(PUBLISHED) == set(model_taehv.VARIANTS) - set(RELATIVES)
+    assert all(re.fullmatch("[0-9a-f]{40}", wanted) for wanted in PUBLISHED.values())
+
+
+def test_a_name_downloads_once(mirror, capfd, clips):
+    model = load_taehv("taew2_1")
+    assert (model.variant, model.training, mirror.requests) == ("taew2_1", False, ["/files/taew2_1.pth"])
+    assert "100%" in capfd.readouterr().err, "a progress bar"
+    assert mirror.path.read_bytes() == mirror.contents and os.listdir(mirror.path.parent) == ["taew2_1.pth"]
+    teacher = teachers.load_teacher("taehv:taew2_1")
+    again, words = checkpoint.load_model("taew2_1")
+    assert "variant taew2_1" in words and TAEHV(checkpoint_path="taew2_1").variant == "taew2_1"
+    started, origin = train.make_model(train.load_config(["taehv_finetune", "init_from=taew2_1", "variant=taew2_1",
+                                                          *(f"net.{k}={v}" for k, v in SMALL.items())]), [])[:2]
+    for other in (teacher.source, again, started):
+        assert torch.equal(other.encoder[0].weight, model.encoder[0].weight)
+    assert origin == "from taew2_1" and len(mirror.requests) == 1, "the rest is found in the cache"
+
+
+def test_infer_takes_a_name(mirror, clips, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.py", "taew2_1", os.path.join(clips, "sub0", "clip0.mp4"), "--max-frames",
+                                      "5", "--lpips", "none", "--precision", "fp32", "--quiet"])
+    infer.main()
+    assert "taew2_1: weights of variant taew2_1" in capsys.readouterr().out
+    assert (folder / "inference_results" / "metrics.json").is_file()
+
+
+def test_a_file_in_the_present_folder_comes_first(mirror):
+    save_small("taew2_1.pth", "taew2_1")
+    load_taehv("taew2_1")
+    assert not mirror.requests
+
+
+@pytest.mark.parametrize("sent", [0, 1000])
+def test_half_a_download_is_never_the_file(sent, mirror):
+    whole, mirror.sent = mirror.sent, sent
+    with pytest.raises((ValueError, OSError), match=f"by hand and put it there as {mirror.path}"):
+        load_taehv("taew2_1")
+    assert not os.listdir(mirror.path.parent)
+    mirror.sent = whole
+    load_taehv("taew2_1")
+
+
+def test_other_contents_are_refused_and_removed(mirror, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "taew2_1", "0" * 40)
+    with pytest.raises(ValueError, match=r"files/taew2_1.pth is not the published taew2_1, and was removed: get https://"):
+        load_taehv("taew2_1")
+    assert not os.listdir(mirror.path.parent)
+    mirror.path.write_bytes(b"older")
+    with pytest.raises(ValueError, match="taew2_1.pth is damaged, or not the published taew2_1: remove it"):
+        load_taehv("taew2_1")
+    assert mirror.path.read_bytes() == b"older", "what lies there is the user's"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "nonsense", "file:///nowhere"])
+def test_without_a_network_one_line_says_where_to_put_it(url, mirror, monkeypatch, capsys, clips):
+    monkeypatch.setenv("TAEHV_URL", url)
+    line = mistake(capsys, monkeypatch, infer, "taew2_1", clips)
+    assert f"{url}/taew2_1.pth cannot be downloaded" in line and f"put it there as {mirror.path}" in line
+    assert "get https://raw.githubusercontent.com/madebyollin/taehv/" in line
+
+
+def test_a_misspelt_name_is_one_line(folder, monkeypatch, capsys, clips):
+    assert "did you mean 'taew2_1'?" in mistake(capsys, monkeypatch, infer, "taew2.1", clips)
+
+
+def test_the_model_file_alone_finds_weights_by_name(mirror, folder):
+    os.makedirs("alone")
+    shutil.copy(model_taehv.__file__, "alone")
+    mirror.path.parent.mkdir(parents=True)
+    mirror.path.write_bytes(mirror.contents)
+    code = (f"import model_taehv as m; m.PUBLISHED['taew2_1'] = '{PUBLISHED['taew2_1']}'; "
+            "m.StreamingTAEHV(m.load_taehv('taew2_1')); print(m.TAEHV(m.find_weights('taew2_1')).variant)")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd="alone", env=environment, check=True, capture_output=True)
+    assert done.stdout.split() == [b"taew2_1"] and not mirror.requests
+
+
+# ---- torch.hub ---------------------------------------------------------------------------------------------------
+
+
+def test_hub_entry_points(mirror):
+    entries = {name for name, entry in vars(hubconf).items() if callable(entry) and not name.startswith("_")}
+    assert entries == set(PUBLISHED) and "pretrained=False" in hubconf.taew2_1.__doc__
+    model = torch.hub.load(ROOT, "taew2_1", source="local")
+    assert (model.variant, model.encoder_widths, mirror.requests) == ("taew2_1", (8,) * 4, ["/files/taew2_1.pth"])
+    preview = torch.hub.load(ROOT, "taew2_1", source="local", decoder_time_upscale=(False, False))
+    assert preview.t_upscale == 1 and len(mirror.requests) == 1
+    assert torch.hub.load(ROOT, "taeh3", source="local", pretrained=False, **SMALL).is_h3
+
+
+def test_a_model_of_the_hub_trains_and_is_quick_when_its_folder_is_out_of_sight(folder):
+    code = ("import sys, torch; m = torch.hub.load(sys.argv[1], 'taehv', source='local', pretrained=False); "
+            "assert sys.argv[1] not in sys.path; m(torch.rand(1, 4, 3, 8, 8))[0].sum().backward(); m.eval().fast()")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code, ROOT], env=environment, check=True)
