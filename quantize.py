@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1 << 24  # numbers in one block of distances
 
@@ -198,46 +199,27 @@ def quantizers(model):
     return [m for m in found if id(m) not in parts]
 
 
-class TableQuantizer(Quantizer):
-    """Nearest neighbour in one table, with its options; VQ and EMA differ in how the table learns.
+class StartingQuantizer(Quantizer):
+    """One codebook of code_dim numbers a code that can start from its first batch.
 
     kmeans_init: the first training batch (of all ranks, at most 8 vectors per code) sets the codebook; with deferred,
-        in the first update(), so that the first step runs on the random one. A loaded codebook counts as started.
-    restart_below: after each update, a code with a lower average count per step (the mean of all codes is vectors per
-        step / n_embed; a fifth of that works) becomes a random vector of the step, the same on all ranks. Its count
-        and sums are set along with it, to twice the threshold: else the next average would bring the old vector back.
-        Without any use it then lives log(2) / (1 - decay) steps. Vectors are drawn with PyTorch's CPU generator,
-        which a checkpoint holds.
-    Each of the two adds one small entry to the state_dict where the published layout has no place for it.
+        in the first update(), so that the first step runs on the random one. A loaded codebook counts as started. It
+        adds a small entry to the state_dict, where the published layout has no place for it.
+    A kind of quantizer adds set_codebook(centres).
     """
 
-    def __init__(self, n_embed, dim, beta=0.25, decay=0.99, kmeans_init=False, restart_below=0.0, seed=0, chunk=CHUNK,
-                 deferred=False):
-        super().__init__(dim, n_embed, deferred=deferred)
-        self.beta, self.decay, self.restart_below, self.seed, self.chunk = beta, decay, restart_below, seed, chunk
-        self.start_size = 2.0 * restart_below or 1.0
-        self.kmeans_init, self.is_started, self.fresh = kmeans_init, False, []
+    def __init__(self, dim, num_codes, codes_per_position, kmeans_init, seed, chunk, deferred):
+        super().__init__(dim, num_codes, codes_per_position, deferred)
+        self.code_dim = dim // codes_per_position
+        self.kmeans_init, self.is_started, self.fresh, self.seed, self.chunk = kmeans_init, False, [], seed, chunk
         if kmeans_init:
             self.register_buffer("started", torch.tensor(False))
-
-    def tables(self):
-        """(weight (count, dim), average counts (count,) or None, average sums (count, dim) or None), to write into."""
-        raise NotImplementedError
-
-    def vectors(self, codes):
-        return F.embedding(codes[:, 0], self.tables()[0])
 
     def waits_for_start(self):
         """The flag is in the state_dict, and also in Python, so that no later step has to ask the GPU."""
         if self.kmeans_init and not self.is_started:
             self.is_started = bool(self.started)
         return self.kmeans_init and not self.is_started
-
-    def search(self, rows):
-        """(n, dim) -> codes (n, 1), after the k-means start where that is due."""
-        if self.training and not self.deferred and self.waits_for_start():
-            self.start(rows.detach())
-        return nearest(rows.detach(), self.tables()[0].detach().float(), self.chunk).unsqueeze(1)
 
     def draw(self, rows, generator=None):
         """At most this rank's share of the vectors that a start or a restart needs, at random."""
@@ -247,11 +229,11 @@ class TableQuantizer(Quantizer):
         return rows[order.to(rows.device, non_blocking=True)], share
 
     def observe(self, rows, codes):
-        if self.restart_below > 0 or self.waits_for_start():
-            self.fresh.append(self.draw(rows)[0])
+        if self.waits_for_start():
+            self.fresh.append(self.draw(rows.reshape(-1, self.code_dim))[0])
 
     def collected(self):
-        return torch.cat([self.tables()[0][:0].float(), *self.fresh])  # none, if all micro-batches were dropped
+        return torch.cat([self.counts.new_zeros(0, self.code_dim, dtype=torch.float32), *self.fresh])  # perhaps none
 
     @torch.no_grad()
     def start(self, rows):
@@ -263,7 +245,57 @@ class TableQuantizer(Quantizer):
         if world_size() > 1:  # the last bits of sums on a GPU vary
             dist.broadcast(centres, src=0)
         self.started.fill_(True)
-        self.place(self.started.expand(self.num_codes), centres)
+        self.set_codebook(centres)
+
+    def learn(self, counts):
+        if self.waits_for_start():
+            self.start(self.collected())
+
+    def begin(self):
+        super().begin()
+        self.fresh = []
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name, default in {"started": torch.tensor(True), "usage_count": self._buffers.get("usage_count")}.items():
+            if name in self._buffers:  # weights saved without the option
+                state_dict.setdefault(prefix + name, default)
+        self.is_started = False  # ask the loaded flag
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class TableQuantizer(StartingQuantizer):
+    """Nearest neighbour in one table, with its options; VQ and EMA differ in how the table learns.
+
+    kmeans_init: see StartingQuantizer.
+    restart_below: after each update, a code with a lower average count per step (the mean of all codes is vectors per
+        step / n_embed; a fifth of that works) becomes a random vector of the step, the same on all ranks. Its count
+        and sums are set along with it, to twice the threshold: else the next average would bring the old vector back.
+        Without any use it then lives log(2) / (1 - decay) steps. Vectors are drawn with PyTorch's CPU generator,
+        which a checkpoint holds. It adds a small entry to the state_dict, as kmeans_init does.
+    """
+
+    def __init__(self, n_embed, dim, beta=0.25, decay=0.99, kmeans_init=False, restart_below=0.0, seed=0, chunk=CHUNK,
+                 deferred=False):
+        super().__init__(dim, n_embed, 1, kmeans_init, seed, chunk, deferred)
+        self.beta, self.decay, self.restart_below = beta, decay, restart_below
+        self.start_size = 2.0 * restart_below or 1.0
+
+    def tables(self):
+        """(weight (count, dim), average counts (count,) or None, average sums (count, dim) or None), to write into."""
+        raise NotImplementedError
+
+    def vectors(self, codes):
+        return F.embedding(codes[:, 0], self.tables()[0])
+
+    def search(self, rows):
+        """(n, dim) -> codes (n, 1), after the k-means start where that is due."""
+        if self.training and not self.deferred and self.waits_for_start():
+            self.start(rows.detach())
+        return nearest(rows.detach(), self.tables()[0].detach().float(), self.chunk).unsqueeze(1)
+
+    def observe(self, rows, codes):
+        if self.restart_below > 0 or self.waits_for_start():
+            self.fresh.append(self.draw(rows)[0])
 
     def learn(self, counts):
         if self.waits_for_start():
@@ -276,6 +308,9 @@ class TableQuantizer(Quantizer):
             turn = dead.cumsum(0) - 1  # the first dead code gets the first vector, and so on while there are any
             self.place(dead & (turn < found), rows[turn.clamp(0, len(rows) - 1)])
 
+    def set_codebook(self, centres):
+        self.place(self.started.expand(self.num_codes), centres)
+
     def place(self, chosen, vectors):
         """Where `chosen` (count,) is true, set the code to its vector in (count, dim), with all that goes with it."""
         weight, sizes, sums = self.tables()
@@ -284,17 +319,6 @@ class TableQuantizer(Quantizer):
             sizes.masked_fill_(chosen, self.start_size)
         if sums is not None:
             sums.copy_(torch.where(chosen.unsqueeze(1), vectors * self.start_size, sums))
-
-    def begin(self):
-        super().begin()
-        self.fresh = []
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        for name, default in {"started": torch.tensor(True), "usage_count": self._buffers.get("usage_count")}.items():
-            if name in self._buffers:  # weights saved without the option
-                state_dict.setdefault(prefix + name, default)
-        self.is_started = False  # ask the loaded flag
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class VectorQuantizer(TableQuantizer):
@@ -370,7 +394,7 @@ class EMAQuantizer(TableQuantizer):
         self.sums.zero_()
 
 
-class SinkhornQuantizer(Quantizer):
+class SinkhornQuantizer(StartingQuantizer):
     """OptVQ (Zhang et al. 2024, github.com/zbr17/OptVQ): codes by optimal transport between a batch and the codebook.
 
     state_dict: `embedding.weight` (n_embed, dim / num_head), `proj.weight`, `proj.bias`. A vector is cut into num_head
@@ -382,23 +406,26 @@ class SinkhornQuantizer(Quantizer):
         where a rank fails before it, the others wait until the process group's timeout. A loop that redoes failed steps
         sets `before_reduce`, a function that is called before each reduction and raises if a rank has failed; or wants
         False, which balances each rank's batch by itself.
-    What differs: the plan is never stored (n_iters + 2 passes recompute the distances in blocks); the costs' mean and
-    deviation are those of all ranks too, whose batches may be unequal; there is no "ce" loss.
+    loss_q_type: what pulls pieces and codes together: "l2" or "l1" distance to the code taken, the codes' part times
+        beta; or "ce": the cross-entropy of the code taken among all, with minus the distances (not squared) for logits.
+    kmeans_init: see StartingQuantizer. The projection then starts as the identity, so that the centres are the codes.
+    What differs: the plan and the logits are never stored (distances are computed again in blocks); the costs' mean and
+    deviation are those of all ranks too, whose batches may be unequal; the published k-means takes other features, a
+    class's at a time, and leaves the random projection in front of its centres.
     """
 
     def __init__(self, n_embed, dim, beta=0.25, num_head=1, epsilon=10.0, n_iters=5, normalize_mode="all",
-                 use_prob=False, use_proj=True, loss_q_type="l2", across_ranks=True, eval_nearest=False, chunk=CHUNK,
-                 deferred=False):
+                 use_prob=False, use_proj=True, loss_q_type="l2", across_ranks=True, eval_nearest=False,
+                 kmeans_init=False, seed=0, chunk=CHUNK, deferred=False):
         if dim % num_head:
             raise ValueError(f"dim {dim} cannot be cut into num_head {num_head} equal pieces")
-        if normalize_mode not in ("all", "dim", "null") or loss_q_type not in ("l2", "l1"):
+        if normalize_mode not in ("all", "dim", "null") or loss_q_type not in ("l2", "l1", "ce"):
             raise ValueError(f"normalize_mode {normalize_mode!r} must be all, dim or null, and "
-                             f"loss_q_type {loss_q_type!r} l2 or l1")
-        super().__init__(dim, n_embed, num_head, deferred)
+                             f"loss_q_type {loss_q_type!r} l2, l1 or ce")
+        super().__init__(dim, n_embed, num_head, kmeans_init, seed, chunk, deferred)
         self.beta, self.epsilon, self.n_iters, self.normalize_mode = beta, epsilon, n_iters, normalize_mode
-        self.use_prob, self.distance = use_prob, F.mse_loss if loss_q_type == "l2" else F.l1_loss
-        self.across_ranks, self.eval_nearest, self.chunk = across_ranks, eval_nearest, chunk
-        self.code_dim = dim // num_head
+        self.use_prob, self.loss_q_type = use_prob, loss_q_type
+        self.across_ranks, self.eval_nearest = across_ranks, eval_nearest
         self.embedding = nn.Embedding(n_embed, self.code_dim)
         self.proj = nn.Linear(self.code_dim, self.code_dim) if use_proj else nn.Identity()
         if use_proj:
@@ -408,11 +435,34 @@ class SinkhornQuantizer(Quantizer):
         return self.proj(self.embedding.weight)[codes].flatten(1)
 
     def assign(self, rows):
-        pieces, codebook = rows.reshape(-1, self.code_dim), self.proj(self.embedding.weight).float()
+        pieces = rows.reshape(-1, self.code_dim)
+        if self.training and not self.deferred and self.waits_for_start():
+            self.start(pieces.detach())
+        codebook = self.proj(self.embedding.weight).float()
         codes = self.search(pieces.detach(), codebook.detach())
         quantized = codebook[codes]
-        loss = self.distance(pieces, quantized.detach()) + self.beta * self.distance(quantized, pieces.detach())
+        if self.loss_q_type == "ce":
+            loss = self.cross_entropy(pieces, codebook, codes)
+        else:
+            distance = F.mse_loss if self.loss_q_type == "l2" else F.l1_loss
+            loss = distance(pieces, quantized.detach()) + self.beta * distance(quantized, pieces.detach())
         return straight_through(rows, quantized.view_as(rows)), codes.view(-1, self.codes_per_position), loss
+
+    def cross_entropy(self, pieces, codebook, codes):
+        """Of the codes (m,) among all, in blocks that the backward pass computes again; a scalar."""
+        def block(pieces, codes):
+            return F.cross_entropy(-torch.cdist(pieces, codebook), codes, reduction="sum")
+
+        size = max(1, self.chunk // self.num_codes)
+        parts = zip(pieces.split(size), codes.split(size))
+        return sum(checkpoint(block, *part, use_reentrant=False) for part in parts) / len(pieces)
+
+    @torch.no_grad()
+    def set_codebook(self, centres):
+        self.embedding.weight.copy_(centres)
+        if isinstance(self.proj, nn.Linear):
+            nn.init.eye_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
 
     @torch.no_grad()
     def search(self, pieces, codebook):
@@ -531,7 +581,7 @@ class ResidualQuantizer(Quantizer):
             if starting:
                 layer.begin()
                 continue
-            starting = isinstance(layer, TableQuantizer) and layer.waits_for_start()
+            starting = layer.waits_for_start()
             statistics.append(layer.update())
         counts = [s.pop("counts") for s in statistics]
         counts += [torch.zeros_like(counts[0])] * (len(self.layers) - len(counts))

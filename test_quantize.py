@@ -107,6 +107,24 @@ def test_sinkhorn_gives_each_code_its_share_and_nearest_ignores_the_batch():
     assert not torch.equal(drawn(images(0))[1]["codes"][0], drawn(images(0))[1]["codes"][0])
 
 
+def test_cross_entropy_in_blocks_is_that_of_all_distances():
+    """OptVQ's "ce": minus the distances are the logits, the code that was taken is the class."""
+    results = []
+    for chunk in (1 << 24, 16 * 10):
+        torch.manual_seed(0)
+        quantizer, z = SinkhornQuantizer(16, 6, num_head=2, loss_q_type="ce", chunk=chunk), images(0).requires_grad_()
+        _, info = quantizer(z)
+        info["vq_loss"].backward()
+        results.append([info["vq_loss"].detach(), z.grad, quantizer.embedding.weight.grad, quantizer.proj.weight.grad])
+    codes, z = torch.stack(info["codes"], -1).flatten(), images(0).requires_grad_()
+    pieces = z.movedim(1, -1).reshape(-1, 1, 3)
+    distances = (pieces - quantizer.proj(quantizer.embedding.weight)).square().sum(-1).sqrt()
+    loss = (torch.logsumexp(-distances, 1) + distances[torch.arange(len(codes)), codes]).mean()
+    results.append([loss.detach(), *torch.autograd.grad(loss, [z, quantizer.embedding.weight, quantizer.proj.weight])])
+    for values in zip(*results):
+        assert all(torch.allclose(values[0], value, rtol=1e-3, atol=1e-6) for value in values[1:])
+
+
 # ---- what all have in common -------------------------------------------------------------------------------------
 
 
@@ -165,7 +183,7 @@ def test_perplexity_and_usage():
     lambda: EMAQuantizer(16, 6)(torch.zeros(2, 6, 4)),
     lambda: SinkhornQuantizer(16, 6, num_head=4),
     lambda: SinkhornQuantizer(16, 6, normalize_mode="rows"),
-    lambda: SinkhornQuantizer(16, 6, loss_q_type="ce"),
+    lambda: SinkhornQuantizer(16, 6, loss_q_type="kl"),
     lambda: ResidualQuantizer(2, 16, 6, kind="fsq"),
     lambda: ResidualQuantizer(2, 16, 6, kind="sinkhorn", num_head=2),
     lambda: FSQ((8, 1)),
@@ -272,7 +290,7 @@ def test_the_whole_codebook_is_used_where_plain_vq_collapses():
     assert min(use.values()) > 0.95, use
 
 
-@pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer])
+@pytest.mark.parametrize("kind", [VectorQuantizer, EMAQuantizer, SinkhornQuantizer])
 def test_kmeans_start_lowers_the_first_error(kind):
     z, errors = stream(0), []
     for start in (False, True):
@@ -290,6 +308,22 @@ def test_kmeans_start_lowers_the_first_error(kind):
     weights = {name: value for name, value in quantizer.state_dict().items() if name != "started"}
     fresh.load_state_dict(weights)  # published weights have no such entry: they are not overwritten by a start
     assert not fresh.waits_for_start()
+
+
+def test_optvq_starts_from_the_pieces_of_its_first_step():
+    torch.manual_seed(0)
+    quantizer, z = SinkhornQuantizer(32, 6, num_head=3, kmeans_init=True, deferred=True), images(0)
+    quantizer.begin()
+    quantizer(z)
+    quantizer.update()
+    pieces = z.movedim(1, -1).reshape(-1, 2)
+    codebook = quantizer.proj(quantizer.embedding.weight)
+    assert quantizer.started and F.mse_loss(codebook[nearest(pieces, codebook)], pieces) < 0.1, "0.3 before"
+    centres = quantizer.embedding.weight.detach().clone()
+    quantizer.begin()
+    quantizer(images(1))
+    quantizer.update()
+    assert torch.equal(centres, quantizer.embedding.weight), "it starts once"
 
 
 def test_a_restarted_code_stays_where_it_was_put():
