@@ -118,8 +118,9 @@ class Adversary(nn.Module):
     `adaptive`). Before step `start` nothing runs at all; from there on the term grows to its full weight within `ramp`
     steps, and the discriminator learns in every `every`-th step. lecam: weight of the LeCam regulariser (Tseng et al.
     2021), which holds real scores near the running mean of fake ones and the other way round; its means are debiased,
-    decay `lecam_decay`. lr, betas: of Adam. channels, ndf, n_layers, norm, dropout: as PatchGAN, which is
-    `discriminator`; published weights go in by `adversary.discriminator.load_state_dict(...)`.
+    decay `lecam_decay`. max_weight: the most that the adaptive weight can be. lr, betas, weight_decay: of AdamW.
+    channels, ndf, n_layers, norm, dropout: as PatchGAN, which is `discriminator`; published weights go in by
+    `adversary.discriminator.load_state_dict(...)`.
 
     Ranks: gradients, BatchNorm's running statistics and LeCam's means are averaged, so the discriminator stays equal to
     the bit. The adaptive weight is each micro-batch's own: a mean over ranks would need them in the middle of the
@@ -131,7 +132,7 @@ class Adversary(nn.Module):
 
     def __init__(self, dims=2, channels=3, ndf=64, n_layers=0, norm="batch", dropout=0.3, loss="hinge", weight=0.8,
                  start=0, ramp=0, every=1, adaptive=True, max_weight=1e4, lecam=0.0, lecam_decay=0.999, lr=1e-5,
-                 betas=(0.5, 0.9), device="cpu"):
+                 betas=(0.5, 0.9), weight_decay=0.0, device="cpu"):
         super().__init__()
         if loss not in LOSSES:
             raise ValueError(f"unknown adversarial loss {loss!r}; there are {', '.join(LOSSES)}")
@@ -144,8 +145,9 @@ class Adversary(nn.Module):
         self.register_buffer("figures", torch.zeros(len(self.FIGURES)))  # of the last step in which it learned
         self.register_buffer("skipped", torch.zeros(()))  # steps that were not finite
         self.to(device, memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=betas,
-                                          fused=torch.device(device).type in ("cuda", "cpu"))
+        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=lr, betas=betas,
+                                           weight_decay=weight_decay,
+                                           fused=torch.device(device).type in ("cuda", "cpu"))
         self.now, self.before = -1, None
 
     # ---- one step: begin, generator_term for each micro-batch, step ------------------------------------------------
@@ -282,7 +284,7 @@ class Adversary(nn.Module):
         return {"adversary": self.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_training_state(self, state):
-        """What training_state gave; today's learning rate and betas stay. ValueError for another discriminator's."""
+        """What training_state gave; today's settings of the optimizer stay. ValueError for another discriminator's."""
         own, given = self.state_dict(), state["adversary"]
         different = [k for k in own.keys() | given.keys() if k not in own or k not in given
                      or own[k].shape != given[k].shape]

@@ -76,7 +76,7 @@ class Config:
     # ---- loss: a term whose weight is 0 costs nothing
     decoder_input: str = "own"      # latents that the decoder learns from: own (the encoder's) or teacher (the cache's)
     pixel_weight: float = 1.0       # of the pixel loss
-    pixel_loss: str = "l1"          # l1, l2 or charbonnier
+    pixel_loss: str = "l1"          # l1, l2, charbonnier or l1+l2, of pixels in [0, 1] (l1+l2 is |d| + 2 d^2)
     encoder_weight: float = 0.0     # of the squared error of the encoder's latents against the cache's
     vq_weight: float = 1.0          # of a tokenizer's codebook and commitment loss
     perceptual_weight: float = 0.0  # of LPIPS
@@ -90,13 +90,18 @@ class Config:
     seraena_save_replay: bool = True     # into the checkpoints, one file per rank; off: refilled after a resume
     gan_weight: float = 0.0         # of a PatchGAN's term; with gan_adaptive, relative to the other terms' gradient
     gan_adaptive: bool = True       # scale it by the gradients at the decoder's last layer, as VQGAN does
+    gan_max_weight: float = 10000.0  # the most that this scale can be
     gan_start: int = 0              # step at which it begins; before, it costs nothing
     gan_ramp: int = 1000            # steps over which its weight then grows
     gan_every: int = 1              # the discriminator learns in every n-th step
     gan_dims: int = 2               # 2: it sees frames; 3: clips
     gan_loss: str = "hinge"         # hinge or vanilla
     gan_norm: str = "batch"         # its normalisation: batch, group or none
-    gan_lr: float = 1e-5            # its learning rate (Adam)
+    gan_lr: float = 1e-5            # the discriminator's learning rate (AdamW's, without warm-up or schedule)
+    gan_beta1: float = 0.5          # the discriminator's AdamW: decay of its mean gradient
+    gan_beta2: float = 0.9          # the discriminator's AdamW: decay of its mean squared gradient
+    gan_weight_decay: float = 0.0   # the discriminator's AdamW: weight decay
+    gan_clip: float = 0.0           # norm above which the discriminator's gradients are scaled down; 0: never
     gan_lecam: float = 0.0          # weight of the LeCam regulariser
 
     # ---- optimizer
@@ -120,12 +125,43 @@ class Config:
     keep_last: int = 3              # newest checkpoints kept, besides the best
 
 
-# What several presets share: the field's settings (taming-transformers, OptVQ, vvvm23/vqvae-2, Open-Sora).
-VQGAN = dict(model="vqgan", frames=1, size=256, batch_size=8, max_steps=200000, lr=1e-4, schedule="exponential",
-             perceptual_weight=1.0, gan_weight=0.8, gan_start=30000)
-VQVAE2 = dict(model="vqvae2", frames=1, size=256, batch_size=16, max_steps=100000, lr=3e-4, pixel_loss="l2")
-DCAE = dict(model="dcae", size=256, frames=32, batch_size=1, buckets="256x32:0.8:1, 256x1:0.2:8", lr=5e-5, beta2=0.98,
-            max_steps=100000, perceptual_weight=0.5)
+# What several presets share: the settings of published trainers. Those count pixels on [-1, 1], ours on [0, 1]: their
+# l1 weighs 2 here, their l2 weighs 4. They validate the weights themselves, ours their average, and read clips
+# unflipped. Their optimizers have an eps of 1e-8 (OptVQ's 1e-7), ours 1e-7.
+
+# CompVis/taming-transformers: taming/models/vqgan.py, configs/faceshq_vqgan.yaml. Ours departs: lr is 1e-4, where its
+# 4.5e-6 times the clips of a step gives 3.6e-5 for 8 and 2.9e-4 for 64; and the PatchGAN's term grows over
+# gan_ramp=1000 steps, where its starts at full weight.
+VQGAN = dict(model="vqgan", frames=1, size=256, batch_size=8, max_steps=200000, lr=1e-4, schedule="constant",
+             warmup_steps=0, beta1=0.5, beta2=0.9, weight_decay=0.0, grad_clip=0.0, pixel_weight=2.0,
+             perceptual_weight=1.0, gan_weight=0.8, gan_start=30000, gan_lr=1e-4)
+# zbr17/OptVQ: configs/imagenet/optvq_256_f16_h4.yaml: 64 clips a step on eight ranks, with the README's 2e-6 a clip.
+# Ours departs: the discriminator begins at gan_start and its term grows (theirs learns from the first step on, and its
+# term starts at full weight), its rate is constant (theirs follows the model's), weight decay is for all weights
+# (theirs for those of convolutions and linear layers), and clips are neither blurred nor jittered in colour (blur=0.5
+# color_jitter=0.4 min_crop=0.45 come near).
+OPTVQ = dict(VQGAN, max_steps=1000000, lr=1.28e-4, schedule="cosine", warmup_steps=10000, lr_final=0.0, beta1=0.9,
+             beta2=0.999, weight_decay=0.05, grad_clip=1.0, pixel_loss="l1+l2", perceptual_weight=3.0, gan_weight=1.0,
+             gan_start=150000, gan_lr=1.28e-4, gan_beta1=0.9, gan_beta2=0.999, gan_weight_decay=0.05, gan_clip=1.0)
+# vvvm23/vqvae-2: hps.py (ffhq256), trainer.py. Ours departs: 16 clips a rank, its 128 on eight; and three levels, the
+# default of its class, where ffhq256 has two (net.nb_levels=2 net.scaling_rates=4,2).
+VQVAE2 = dict(model="vqvae2", frames=1, size=256, batch_size=16, max_steps=100000, lr=1e-4, schedule="constant",
+              warmup_steps=0, beta2=0.999, weight_decay=0.0, grad_clip=0.0, pixel_loss="l2", pixel_weight=4.0)
+# hpcaitech/Open-Sora: configs/vae/train/video_dc_ae.py. Ours departs: its loss is the sum over a frame's 196 608
+# numbers, so that its clip at 1 scales every gradient down, ours is their mean; and all ranks take images in the same
+# step, 8 on each, where there each rank but the first decides for itself, and takes one.
+DCAE = dict(model="dcae", size=256, frames=32, batch_size=1, buckets="256x32:0.8:1, 256x1:0.2:8", max_frame_delta=1,
+            lr=5e-5, schedule="constant", warmup_steps=0, beta2=0.98, weight_decay=0.0, ema_decay=0.99,
+            max_steps=100000, pixel_weight=2.0, perceptual_weight=0.5, perceptual_frames=0)
+# Its second stage, video_dc_ae_disc.py. The adaptive weight ends at 10 000 for that sum: at 10 000 / 196 608 for a
+# mean.
+DCAE_DISC = dict(gan_weight=0.05, gan_dims=3, gan_ramp=0, gan_max_weight=0.051, gan_lr=1e-4, gan_beta1=0.9,
+                 gan_beta2=0.98, gan_clip=1.0)
+# The same network, narrow, for minutes on a CPU: settings of ours.
+DCAE_SMALL = dict(model="dcae", data="demo", size=64, frames=8, batch_size=2, max_frame_delta=1, lr=2e-4, max_steps=150,
+                  warmup_steps=20, ema_decay=0.95, log_every=5, val_every=50, save_every=50, workers=1,
+                  net=dict(width_list=(32, 32, 64, 64, 64, 64), encoder_depth_list=(1,) * 6,
+                           decoder_depth_list=(1,) * 6, latent_channels=64))
 
 PRESETS = {
     # Synthetic clips, a few minutes on two cores.
@@ -133,7 +169,8 @@ PRESETS = {
                  ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
     # A TAEHV from scratch on your own videos.
     "taehv": dict(max_steps=50000, batch_size=8),
-    # The published training notebook's recipe, with pixels for a teacher: what the table in SPEED.md compares with.
+    # The published training notebook's optimizer, batches and crops with pixels only, as squared errors: neither a
+    # teacher's latents nor Seraena. The table in SPEED.md compares with it.
     "taehv_notebook": dict(init="pytorch", size=64, batch_size=16, pixel_loss="l2", schedule="constant", warmup_steps=0,
                            grad_clip=0.0, max_steps=50000),
     # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
@@ -141,30 +178,38 @@ PRESETS = {
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
     "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0),
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
-    # Its weight: 0.05 changed nothing within 240 steps; at 0.5 its gradient is about as large as that of l1.
-    "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, seraena_weight=0.5),
+    # Weights as in madebyollin/seraena's notebook: squared errors of the latents, of pixels and to the corrected
+    # frames, each 1. Corrections have unit deviation: they pull 14 times as hard as pixels that are 0.07 off. Ours
+    # departs: a cosine with warm-up, gradients clipped, 4 clips (there constant, unclipped, 16), 512 MB of replayed
+    # samples (there 16 384, which is 2.5 GB at 64 px).
+    "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, pixel_loss="l2",
+                          seraena_weight=1.0),
     # Published weights on your own domain: add init_from=taew2_1.pth (and variant=..., see model_taehv.py).
     "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
     # Tokenizers of single frames (f16, 1024 codes), of videos or of images. LPIPS from the start, the PatchGAN later.
+    # vqgan_ema has a quantizer of ours in taming's recipe, vqvae2_optvq OptVQ's in vvvm23's.
     "vqgan": dict(VQGAN, net=dict(quantizer="vq")),
     "vqgan_ema": dict(VQGAN, net=dict(quantizer="ema", kmeans_init=True, restart_below=0.1)),
-    "vqgan_optvq": dict(VQGAN, net=dict(quantizer="optvq", num_head=4, n_embed=16384)),
+    "vqgan_optvq": dict(OPTVQ, net=dict(quantizer="optvq", num_head=4, n_embed=16384, kmeans_init=True)),
     "vqvae2": dict(VQVAE2),
     "vqvae2_optvq": dict(VQVAE2, net=dict(quantizer="optvq")),
     # Codes for the latents of a frozen TAEHV: add latent_cache=FOLDER init_from=FILE.pth (and variant=...). Only the
     # quantizer and a small network behind it learn; pixel_weight=1 lets them learn through the decoder too.
     "vq_latents": dict(model="vq_latents", batch_size=32, max_steps=20000, lr=1e-3, encoder_weight=1.0,
                        pixel_weight=0.0, net=dict(quantizer="ema", n_embed=4096, kmeans_init=True, restart_below=0.1)),
-    # A clip of 16 frames in one map of codes.
-    "vqvae_video": dict(model="vqvae_video", net=dict(sequence_length=16), frames=16, size=128, lr=3e-4,
-                        max_steps=50000, pixel_loss="l2"),
-    # Video DC-AE, stage one; on a CPU, in minutes: dcae_small. Stage two: add init_from=runs/dcae.
+    # A clip of 16 frames in one map of codes: zhangxuan1918/VqVaeVideo, train/videos2. It counts pixels in ImageNet's
+    # deviations: its squared errors weigh 19.6 here. Ours departs: 128 px and 512 channels (there 256 and 1024), and
+    # one Adam for all steps (there a new one in each, so without momentum, and with a rate that never decays).
+    "vqvae_video": dict(model="vqvae_video", net=dict(sequence_length=16), frames=16, size=128, batch_size=4,
+                        max_frame_delta=1, max_steps=160000, lr=1e-4, schedule="exponential", lr_decay=0.98,
+                        warmup_steps=0, beta2=0.999, weight_decay=0.0, grad_clip=0.0, pixel_loss="l2",
+                        pixel_weight=19.6),
+    # Video DC-AE: stage one, then stage two with a PatchGAN over clips (add init_from=runs/dcae). The same on a CPU, in
+    # minutes: dcae_small, then dcae_small_disc with init_from=runs/dcae_small.
     "dcae": dict(DCAE),
-    "dcae_disc": dict(DCAE, gan_weight=0.05, gan_dims=3, gan_lr=1e-4, gradient_checkpointing=True),
-    "dcae_small": dict(model="dcae", data="demo", size=64, frames=8, batch_size=2, lr=2e-4, max_steps=150,
-                       warmup_steps=20, ema_decay=0.95, log_every=5, val_every=50, save_every=50, workers=1,
-                       net=dict(width_list=(32, 32, 64, 64, 64, 64), encoder_depth_list=(1,) * 6,
-                                decoder_depth_list=(1,) * 6, latent_channels=64)),
+    "dcae_disc": dict(DCAE, **DCAE_DISC, gradient_checkpointing=True),
+    "dcae_small": dict(DCAE_SMALL),
+    "dcae_small_disc": dict(DCAE_SMALL, **{**DCAE_DISC, "gan_max_weight": 0.81}),  # 10 000 / (3 * 64 * 64)
 }
 
 
@@ -201,6 +246,9 @@ def load_config(arguments):
     values["net"] = fitting(values.get("net", {}), [item.partition("=")[0].removeprefix("--") for item in overrides])
     config = Config(**values)
     config.name = config.name or preset
+    if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):
+        raise ConfigError("taehv_finetune needs init_from=FILE, the weights to go on from (published, or a run of "
+                          "yours); the preset taehv starts from scratch")
     if config.use_images:
         use_images(config, overrides)
     check(config)
@@ -239,7 +287,7 @@ def tuples(value):
 def fitting(net, given):
     """`net` without a preset's quantizer options where another quantizer was chosen, which does not have them."""
     kind = net.get("kind", "vq") if net.get("quantizer") == "rvq" else net.get("quantizer")
-    takes = {"kmeans_init": ("vq", "ema"), "restart_below": ("vq", "ema"), "num_head": ("optvq",)}
+    takes = {"kmeans_init": ("vq", "ema", "optvq"), "restart_below": ("vq", "ema"), "num_head": ("optvq",)}
     return {key: value for key, value in net.items()
             if key not in takes or kind in takes[key] or f"net.{key}" in given}
 
@@ -295,7 +343,7 @@ CHOICES = {
     "gan_norm": ("batch", "group", "none"),
     "gan_dims": (2, 3),
     "decoder_input": ("own", "teacher"),
-    "pixel_loss": ("l1", "l2", "charbonnier"),
+    "pixel_loss": ("l1", "l2", "charbonnier", "l1+l2"),
     "perceptual_net": ("vgg", "alex"),
     "seraena_replay_device": ("same", "pinned"),
     "schedule": ("constant", "cosine", "exponential"),
@@ -304,12 +352,14 @@ CHOICES = {
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
                "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
                "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
-               "gan_weight gan_start gan_ramp gan_lr gan_lecam",
+               "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
+               "gan_clip",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
                "max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
-AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay", 0.9999: "beta1 beta2 ema_decay",
+AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay",
+           0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
            10 ** 6: "timeout_minutes", 2 ** 62: "seed"}
 
 

@@ -137,8 +137,8 @@ COMMON += "save_every=100 val_every=100 color_jitter=0.1 perceptual_weight=0 gan
 NET = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
 CODES = [*COMMON, *NET.split(), "net.embed_dim=8", "batch_size=2"]
 FRAMES = ["vqgan_ema", *CODES, *"net.n_embed=16 net.kmeans_init=false net.restart_below=0 size=16 gan_weight=0".split()]
-BATCH_NORM = "vqvae2 net.hidden_channels=8 net.res_channels=4 net.nb_res_layers=1 net.nb_levels=2 net.embed_dim=4".split()
-BATCH_NORM += [*"net.nb_entries=8 net.scaling_rates=(4,2) size=16 batch_size=2 gan_weight=0".split(), *COMMON]
+BATCH_NORM = "vqvae2 net.hidden_channels=8 net.res_channels=4 net.nb_res_layers=1 net.nb_levels=2".split()
+BATCH_NORM += [*"net.embed_dim=4 net.nb_entries=8 net.scaling_rates=(4,2) size=16 batch_size=2".split(), *COMMON]
 SERAENA = "taehv size=16 frames=4 batch_size=1 seraena_weight=0.5 seraena_replay_mb=2".split() + COMMON
 
 

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PIXEL_LOSSES = ("l1", "l2", "charbonnier")
+PIXEL_LOSSES = ("l1", "l2", "l1+l2", "charbonnier")
 BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # torchvision's files
 
 
 def pixel_loss(kind, output, target):
     """Mean pixel distance, a scalar. output, target: equal shapes, any layout, [0, 1] (output may exceed it).
 
-    "l2" is the squared distance; "charbonnier" is sqrt(d^2 + 1e-6), a smooth l1 (Charbonnier et al. 1994).
+    "l2" is the squared distance; "charbonnier" is sqrt(d^2 + 1e-6), a smooth l1 (Charbonnier et al. 1994); "l1+l2" is
+    |d| + 2 d^2: what trainers on [-1, 1] count as l1 + l2, whose distance is 2 d, and half of it.
     """
     if output.shape != target.shape:
         raise ValueError(f"output {tuple(output.shape)} and target {tuple(target.shape)} differ in shape")
@@ -21,6 +22,8 @@ def pixel_loss(kind, output, target):
         return F.l1_loss(output, target)
     if kind == "l2":
         return F.mse_loss(output, target)
+    if kind == "l1+l2":
+        return F.l1_loss(output, target) + 2 * F.mse_loss(output, target)
     if kind == "charbonnier":
         return (output - target).square().add(1e-6).sqrt().mean()
     raise ValueError(f"unknown pixel loss {kind!r}; there are {', '.join(PIXEL_LOSSES)}")

@@ -138,9 +138,10 @@ class Objective:
     def step(self, bad):
         """After the model's own step, on all ranks together: discriminators and codebooks learn. `bad`: 1.0 on the
         device if the model's step was not finite, and then no codebook learns."""
-        for part in (self.seraena, self.adversary):
-            if part:
-                part.step()
+        if self.seraena:
+            self.seraena.step()
+        if self.adversary:
+            self.adversary.step(self.cfg.gan_clip)
         for i, quantizer in enumerate(self.quantizers):
             before = [buffer.clone() for buffer in quantizer.buffers()]
             counts = quantizer.update()["counts"] * (1 - bad)
@@ -234,7 +235,8 @@ def make_adversary(cfg, model, device):
             raise ConfigError(f"gan_weight={cfg.gan_weight}: its discriminator needs 24 pixels, size is {size}")
     return Adversary(dims=cfg.gan_dims, loss=cfg.gan_loss, norm=cfg.gan_norm, weight=cfg.gan_weight, lr=cfg.gan_lr,
                      start=cfg.gan_start, ramp=cfg.gan_ramp, every=cfg.gan_every, adaptive=cfg.gan_adaptive,
-                     lecam=cfg.gan_lecam, device=device)
+                     max_weight=cfg.gan_max_weight, lecam=cfg.gan_lecam, betas=(cfg.gan_beta1, cfg.gan_beta2),
+                     weight_decay=cfg.gan_weight_decay, device=device)
 
 
 @torch.no_grad()

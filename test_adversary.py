@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import objective
 from adversary import Adversary, PatchGAN, adaptive_weight, discriminator_loss, generator_loss
-from conftest import run, same
+from conftest import CODES, COMMON, log_of, run, same
 
 
 @pytest.fixture(autouse=True)
@@ -414,3 +415,31 @@ def test_two_ranks_stay_equal_to_the_bit_and_skip_together(tmp_path, trouble):
         for name, value in state.items():
             if "running" not in name and "batches" not in name:  # one rank passes both micro-batches through them
                 assert torch.allclose(value, alone[name], atol=1e-5), name
+
+
+def test_a_runs_settings_reach_its_discriminator(here, monkeypatch):
+    made, limits = [], []
+
+    class Watched(Adversary):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            made.append(self)
+
+        def step(self, limit=0.0):
+            limits.append(limit)
+            return super().step(limit)
+
+    monkeypatch.setattr(objective, "Adversary", Watched)
+    here("vqgan", *CODES, "net.n_embed=16", "size=24", "max_steps=1", "gan_beta1=0.3", "gan_beta2=0.7", "gan_clip=0.5",
+         "gan_weight_decay=0.2", "gan_max_weight=12", "name=run")
+    group = made[0].optimizer.param_groups[0]
+    assert group["betas"] == (0.3, 0.7) and group["weight_decay"] == 0.2
+    assert limits == [0.5] and made[0].max_weight == 12 and made[0].figures[4] <= 12
+
+
+def test_the_small_video_dcae_goes_on_with_a_discriminator(here):
+    narrow = [*COMMON, "net.width_list=(16,16,16,32,32,32)", "net.latent_channels=16", "size=32", "frames=4",
+              "batch_size=1", "max_steps=1", "gan_norm=group"]
+    first = here("dcae_small", *narrow, "gan_weight=0", "name=first")
+    second = here("dcae_small_disc", *narrow, f"init_from={first}", "name=second")
+    assert f"from {first}" in log_of(second) and "adversarial" in log_of(second)

@@ -39,7 +39,7 @@ def tokenizer(clips, tmp_path_factory):
 
 def test_every_preset_builds_its_model():
     for name in config.PRESETS:
-        cfg = config.load_config([name])
+        cfg = config.load_config([name, *["init_from=FILE.pth"] * (name == "taehv_finetune")])
         with torch.device("meta"):
             model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
         for size, frames, *_ in config.parse_buckets(cfg):

@@ -26,8 +26,9 @@ import data
 import metrics
 import model_taehv
 import synthetic
+import train
 from bench import published
-from conftest import ROOT, write_clip
+from conftest import ROOT, mistake, write_clip
 from golden.fill import fill_, make_input
 from losses import PIXEL_LOSSES, pixel_loss
 from model_taehv import TAEHV, VARIANTS, load_taehv, recognise
@@ -491,7 +492,7 @@ def test_lpips_is_there_or_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_pixel_losses():
     a, b = torch.zeros(2, 3), torch.full((2, 3), 0.5)
-    assert [round(pixel_loss(kind, a, b).item(), 3) for kind in PIXEL_LOSSES] == [0.5, 0.25, 0.5]
+    assert [round(pixel_loss(kind, a, b).item(), 3) for kind in PIXEL_LOSSES] == [0.5, 0.25, 1.0, 0.5]
     assert set(PIXEL_LOSSES) == set(config.CHOICES["pixel_loss"])
     with pytest.raises(ValueError, match="differ in shape"):
         pixel_loss("l1", a, b[:1])
@@ -588,6 +589,12 @@ def test_settings_are_parsed_and_checked():
         (["lr"], "unknown preset"),
         (["taehv", "lr"], "no key=value"),
         (["pixel_loss=charbonier"], "did you mean 'charbonnier'"),
+        (["pixel_loss=l1+l3"], "did you mean 'l1.l2'"),
+        (["gan_beta1=1"], "gan_beta1=1.0: at most 0.9999"),
+        (["gan_beta2=-0.1"], "at least 0"),
+        (["gan_weight_decay=-1"], "at least 0"),
+        (["gan_clip=-1"], "at least 0"),
+        (["gan_max_weight=inf"], "a finite number"),
         (["size=8"], "at least 16"),
         (["lr=nan"], "a finite number"),
         (["buckets=64"], "is not like"),
@@ -616,6 +623,25 @@ def test_a_presets_quantizer_options_go_with_its_quantizer():
             assert len(model.codebook_sizes) >= 1
 
 
+def test_presets_weigh_pixels_as_the_published_trainers_do_on_their_own_ranges():
+    a, b = torch.rand(2, 2, 3, 8, 8)
+    difference = (a * 2 - 1) - (b * 2 - 1)
+    l1, l2 = difference.abs().mean(), difference.square().mean()
+    deviations = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)  # of ImageNet, in VqVaeVideo
+    published = {"vqgan": l1, "vqgan_ema": l1, "vqgan_optvq": l1 + l2, "vqvae2": l2, "vqvae2_optvq": l2, "dcae": l1,
+                 "dcae_disc": l1, "vqvae_video": ((a - b) / deviations).square().mean()}
+    for preset, expected in published.items():
+        cfg = config.load_config([preset])
+        value = cfg.pixel_weight * pixel_loss(cfg.pixel_loss, a, b)
+        assert value.item() == pytest.approx(expected.item(), rel=0.01), preset
+
+
+def test_finetuning_says_that_it_needs_weights(capsys, monkeypatch):
+    error = mistake(capsys, monkeypatch, train, "taehv_finetune", "data=x")
+    assert error.startswith("train.py: taehv_finetune needs init_from=FILE")
+    assert config.load_config(["taehv_finetune", "resume=runs/a/step_00000001.pt"]).init_from == ""
+
+
 def test_every_setting_is_documented_and_read():
     text = ""
     for name in os.listdir(ROOT):
@@ -629,7 +655,7 @@ def test_every_setting_is_documented_and_read():
         assert re.search(rf"\b(cfg|config)\.{field.name}\b", text + parse_buckets), f"{field.name} is read nowhere"
         assert re.search(rf"^  {field.name}=\S*\s+\S", help_text, re.M), f"{field.name} has no comment"
     for preset in config.PRESETS:
-        config.load_config([preset])
+        config.load_config([preset, *["init_from=FILE.pth"] * (preset == "taehv_finetune")])
 
 
 @pytest.mark.parametrize(

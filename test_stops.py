@@ -224,3 +224,23 @@ def test_other_settings_go_on_from_the_same_weights_with_the_clips_that_come_nex
     assert {int(v["step"]) for v in state_of(folder, 12)["optimizer"]["state"].values()} == {12}
     with pytest.raises(config.ConfigError, match="is a checkpoint of .*: choose another name= for this run"):
         here(*common, "net.n_embed=32", "max_steps=13")
+
+
+def test_a_run_of_an_older_preset_goes_on_with_todays(here, monkeypatch):
+    """Its optimizers take today's settings, and a codebook that has started another way stays as it is."""
+    settings = [*FAMILIES["optvq and a PatchGAN"], "net.num_head=2"]
+    today = config.PRESETS["vqgan_optvq"]
+    older = {**today, "beta1": 0.7, "gan_beta2": 0.8, "weight_decay": 0.0, "pixel_loss": "l1", "pixel_weight": 1.0,
+             "net": {key: value for key, value in today["net"].items() if key != "kmeans_init"}}
+    monkeypatch.setitem(config.PRESETS, "vqgan_optvq", older)
+    here(*settings, "max_steps=2", "name=run")
+    monkeypatch.setitem(config.PRESETS, "vqgan_optvq", today)
+    folder = here(*settings, "max_steps=3", "name=run")
+    assert "step_00000002.pt at step 2" in log_of(folder)
+    before, state = (checkpoint.read(str(folder / f"step_0000000{step}.pt")) for step in (2, 3))
+    groups = [of["param_groups"][0] for of in (state["optimizer"], state["objective"]["adversary"]["optimizer"])]
+    assert [tuple(group["betas"]) for group in groups] == [(0.9, 0.999), (0.9, 0.999)]
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.05]
+    assert state["model"]["quantize.started"] and "quantize.started" not in before["model"]
+    codes = [of["model"]["quantize.embedding.weight"] for of in (before, state)]
+    assert (codes[0] - codes[1]).abs().max() < 1e-3, "one step of the optimizer, no new start"

@@ -434,7 +434,7 @@ def find_cached_clips(cfg, model, rank, world, control):
 
 def restore(state, model, average, optimizer, teacher, path):
     """Put a checkpoint's weights and optimizer state in place; ConfigError if it is another model's."""
-    if state.get("model_config") != model.config:
+    if not same_model(state.get("model_config"), model.config):
         raise ConfigError(f"{path} is a checkpoint of {state.get('model_config', 'something else')}, "
                           f"not of {model.config}: choose another name= for this run")
     if "optimizer" not in state:
@@ -455,6 +455,12 @@ def restore(state, model, average, optimizer, teacher, path):
     for parameter, kept in optimizer.state.items():
         if not kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape or kept["step"].numel() != 1:
             raise ValueError("its optimizer's state is of other weights")
+
+
+def same_model(saved, ours):
+    """Whether two configurations of a model differ at most in how its codebooks start, which a checkpoint has behind
+    it."""
+    return isinstance(saved, dict) and {**saved, "kmeans_init": None} == {**ours, "kmeans_init": None}
 
 
 def is_out_of_memory(error):
