@@ -63,7 +63,8 @@ def test_every_family_trains_and_loads(preset, clips, tmp_path):
 
 def test_two_ranks_learn_the_codebook_of_one_with_accumulation(clips, tmp_path):
     common = [TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "max_steps=4", "gan_weight=0",
-              "net.kmeans_init=false", "net.restart_below=0"]
+              "net.kmeans_init=false", "net.restart_below=0",
+              "beta1=0.9", "beta2=0.95"]  # with taming's 0.5 and 0.9, Adam turns rounding into steps of 1e-4
     run(*common, "name=two", ranks=2, cwd=tmp_path)
     run(*common, "name=one", "accumulation=2", cwd=tmp_path)
     a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000004.pt"))["model"] for name in ("two", "one"))
