@@ -1,12 +1,16 @@
 """Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, FID, sharpness, and exact sums of them over clips and ranks.
 
 All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
-This file works alone with torch; LPIPS needs losses.py beside it and the package lpips, FID the package pytorch-fid.
+Networks and windows multiply in true float32 (no TF32, no autocast), so that figures from a GPU compare with others.
+This file works with torch and quantize.py beside it; LPIPS needs losses.py too and the package lpips, FID the package
+pytorch-fid.
 """
 import math
 
 import torch
 import torch.nn.functional as F
+
+from quantize import true_float32
 
 
 def mse(output, target):
@@ -45,8 +49,9 @@ def ssim(output, target):
 
     a, b = (images.reshape(-1, 1, height, width) for images in (output, target))
     rows, total = max(1, (1 << 20) // (len(a) * width)), 0  # bands of rows: a dozen maps exist at once
-    for top in range(0, height - 10, rows):
-        total = total + similarity(a[:, :, top:top + rows + 10].float(), b[:, :, top:top + rows + 10].float())
+    with true_float32(output.device.type):
+        for top in range(0, height - 10, rows):
+            total = total + similarity(a[:, :, top:top + rows + 10].float(), b[:, :, top:top + rows + 10].float())
     return (total / ((height - 10) * (width - 10))).view(output.shape[:-2]).mean(-1)
 
 
@@ -85,7 +90,8 @@ def load_lpips(net="alex", device="cpu"):
     @torch.no_grad()
     def distance(output, target):
         a, b = (v.float().reshape(-1, *v.shape[-3:]) * 2 - 1 for v in (output, target))
-        return model(a, b).view(output.shape[:-3])
+        with true_float32(output.device.type):
+            return model(a, b).view(output.shape[:-3])
     return distance, ""
 
 
@@ -111,7 +117,8 @@ class FID:
     def add(self, output, target):
         """output, target: N T 3 H W (or N 3 H W) in [0, 1]."""
         for i, frames in enumerate((output, target)):
-            found = self.network(frames.float().reshape(-1, *frames.shape[-3:])).double().cpu()
+            with true_float32(frames.device.type):
+                found = self.network(frames.float().reshape(-1, *frames.shape[-3:])).double().cpu()
             self.counts[i] += len(found)
             self.totals[i] += found.sum(0)
             self.products[i].addmm_(found.t(), found)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_taehv import TAEHV
-from quantize import make_quantizer
+from quantize import make_quantizer, stays_float32
 
 
 class Rectifier(nn.Module):
@@ -72,6 +72,12 @@ class VQLatents(nn.Module):
         self.latent_frames, self.frame_index = self.taehv.latent_frames, self.taehv.frame_index
         self.aligned, self.targets = self.taehv.aligned, self.taehv.targets
 
+    def _apply(self, fn, recurse=True):
+        kept = {name: stays_float32(fn)(self._buffers[name]) for name in ("shift", "scale")}
+        super()._apply(fn, recurse)
+        self._buffers.update(kept)  # as the codebook: both decide which code is the nearest
+        return self
+
     @torch.no_grad()
     def calibrate(self, latents):
         """Set each channel's mean, and one deviation for all (distances keep their proportions), from N T C h w."""
@@ -88,16 +94,16 @@ class VQLatents(nn.Module):
 
     def quantized(self, latents):
         """Latents N T C h w -> (quantized vectors N T C h w, info); each position by itself."""
-        z = (latents.movedim(2, -1) - self.shift) / self.scale
+        z = (latents.movedim(2, -1) - self.shift) / self.scale  # float32, whatever the TAEHV's type
         vectors, info = self.quantize(z.movedim(-1, 1))  # N C T h w
-        return vectors.transpose(1, 2), info
+        return vectors.transpose(1, 2).to(self.rectifier.conv_in.weight.dtype), info
 
     def rectify(self, vectors, past=None):
         """Quantized vectors N T C h w, and those before them (N 1 C h w; None at a clip's start) -> latents."""
         past = torch.zeros_like(vectors[:, :1]) if past is None else past
         past = torch.cat([past, vectors[:, :-1]], 1)
         better = vectors + self.rectifier(vectors.flatten(0, 1), past.flatten(0, 1)).unflatten(0, vectors.shape[:2])
-        return (better.movedim(2, -1) * self.scale + self.shift).movedim(-1, 2)
+        return (better.movedim(2, -1) * self.scale + self.shift).movedim(-1, 2).to(better.dtype)
 
     def encode(self, video):
         """Video N T 3 H W in [0, 1] -> latents N T' C h w, quantized and rectified."""

@@ -200,6 +200,11 @@ class CodeLayer(EMAQuantizer):
     def tables(self):
         return self.embed.t(), self.cluster_size, self.embed_avg.t()
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.conv_in._apply(fn, recurse)  # it has the model's type, unlike the codebook
+        return self
+
     def forward(self, x):
         return super().forward(self.conv_in(x))
 

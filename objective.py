@@ -12,7 +12,7 @@ import metrics
 from adversary import Adversary
 from config import ConfigError, parse_buckets
 from losses import PerceptualLoss, pixel_loss
-from quantize import quantizers
+from quantize import Quantizer, quantizers
 from seraena import Seraena
 
 LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
@@ -55,6 +55,8 @@ class Objective:
         self.seraena = make_seraena(cfg, model, device) if "seraena_loss" in self.weights else None
         self.adversary = make_adversary(cfg, model, device) if cfg.gan_weight > 0 and self.pixels else None
         self.quantizers = quantizers(model)
+        if cfg.compile:
+            Quantizer.forward = torch.compiler.disable(Quantizer.forward)  # see quantize.true_float32
         for quantizer in self.quantizers:
             quantizer.deferred = True  # learns in step(), where all ranks are, and not in the forward pass
         self.code_counts = {}  # number of a quantizer: how often each of its codes was used since `codes_used`
@@ -126,7 +128,8 @@ class Objective:
                 # A compiled graph can be walked once only: there the gradients are weighed at the pixels instead.
                 last = output if cfg.compile else self.last_layer()
                 term = self.adversary.generator_term(target, output, values["loss"], last, share)
-            values["adversarial_loss"] = torch.as_tensor(term, device=video.device)
+            # Before gan_start the term is the number 0.0, which torch.as_tensor would have the GPU waited for.
+            values["adversarial_loss"] = term if torch.is_tensor(term) else video.new_zeros(())
             values["loss"] = values["loss"] + term
         return values
 

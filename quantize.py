@@ -9,8 +9,10 @@
     codes       list of `codes_per_position` int64 tensors N H W or N T H W, each in [0, num_codes)
     perplexity  scalar: exp of the entropy of the codes in this batch, mean over the list
     usage       scalar: share of the codebook that this batch used, mean over the codebooks
-Distances and statistics are float32, inside autocast too; `quantized` has the dtype of z. Nothing of size positions x
-codes is ever held: such work is done in blocks of `chunk` numbers (the default, 64 MB).
+Distances and statistics are float32, inside autocast too, and multiplied as such, whatever the process allows (TF32, or
+bfloat16 on a CPU: see true_float32); `quantized` has the dtype of z. Codebooks stay float32 where a model is cast to
+bfloat16 or float16. Nothing of size positions x codes is ever held: such work is done in blocks of `chunk` numbers (the
+default, 64 MB).
 
 Several ranks. By default a training forward sums its statistics (codebook averages, perplexity, usage) over all ranks
 before it returns. With deferred=True a forward only collects them, without any communication, and the loop decides:
@@ -23,6 +25,7 @@ so a rank that fails inside its forward leaves no other rank waiting in a reduct
 SinkhornQuantizer's, asks `before_reduce` first). Several micro-batches then count as one batch. Eval mode never
 communicates or learns, so ranks may evaluate different numbers of batches.
 """
+import contextlib
 import math
 
 import torch
@@ -32,6 +35,46 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1 << 24  # numbers in one block of distances
+# The names for precision that PyTorch 2.9 brought. Once one of them was set, reading the older ones is an error.
+NEW_NAMES = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+@contextlib.contextmanager
+def true_float32(kind):
+    """Within it float32 is multiplied as float32: no TF32 on a GPU, no bfloat16 on a CPU, and no autocast.
+
+    kind: a device's type, "cuda" say. TF32 keeps 10 of 23 bits: emulated, it changes 0.1 to 3 % of all codes, and SSIM
+    by up to 0.03. What was set before is set again behind it. (torch.compile bakes precision into its kernels: a model's
+    quantizers are to be kept out of it, by torch.compiler.disable.)
+    """
+    backends, before = torch.backends, []
+    if NEW_NAMES:
+        for place in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv):
+            if place.fp32_precision not in ("ieee", "none"):
+                before.append((place, place.fp32_precision))
+                place.fp32_precision = "ieee"
+    else:
+        products, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for place, precision in before:
+            place.fp32_precision = precision
+        if not NEW_NAMES:
+            torch.set_float32_matmul_precision(products)
+            backends.cudnn.allow_tf32 = convolutions
+
+
+def stays_float32(function):
+    """`function`, which moves or casts a tensor (as for Module._apply), without its casts to bfloat16 and float16."""
+    def move(tensor):
+        moved = function(tensor)
+        low = moved.dtype in (torch.bfloat16, torch.float16) and tensor.dtype == torch.float32
+        return tensor.to(moved.device) if low else moved
+    return move
 
 
 def blocks(rows, count, chunk):
@@ -49,8 +92,9 @@ def blocks(rows, count, chunk):
 def nearest(rows, codebook, chunk=CHUNK):
     """Index of the nearest code (Euclidean) for each row: (n, dim), (count, dim) -> (n,) int64."""
     half_norms, flipped = codebook.square().sum(1) / -2, codebook.t()
-    return torch.cat([torch.addmm(half_norms, rows[part], flipped, out=buffer).argmax(1)
-                      for part, buffer in blocks(rows, len(codebook), chunk)])
+    with true_float32(rows.device.type):
+        return torch.cat([torch.addmm(half_norms, rows[part], flipped, out=buffer).argmax(1)
+                          for part, buffer in blocks(rows, len(codebook), chunk)])
 
 
 @torch.no_grad()
@@ -133,7 +177,7 @@ class Quantizer(nn.Module):
         if z.ndim not in (4, 5) or z.shape[1] != self.dim:
             raise ValueError(f"expected N {self.dim} H W or N {self.dim} T H W, got {tuple(z.shape)}")
         last = z.movedim(1, -1)
-        with torch.autocast(z.device.type, enabled=False):
+        with true_float32(z.device.type):
             quantized, info = self.quantize_rows(last.reshape(-1, self.dim).float())
         info["codes"] = [codes.view(last.shape[:-1]) for codes in info["codes"]]
         return quantized.to(z.dtype).view(last.shape).movedim(-1, 1), info
@@ -146,9 +190,12 @@ class Quantizer(nn.Module):
         shapes = [tuple(c.shape) for c in codes]
         if len(codes) != self.codes_per_position or len(set(shapes)) > 1 or len(shapes[0]) not in (3, 4):
             raise ValueError(f"expected {self.codes_per_position} tensors, all N H W or all N T H W, got {shapes}")
-        with torch.autocast(codes[0].device.type, enabled=False):
+        with true_float32(codes[0].device.type):
             rows = self.vectors(torch.stack([c.reshape(-1) for c in codes], 1).long())
         return rows.view(*shapes[0], self.dim).movedim(-1, 1)
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(stays_float32(fn), recurse)  # or a model in bfloat16 would find other codes
 
     def quantize_rows(self, rows):
         """(n, dim) float32 -> (quantized (n, dim), info with codes (n,))."""
@@ -470,14 +517,16 @@ class SinkhornQuantizer(StartingQuantizer):
         if self.eval_nearest and not self.training:
             return nearest(pieces, codebook, self.chunk)
         plan = self.plan(pieces, codebook)
-        return torch.cat([torch.multinomial(p, 1)[:, 0] if self.use_prob else p.argmax(1) for p in plan])
+        # As torch.multinomial draws, to the bit, which would have the host wait for a GPU to say that all is finite.
+        return torch.cat([(p / torch.empty_like(p).exponential_() if self.use_prob else p).argmax(1) for p in plan])
 
     @torch.no_grad()
     def transport_plan(self, z):
         """The whole plan of a small batch (N C H W or N C T H W), (pieces, n_embed), for inspection. Rows sum to 1."""
         pieces = z.movedim(1, -1).reshape(-1, self.code_dim).float()
-        plan = self.plan(pieces, self.proj(self.embedding.weight).float())
-        return torch.cat([p / p.sum(1, keepdim=True) for p in plan])
+        with true_float32(z.device.type):
+            plan = self.plan(pieces, self.proj(self.embedding.weight).float())
+            return torch.cat([p / p.sum(1, keepdim=True) for p in plan])
 
     def plan(self, pieces, codebook):
         """Yields the transport plan in blocks, whose rows are not normalised; each takes the place of the one before.
@@ -529,7 +578,8 @@ class SinkhornQuantizer(StartingQuantizer):
         entries, total, squares = self.reduce(moments)
         deviation = {"all": ((squares - total.square() / entries) / (entries - 1)).sqrt() + 1e-6,
                      "dim": self.code_dim ** 0.5, "null": 1.0}[self.normalize_mode]
-        return torch.as_tensor(self.epsilon / deviation).to(low), low, (entries / self.num_codes).to(low)
+        scale = low.new_ones(()) * (self.epsilon / deviation)  # a fill: a number from the host would be waited for
+        return scale.to(low), low, (entries / self.num_codes).to(low)
 
     def reduce(self, tensor, op="SUM"):
         if self.training and self.across_ranks and world_size() > 1:
@@ -598,8 +648,9 @@ class FSQ(Quantizer):
     """
 
     def __init__(self, levels=(8, 5, 5, 5), dim=None, deferred=False):
-        if not levels or min(levels) < 2:
-            raise ValueError(f"levels {tuple(levels)} must all be 2 or more")
+        if not levels or min(levels) < 3:
+            raise ValueError(f"levels {tuple(levels)} must all be 3 or more: of 2 one is dead (only z below -3.8 takes "
+                             "it: 0.001 of 1 bit, for z of unit deviation)")
         dim, width = dim or len(levels), len(levels)
         super().__init__(dim, math.prod(levels), deferred=deferred)
         self.proj_in = nn.Linear(dim, width) if dim != width else nn.Identity()
@@ -609,7 +660,7 @@ class FSQ(Quantizer):
         self.register_buffer("radix", torch.tensor(radix), persistent=False)
 
     def project(self, layer, rows):
-        """In float32 also where the model was cast to another type."""
+        """In float32 also where the layer was loaded in another type."""
         return rows if isinstance(layer, nn.Identity) else F.linear(rows, layer.weight.float(), layer.bias.float())
 
     def vectors(self, codes):

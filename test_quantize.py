@@ -29,7 +29,7 @@ KINDS = {
     "residual": lambda: ResidualQuantizer(3, 16, 6, kind="ema"),
     "residual_shared": lambda: ResidualQuantizer(3, 16, 6, shared=True, restart_below=0.5),
     "fsq": lambda: FSQ((5, 4, 3), 6),
-    "fsq_plain": lambda: FSQ((2, 3, 4, 5, 6, 7)),
+    "fsq_plain": lambda: FSQ((3, 3, 4, 5, 6, 7)),
 }
 
 
@@ -187,6 +187,7 @@ def test_perplexity_and_usage():
     lambda: ResidualQuantizer(2, 16, 6, kind="fsq"),
     lambda: ResidualQuantizer(2, 16, 6, kind="sinkhorn", num_head=2),
     lambda: FSQ((8, 1)),
+    lambda: FSQ((8, 2)),
     lambda: FSQ((8, 5, 5))(torch.zeros(2, 4, 4, 4)),
     lambda: VectorQuantizer(16, 6).codes_to_vectors([torch.zeros(2, 4, 4, dtype=torch.int64)] * 2),
     lambda: VectorQuantizer(16, 6).codes_to_vectors([torch.zeros(2, 4, dtype=torch.int64)]),
