@@ -2,16 +2,45 @@
 
 All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
 Networks and windows multiply in true float32 (no TF32, no autocast), so that figures from a GPU compare with others.
-This file works with torch and quantize.py beside it; LPIPS needs losses.py too and the package lpips, FID the package
-pytorch-fid.
+This file works alone with torch; LPIPS needs losses.py beside it and the package lpips, FID the package pytorch-fid.
 """
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 
-from quantize import true_float32
+# The names for precision that PyTorch 2.9 brought. Once one of them was set, reading the older ones is an error.
+NEW_NAMES = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
+
+@contextlib.contextmanager
+def true_float32(kind):
+    """Within it float32 is multiplied as float32: no TF32 on a GPU, no bfloat16 on a CPU, and no autocast.
+
+    kind: a device's type, "cuda" say. TF32 keeps 10 of 23 bits: emulated, it changes 0.1 to 3 % of all codes, and SSIM
+    by up to 0.03. What was set before is set again behind it. torch.compile bakes precision into its kernels: what needs
+    this is to be kept out of it, by torch.compiler.disable. (quantize.py and metrics.py, which work alone, both have it.)
+    """
+    backends, before = torch.backends, []
+    if NEW_NAMES:
+        for place in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv):
+            if place.fp32_precision not in ("ieee", "none"):
+                before.append((place, place.fp32_precision))
+                place.fp32_precision = "ieee"
+    else:
+        products, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        for place, precision in before:
+            place.fp32_precision = precision
+        if not NEW_NAMES:
+            torch.set_float32_matmul_precision(products)
+            backends.cudnn.allow_tf32 = convolutions
 
 def mse(output, target):
     """Mean squared error per image."""

@@ -4,6 +4,7 @@ No GPU is needed: `Narrow` rounds what products are made of, wherever the proces
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -151,6 +152,10 @@ def test_an_error_leaves_the_settings_as_they_were(new_names, monkeypatch):
         assert allowed() == before == (7, 10) and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_both_files_that_have_it_have_the_same():
+    assert inspect.getsource(metrics.true_float32) == inspect.getsource(quantize.true_float32)
 
 
 @needs_new_names
