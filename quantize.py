@@ -498,7 +498,8 @@ class SinkhornQuantizer(StartingQuantizer):
     def cross_entropy(self, pieces, codebook, codes):
         """Of the codes (m,) among all, in blocks that the backward pass computes again; a scalar."""
         def block(pieces, codes):
-            return F.cross_entropy(-torch.cdist(pieces, codebook), codes, reduction="sum")
+            with true_float32(pieces.device.type):  # the backward pass, which comes here again, is outside of it
+                return F.cross_entropy(-torch.cdist(pieces, codebook), codes, reduction="sum")
 
         size = max(1, self.chunk // self.num_codes)
         parts = zip(pieces.split(size), codes.split(size))
