@@ -43,6 +43,7 @@ class Job(NamedTuple):
     options: argparse.Namespace
     fid: object = None   # a metrics.FID, or None
     fid_frames: int = 0  # how many frames of each input it gets
+    teacher_factors: object = None  # (time, space), where the teacher itself takes the model's place
 
 
 class Codec:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import data
 from device import held_memory, peak_memory, reset_peak_memory, synchronize
+from teachers import TeacherError
 
 
 class PeakMemory:
@@ -51,7 +52,7 @@ class TeacherPass:
 
     `frame(i)`: H W 3 uint8, its reconstruction of frame i, or None where it gave none. `latents`: T C h w, float32,
     of the first chunk. Also `count` (frames that came back), `encode_seconds`, `decode_seconds`, `encoded` (frames that
-    went in, with padding), `peak_memory_mb`, `notes`.
+    went in, with padding), `latent_count` (of all chunks), `peak_memory_mb`, `notes`.
 
     It is run on `chunk` frames at a time, each chunk by itself: on the whole video with 0, on as many as
     `frames_at_a_time` says with None. A chunk is filled up by repeating its last frame to a number that the teacher
@@ -62,7 +63,7 @@ class TeacherPass:
         """memory: a PeakMemory. folder: of the temporary file that holds its frames."""
         self.teacher, self.factors = teacher, (time_factor, space_factor)
         self.encode_seconds, self.decode_seconds, self.encoded, self.count = 0.0, 0.0, 0, 0
-        self.latents, self.notes = None, []
+        self.latents, self.latent_count, self.notes = None, 0, []
         reader = data.VideoReader(source.path)
         chosen = " (--teacher-frames N sets another number, 0 the whole video)" if chunk is None else ""
         chunk = frames_at_a_time(reader.height * reader.width) if chunk is None else chunk
@@ -103,6 +104,7 @@ class TeacherPass:
         output, seconds = self.timed(self.teacher.decode, latents)
         self.decode_seconds += seconds
         self.encoded += video.shape[1]
+        self.latent_count += latents.shape[1]
         if self.latents is None:
             self.latents = latents[0].cpu().numpy()
         output = output[0, :len(clip), :, :height, :width]
@@ -130,13 +132,23 @@ class TeacherPass:
         return np.frombuffer(bytearray(self.file.read(size)), np.uint8).reshape(self.shape)
 
 
+def factors(teacher):
+    """(time factor, space factor): how many frames and pixels its latents stand for, found on nine small black frames.
+    TeacherError where it does not take these."""
+    latents = teacher.encode(torch.zeros(1, 9, 3, 64, 64))
+    frames, height = latents.shape[1], latents.shape[3]
+    if not 1 <= frames <= 9 or not 1 <= height <= 64:
+        raise TeacherError(f"teacher {teacher.spec}: encode gave latents {tuple(latents.shape)} for 9 frames of 64x64")
+    return round(8 / (frames - 1)) if frames > 1 else 8, 64 // height
+
+
 def teacher_row(beside, quality):
-    """The teacher's part of a report row."""
+    """A teacher's metrics, seconds, speed and memory, for a report row."""
     return dict(
         metrics=quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
         seconds=beside.encode_seconds + beside.decode_seconds,
         encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
-        peak_memory_mb=beside.peak_memory_mb, latent_shape=list(beside.latents.shape))
+        peak_memory_mb=beside.peak_memory_mb, latent_shape=[beside.latent_count, *beside.latents.shape[1:]])
 
 
 def compare_latents(beside, errors, shape):

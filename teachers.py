@@ -44,6 +44,7 @@ class Teacher:
         self.spec, self.name, self.fingerprint = spec, name, fingerprint
         self.source, self._encode, self._decode, self.device, self.dtype = source, encode, decode, device, dtype
         self.pools_pairs = getattr(source, "pools_pairs", None)
+        self.can_decode = decode is not None
 
     def check_frames(self, frames):
         """TeacherError if it does not take clips of `frames` frames."""
@@ -82,12 +83,17 @@ class Teacher:
         return video.float().clamp(0, 1)
 
 
+def is_spec(text):
+    """Whether it begins as a teacher's specification does."""
+    return text.startswith(("taehv:", "torchscript:", "python:", "diffusers:"))
+
+
 def load_teacher(spec, device="cpu", dtype=torch.float32):
     """A Teacher from its specification (see above). TeacherError or CheckpointError with one line otherwise."""
     kind, _, rest = spec.partition(":")
     loaders = {"taehv": load_taehv, "torchscript": load_torchscript, "python": load_python,
                "diffusers": load_diffusers}
-    if kind not in loaders or not rest:
+    if not is_spec(spec) or not rest:
         raise TeacherError(f"teacher {spec!r}: {KINDS} is wanted")
     name, model, encode, decode, source = loaders[kind](spec, rest)
     digest = checkpoint.fingerprint(model, source)

@@ -11,7 +11,9 @@ import torch
 
 import codec
 import compare
+import data
 import infer
+import inputs
 import report
 from conftest import mistake, write_clip
 from model_taehv import TAEHV
@@ -39,8 +41,8 @@ def command(tmp_path, monkeypatch):
     return infer_py
 
 
-def three_clips():
-    return [write_clip(f"./{name}.mp4", frames=4, height=32, width=32, seed=i) for i, name in enumerate("abc")]
+def three_clips():  # absolute paths: data.py remembers by path how many frames there are
+    return [write_clip(os.path.abspath(f"{name}.mp4"), frames=4, height=32, width=32, seed=ord(name)) for name in "abc"]
 
 
 def fail_at_second(monkeypatch, error):
@@ -75,7 +77,8 @@ def test_an_error_of_any_kind_costs_only_its_input(command, monkeypatch, capsys,
     assert sorted(os.listdir("inference_results/comparison_videos")) == [
         f"{name}_{kind}.webm" for name in "ac" for kind in ("comparison", "original", "reconstructed")]
     log = open("inference_results/errors.log").read()
-    assert log.startswith("./b.mp4\n") and "Traceback" in log and type(error).__name__ in log and "a.mp4" not in log
+    assert log.startswith(os.path.abspath("b.mp4") + "\n") and "a.mp4" not in log
+    assert "Traceback" in log and type(error).__name__ in log
     printed = capsys.readouterr()
     assert f"failed: {reason}" in printed.out and "1 of 3 inputs failed by an unexpected error" in printed.err
     assert "errors.log" in printed.err
@@ -172,7 +175,7 @@ def write_teacher(held=0, passing=0):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot start a peak anew")
 def test_a_teachers_memory_is_not_counted_as_ours(command):
-    clip = write_clip("./a.mp4", frames=5, height=32, width=32)
+    clip = write_clip(os.path.abspath("a.mp4"), frames=5, height=32, width=32)
     alone, beside = (command("taehv.pth", clip, *arguments)[1]["rows"][0] for arguments in
                      ([], ["--teacher", write_teacher(held=150, passing=350)]))
     assert abs(beside["peak_memory_mb"] - alone["peak_memory_mb"]) < 60
@@ -182,7 +185,7 @@ def test_a_teachers_memory_is_not_counted_as_ours(command):
 def test_a_teacher_is_given_a_few_frames_at_a_time(command, capsys, monkeypatch):
     assert [compare.frames_at_a_time(h * w) for h, w in ((256, 256), (480, 832), (1080, 1920))] == [33, 17, 9]
     monkeypatch.setattr(compare, "frames_at_a_time", lambda pixels: 9)
-    clip = write_clip("./a.avi", frames=10, height=32, width=32)
+    clip = write_clip(os.path.abspath("a.avi"), frames=10, height=32, width=32)
     for arguments, given in (([], [9, 1]), (["--teacher-frames", 5], [5, 5]), (["--teacher-frames", 0], [13])):
         _, found = command("taehv.pth", clip, "--teacher", write_teacher(), *arguments)
         printed = capsys.readouterr()
@@ -197,6 +200,78 @@ def test_latent_pictures_number_the_latents(command, monkeypatch):
     captions = []
     strip = report._strip
     monkeypatch.setattr(report, "_strip", lambda text, *rest: captions.append(text) or strip(text, *rest))
-    command("taehv.pth", write_clip("./a.avi", frames=33, height=16, width=16))  # 9 latents, 8 of them shown
+    clip = write_clip(os.path.abspath("a.avi"), frames=33, height=16, width=16)
+    command("taehv.pth", clip)  # 9 latents, 8 of them shown
     assert [c for c in captions if c.startswith("t = ")] == [f"t = {k}" for k in (0, 1, 2, 3, 5, 6, 7, 8)]
     assert any("T=9 (8 of them here)" in caption for caption in captions)
+
+
+# ---- a teacher in the model's place, samples of folders --------------------------------------------------------------
+
+
+def test_any_teacher_takes_the_models_place(command, capsys):
+    clip = write_clip(os.path.abspath("a.avi"), frames=12, height=30, width=36)
+    code, found = command(write_teacher(), clip, "--teacher-frames", 9)
+    (row,) = found["rows"]
+    assert code == 0 and row["frames"] == 12 and row["latent_shape"] == [3 + 2, 16, 4, 5]
+    assert row["seconds"] > 0 and row["peak_memory_mb"] > 0 and "9 frames at a time" in row["notes"][-1]
+    original, output = (np.stack(list(data.VideoReader(f"inference_results/{row['videos'][kind]}")))
+                        for kind in ("original", "reconstructed"))
+    assert len(original) == len(output) == 12
+    assert cv2.imread(f"inference_results/{row['latent_picture']}") is not None
+    assert found["info"]["model"] == "Hungry of hungry.py" and "teacher" not in found["info"]
+    printed = capsys.readouterr()
+    assert "a.avi teacher: 100%" in printed.err and "mean ± deviation" in printed.out
+    own, same = (command(spec, clip)[1]["rows"][0] for spec in ("taehv.pth", "taehv:taehv.pth"))
+    assert own["metrics"]["psnr"] == pytest.approx(same["metrics"]["psnr"], abs=0.02)
+    assert own["latent_shape"][1:] == same["latent_shape"][1:] and same["frames"] == 12
+
+
+def test_options_that_a_teacher_has_not_are_one_line(command, capsys, monkeypatch):
+    spec = write_teacher()
+    write_clip(os.path.abspath("a.mp4"), frames=2, height=32, width=32)
+    open("x.latents.npz", "w").close()
+    with open("hungry.py", "a") as file:
+        file.write("\nclass Half:\n    encode = Hungry.encode\n")
+    for first, *arguments, words in (
+        (spec, "a.mp4", "--save-tokens", "--save-tokens is for models of ours"),
+        (spec, "a.mp4", "--tile", 0, "--tile is for models"),
+        (spec, "a.mp4", "--teacher", spec, "--teacher is for models"),
+        (spec, "x.latents.npz", "decodes no files"),
+        ("diffusers:", "a.mp4", "diffusers:CLASS:FOLDER is wanted"),
+        ("python:hungry.py:Half", "a.mp4", "has no decode"),
+        ("taehv.pth", "a.mp4", "--teacher", "python:hungry.py:Half", "has no decode"),
+    ):
+        assert words in mistake(capsys, monkeypatch, infer, first, *arguments)
+    assert not os.path.exists("inference_results")
+
+
+def test_a_sample_of_a_folder_is_the_same_each_time(tmp_path, monkeypatch):
+    for k in range(9):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), np.zeros((16, 16, 3), np.uint8))
+    folder = str(tmp_path)
+
+    def names(number, seed=0):
+        return [source.key for source in inputs.find_inputs([folder], number, seed)[0]]
+
+    chosen = names(4)
+    assert len(chosen) == 4 and chosen == sorted(chosen) and names(2) != names(2, seed=1)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: [(f, d, files[::-1]) for f, d, files in walk(*a, **k)])
+    monkeypatch.setattr(data, "sorted", list, raising=False)
+    assert [s.key for s in data.find_sources(folder)] != sorted(map(str, os.listdir(folder)))
+    assert names(4) == chosen, "in whatever order the folder is listed"
+    assert set(names(2)) < set(chosen)
+    (tmp_path / chosen[0]).write_text("x")
+    sources, _, refused, notes = inputs.find_inputs([folder], 4)
+    assert len(sources) == 4 and len(refused) == 1 and notes == [f"{folder}: 4 of 9 files, chosen by --seed 0"]
+    sources, _, _, notes = inputs.find_inputs([folder], 20)
+    assert len(sources) == 8 and "8 of 9 files, no more can be read, and --num-samples is 20" in notes[0]
+
+
+def test_mistakes_in_samples(capsys, monkeypatch, tmp_path):
+    path = str(tmp_path / "a.png")
+    cv2.imwrite(path, np.zeros((16, 16, 3), np.uint8))
+    assert "--num-samples -1" in mistake(capsys, monkeypatch, infer, "m.pth", path, "--num-samples", -1)
+    assert "none of the inputs is a folder" in mistake(capsys, monkeypatch, infer, "m.pth", path, "--num-samples", 3)
+    assert "invalid int value" in mistake(capsys, monkeypatch, infer, "m.pth", path, "--seed", "x")

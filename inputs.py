@@ -1,0 +1,84 @@
+"""What a command is to work on: videos, images, samples of folders, files of latents and tokens; and what befalls them.
+
+Used by infer.py.
+"""
+import hashlib
+import os
+import traceback
+
+import checkpoint
+import data
+from codec import TOKENS, InputError
+from device import DeviceError
+from latent_file import LATENTS, LatentFileError
+from teachers import TeacherError
+from token_file import TokenError
+
+# Errors of one line, with code 2.
+MISTAKES = (InputError, LatentFileError, TokenError, TeacherError, DeviceError, data.DataError,
+            checkpoint.CheckpointError, OSError)
+
+
+def sample(sources, number, seed):
+    """(up to `number` sources that can be read, [(path, reason)] of those met that cannot). A hash of the seed and of
+    each name chooses: the order in which they are listed has no part in it."""
+    waiting = sorted(sources, key=lambda source: hashlib.sha256(f"{seed} {source.key}".encode(errors="surrogatepass")
+                                                                ).digest())
+    readable, refused = [], []
+    while waiting and len(readable) < number:
+        some, waiting = waiting[:number - len(readable)], waiting[number - len(readable):]
+        found, bad = data.probe(some)
+        readable, refused = readable + found, refused + bad
+    return sorted(readable, key=lambda source: source.key), refused
+
+
+def find_inputs(inputs, number=0, seed=0):
+    """([video and image sources], [latent and token files], [(path, reason)] refused in folders, [notes]). InputError
+    for a bad file. number, seed: with a number, only so many of each folder, see `sample`."""
+    sources, latents, refused, notes, folders = [], [], [], [], 0
+    for path in inputs:
+        if path.endswith((LATENTS, TOKENS)):
+            if not os.path.isfile(path):
+                raise InputError(f"{path!r} does not exist")
+            latents.append(path)
+            continue
+        found = data.find_sources(path)
+        if number and (os.path.isdir(path) or len(found) > 1):
+            there, folders = len(found), folders + 1
+            found, bad = sample(found, number, seed)
+            how = f"chosen by --seed {seed}" if len(found) == number < there else \
+                f"no more can be read, and --num-samples is {number}"
+            notes.append(f"{path}: {len(found)} of {there} files, {how}")
+        else:
+            found, bad = data.probe(found)
+        if bad and not os.path.isdir(path):
+            raise InputError(f"{bad[0][0]}: {bad[0][1]}")
+        sources += found
+        refused += bad
+    if not sources and not latents:
+        raise InputError(f"none of the {len(refused)} files can be read; the first: {refused[0][0]}: {refused[0][1]}")
+    if number and not folders:
+        raise InputError(f"--num-samples {number}: none of the inputs is a folder")
+    return sources, latents, refused, notes
+
+
+class Failures:
+    """What befell single inputs: a report row for each; the traceback of an error that is no mistake of the user's goes
+    to OUT/errors.log. `unexpected` counts those, `code` is the exit code for some that failed among others."""
+
+    def __init__(self, out):
+        self.path, self.unexpected, self.code = os.path.join(out, "errors.log"), 0, 0
+        if os.path.exists(self.path):
+            os.remove(self.path)  # an earlier command's
+
+    def row(self, name, path, error):
+        """The row of an input that this error ended."""
+        reason = checkpoint.first_line(error)
+        if not isinstance(error, MISTAKES):
+            reason = reason if reason == type(error).__name__ else f"{type(error).__name__}: {reason}"
+            self.unexpected += 1
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{path}\n{''.join(traceback.format_exception(error))}\n")
+        if not isinstance(error, (OSError, data.DataError)):  # not merely a file that cannot be read or written
+            self.code = 1
+        return dict(name=name, source=path, failed=reason)
