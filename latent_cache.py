@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tokenize
@@ -29,12 +30,14 @@ import checkpoint
 import data as datasets
 from data import DataError
 from device import DeviceError, default_workers, describe, pick_device, pick_precision, tune
-from model_taehv import check_cogvideox_frames
+from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
 from teachers import KINDS, TeacherError, load_teacher
 
 FORMAT = 1
 STORED = {"float16": np.float16, "bfloat16": np.uint16}
+NO_STUDENT = ("no student here speaks latents of this shape: a TAEHV joins 8, 16, 24 ... pixels and 1, 2, 4 or 8 "
+              "frames into one")
 OF_COGVIDEOX = re.compile(r"AutoencoderKLCogVideoX|\(taecvx\)|variant taecvx")  # names in caches without pools_pairs
 
 
@@ -267,7 +270,7 @@ def plan_cache(options, teacher, dtype, sources):
         latents = teacher.encode(torch.zeros(1, frames, 3, size, size))
     except (ValueError, RuntimeError) as error:
         raise TeacherError(f"teacher {teacher.spec}: {frames} frames of {size}x{size} cannot be encoded "
-                           f"({checkpoint.first_line(error)})") from None
+                           f"({checkpoint.first_line(error)}); LTX takes 8k + 1 frames, most others 4k + 1") from None
     keys = "\n".join(f"{s.key} {s.frames}" for s in sources)
     return dict(
         format=FORMAT, complete=False, clips=options.clips, shard_clips=options.shard_clips, frames=frames, size=size,
@@ -348,12 +351,15 @@ def build(options):
     clips.check(datasets.Bucket(options.size, options.frames, 1.0, 1))
     plan = plan_cache(options, teacher, dtype, sources)
     plan = from_rank_0(control, lambda: prepare_folder(options.out, plan))
+    settings = student_settings(plan)
     say(f"teacher: {teacher.name}, on {describe(device)}, {plan['teacher']['precision']}; {options.frames} frames of "
         f"{options.size}x{options.size} give latents {tuple(plan['latents'])}")
     counts = [min(options.shard_clips, plan["clips"] - start) for start in range(0, plan["clips"], options.shard_clips)]
     missing = from_rank_0(control, lambda: [i for i, n in enumerate(counts) if not shard_is_done(options.out, i, n)])
     kept = plan["clips"] - sum(counts[i] for i in missing)
     say(f"{plan['clips']} clips in {len(counts)} shards" + (f", {kept} of them from before" if kept else ""))
+    if not settings:
+        say(f"warning: {NO_STUDENT}")
     if missing[rank::world]:
         write_shards(options, teacher, device, clips, missing[rank::world], counts, disable=rank > 0)
     gather(control, None)  # all ranks are done
@@ -364,7 +370,43 @@ def build(options):
             crc32 = {**about["crc32"], "json": file_crc(shard_path(options.out, i, "json"))}
             plan["shards"].append({"clips": about["clips"], "crc32": crc32})
         write_index(options.out, {**plan, "complete": True})
-    say(f"done: python train.py taehv_distill latent_cache={options.out} size={options.size} frames={options.frames}")
+    command = (f"python train.py taehv_distill {settings} {shlex.quote(f'latent_cache={options.out}')} "
+               f"size={options.size} frames={options.frames}")
+    say(f"done: {command if settings else NO_STUDENT}")
+
+
+def student_settings(plan):
+    """The settings with which train.py builds a TAEHV that speaks a plan's latents: "variant=taew2_2", or its own shape
+    where no variant has it; "" if no TAEHV can."""
+    frames, size, pairs = plan["frames"], plan["size"], plan["teacher"]["pools_pairs"]
+    latents, channels, height, width = plan["latents"]
+    patch = size // (8 * height)
+    if (height * 8 * patch, width * 8 * patch) != (size, size):
+        return ""
+
+    def fits(**arguments):
+        with torch.device("meta"):  # its counts alone are wanted
+            model = TAEHV(**arguments)
+        try:
+            model.aligned(frames, latents)
+        except ValueError:
+            return False
+        return True
+
+    variants = [v for v, row in VARIANTS.items() if row[:2] == (patch, channels) and row[-1] is None
+                and v not in RELATIVES and (v == "taecvx") == bool(pairs)]
+    if re.search("Wan|Qwen", plan["teacher"]["name"]):
+        variants.sort(key=lambda v: v != "taew2_1")  # Hunyuan Video's variant, the first, has the same shape
+    for variant in variants:
+        if fits(variant=variant):
+            return f"variant={variant}"
+    for down, up in ((2, 2, 1), (1, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((2, 1, 1), (1, 1, 2)), ((1, 1, 1), (1, 1, 1)):
+        if fits(variant="taecvx" if pairs else "taehv", patch_size=patch, latent_channels=channels,
+                encoder_time_downscale=down, decoder_time_upscale=up):
+            return (f"{'variant=taecvx ' if pairs else ''}patch_size={patch} latent_channels={channels} "
+                    f"net.encoder_time_downscale={','.join(map(str, down))} "
+                    f"net.decoder_time_upscale={','.join(map(str, up))}")
+    return ""
 
 
 def write_shards(options, teacher, device, clips, shards, counts, disable):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import sys
 
@@ -279,6 +280,58 @@ def test_diffusers_teachers(name, clips, tmp_path, monkeypatch):
     assert (batch["latents"].float() - expected.transpose(1, 2)).abs().max() < 2e-3 * scale
     again = load_teacher(spec).decode(expected.transpose(1, 2))
     assert again.shape[1] == 9 and (again - decoded).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("latents, settings", [
+    ((3, 16, 4, 4), "variant=taehv"), ((4, 16, 4, 4), "variant=taehv"), ((3, 48, 2, 2), "variant=taew2_2"),
+    ((2, 128, 1, 1), "variant=taeltx_2"),
+    ((12, 32, 4, 4), "patch_size=1 latent_channels=32 net.encoder_time_downscale=1,1,1"),
+    ((6, 16, 4, 4), "patch_size=1 latent_channels=16 net.encoder_time_downscale=2,1,1"),
+    ((3, 16, 5, 5), ""), ((3, 16, 4, 8), ""), ((5, 16, 4, 4), "")])
+def test_the_settings_that_a_cache_proposes_make_a_model_for_it(latents, settings):
+    plan = dict(frames=12, size=32, latents=latents, teacher=dict(pools_pairs=None, name=""))
+    proposed = latent_cache.student_settings(plan)
+    assert proposed.startswith(settings) and bool(proposed) == bool(settings)
+    if proposed:
+        cfg = config.load_config(["taehv_distill", *proposed.split(), "size=32", "frames=12"])
+        with torch.device("meta"), torch.no_grad():
+            model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
+            shape = model.encode(torch.empty(1, 12, 3, 32, 32)).shape
+        assert model.aligned(12, latents[0])[0] == shape[1] and shape[2:] == latents[1:]
+
+
+def proposed_run(folder, monkeypatch, capsys, *arguments):
+    """Build a cache, and begin what it proposes: (settings, model, clips)."""
+    assert build(folder, monkeypatch, *arguments) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line.startswith("done: python train.py ")
+    cfg = config.load_config(shlex.split(line)[3:])
+    buckets = [data.Bucket(*b) for b in config.parse_buckets(cfg)]
+    model, _ = train.make_model(cfg, buckets)
+    clips = train.find_cached_clips(cfg, model, 0, 1, None)[0]
+    clips.check(buckets[0])
+    return cfg, model, clips
+
+
+def test_what_a_finished_cache_proposes_can_be_run(clips, tmp_path, monkeypatch, capsys):
+    torch.save(TAEHV(latent_channels=8, encoder_time_downscale=(1, 2, 1), decoder_time_upscale=(1, 2, 1)).state_dict(),
+               tmp_path / "own.pth")
+    asked = ["--data", clips, *SMALL, "--clips", "2"]
+    _, model, kept = proposed_run(tmp_path / "a cache", monkeypatch, capsys, "--teacher",
+                                  f"taehv:{tmp_path / 'own.pth'}", *asked)
+    batch = kept.cache.read([0])
+    video, latents = batch["video"].float() / 255, batch["latents"].float()
+    with torch.no_grad():
+        assert model.encode(video).shape == latents.shape == (1, 6, 8, 4, 4)
+        assert model.eval().decode(latents).shape[1] == model.aligned(12, 6)[1] == 11
+    (tmp_path / "pairs.py").write_text(PAIRS)
+    cfg, model, _ = proposed_run(tmp_path / "pairs", monkeypatch, capsys, "--teacher",
+                                 f"python:{tmp_path / 'pairs.py'}:make", *asked, "--frames", "16")
+    assert (cfg.variant, cfg.frames, model.variant) == ("taecvx", 16, "taecvx")
+    odd = tmp_path / "odd.py"
+    odd.write_text(REVEALING.replace("LATENTS", "3").replace("avg_pool2d(video, 8)", "avg_pool2d(video, 6)"))
+    assert build(tmp_path / "odd", monkeypatch, "--teacher", f"python:{odd}:make", *asked) == 0
+    assert capsys.readouterr().out.count("no student here speaks latents of this shape") == 2
 
 
 IMAGE_VAE = dict(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
