@@ -4,6 +4,7 @@ A run folder holds step_00001000.pt (everything a run needs to go on), best.pt (
 best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json.
 Nothing is loaded that could run code: all loading is weights_only.
 """
+import dataclasses
 import hashlib
 import inspect
 import io
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from model_dcae import DCAE, load_dcae
-from model_taehv import TAEHV, adapt_state_dict, find_weights, load_taehv, look_alikes
+from model_taehv import TAEHV, VARIANTS, adapt_state_dict, find_weights, load_taehv, look_alikes, put_weights
 from model_vq_latents import VQLatents
 from model_vqgan import VQGAN, load_vqgan
 from model_vqvae import VQVAE2, VqVae2, load_vqvae
@@ -54,10 +55,44 @@ def build_model(name, config):
 
 def model_config(config):
     """The arguments of `build_model` that a training Config asks for."""
-    taehv = dict(variant=config.variant, patch_size=config.patch_size or None,
+    taehv = dict(variant=config.variant or "taehv", patch_size=config.patch_size or None,
                  latent_channels=config.latent_channels or None)
-    around = {"taehv": taehv, "vq_latents": {"taehv": taehv}}.get(config.model, {})
-    return {**around, **config.net}
+    if config.model == "vq_latents":
+        return {**config.net, "taehv": {**taehv, **config.net.get("taehv", {})}}
+    return {**taehv, **config.net} if config.model == "taehv" else dict(config.net)
+
+
+def with_shape(config, source):
+    """A copy of a training Config in which what it leaves open is as in `source`, a model of its kind (for vq_latents a
+    TAEHV too): variant, patch_size, latent_channels and net. ValueError for a setting of the first three that `source`
+    contradicts."""
+    taehv = getattr(source, "taehv", source)
+    net = dict(config.net)
+    if config.model in ("taehv", "vq_latents") and isinstance(taehv, TAEHV):
+        shape = dict(taehv.config)
+        variant, patch_size, channels = (shape.pop(key) for key in ("variant", "patch_size", "latent_channels"))
+        standard = VARIANTS[variant]
+        if config.variant and config.variant != variant and VARIANTS.get(config.variant) != standard:
+            raise ValueError(f"variant={config.variant}")
+        for key, own in (("patch_size", patch_size), ("latent_channels", channels)):
+            if getattr(config, key) not in (0, own):
+                raise ValueError(f"{key}={getattr(config, key)}")
+        usual = dict(encoder_time_downscale=list(standard[2]), decoder_time_upscale=list(standard[3]),
+                     decoder_space_upscale=[True] * 3, arch_variant=standard[4])
+        own = {key: value for key, value in shape.items() if usual.get(key) != value}
+        if config.model == "taehv":
+            net = {**own, **net}
+        elif own:
+            net["taehv"] = {**own, **net.get("taehv", {})}
+        config = dataclasses.replace(
+            config, variant=config.variant or variant, latent_channels=0 if channels == standard[1] else channels,
+            patch_size=0 if patch_size == standard[0] else patch_size)
+    if config.init_from and config.model != "taehv" and isinstance(source, MODELS[config.model]):
+        takes = inspect.signature(MODELS[config.model]).parameters
+        same = net.get("quantizer") in (None, source.config.get("quantizer"))  # another one has other options
+        own = {key: value for key, value in source.config.items() if key != "taehv" and (same or key in takes)}
+        net = {**own, **net}
+    return dataclasses.replace(config, net=net)
 
 
 def fingerprint(model, about=""):
@@ -100,7 +135,12 @@ def load_model(path, variant=None, **overrides):
 def load_own(path, state, variant, overrides):
     """From a checkpoint of ours: its averaged weights."""
     try:
-        arguments = {**state["model_config"], **({"variant": variant} if variant else {}), **overrides}
+        arguments = {**state["model_config"], **overrides}
+        if variant and state["model_name"] not in ("taehv", "vq_latents"):
+            raise CheckpointError(f"checkpoint: {path!r} is a {state['model_name']}, which has no variants")
+        if variant:
+            about = arguments if state["model_name"] == "taehv" else arguments["taehv"]
+            about["variant"] = variant
         model = build_model(state["model_name"], arguments)
         weights = state["ema"]
         model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
@@ -119,7 +159,12 @@ def load_foreign(path, variant, overrides):
     if about.get("model") == "vq_latents":
         model = build_model("vq_latents", {**model_config(SimpleNamespace(**about)), **overrides})
         model.load_state_dict(read(path))
-        return model.eval(), f"vq_latents ({about['variant']})"
+        return model.eval(), f"vq_latents ({model.taehv.variant})"
+    if about.get("model") == "taehv":  # its shape may be its own
+        arguments = model_config(SimpleNamespace(**about))
+        model = build_model("taehv", {**arguments, **({"variant": variant} if variant else {}), **overrides})
+        put_weights(model, read(path), path)
+        return model.eval(), f"weights of variant {model.variant}"
     if path.endswith(".ckpt"):
         return load_vqgan(path, **overrides)
     names = " ".join(tensor_names(path))

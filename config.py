@@ -65,9 +65,9 @@ class Config:
     # ---- model
     model: str = "taehv"            # taehv, vqgan, vqvae2, vqvae_video, vq_latents or dcae
     net: dict = dataclasses.field(default_factory=dict)  # arguments of the model's class; one of them: net.NAME=VALUE
-    variant: str = "taehv"          # taehv: row of VARIANTS in model_taehv.py
+    variant: str = ""               # taehv: row of VARIANTS in model_taehv.py; empty: that of init_from, or else taehv
     patch_size: int = 0             # taehv: pixels folded into channels at the border; 0: the variant's
-    latent_channels: int = 0        # taehv: 0: the variant's
+    latent_channels: int = 0        # taehv: channels of a latent; 0: the variant's (or, as above, those of init_from)
     init: str = "colours"           # fresh weights: colours (starts with each cell's mean colour) or pytorch (taehv)
     train_encoder: bool = True      # off: the encoder keeps its weights (taehv)
     train_decoder: bool = True      # off: the decoder keeps its weights (taehv)
@@ -184,7 +184,7 @@ PRESETS = {
     # samples (there 16 384, which is 2.5 GB at 64 px).
     "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, pixel_loss="l2",
                           seraena_weight=1.0),
-    # Published weights on your own domain: add init_from=taew2_1.pth (and variant=..., see model_taehv.py).
+    # Published weights on your own domain: add init_from=taew2_1 (or a file).
     "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200),
     # Tokenizers of single frames (f16, 1024 codes), of videos or of images. LPIPS from the start, the PatchGAN later.
     # vqgan_ema has a quantizer of ours in taming's recipe, vqvae2_optvq OptVQ's in vvvm23's.
@@ -193,7 +193,7 @@ PRESETS = {
     "vqgan_optvq": dict(OPTVQ, net=dict(quantizer="optvq", num_head=4, n_embed=16384, kmeans_init=True)),
     "vqvae2": dict(VQVAE2),
     "vqvae2_optvq": dict(VQVAE2, net=dict(quantizer="optvq")),
-    # Codes for the latents of a frozen TAEHV: add latent_cache=FOLDER init_from=FILE.pth (and variant=...). Only the
+    # Codes for the latents of a frozen TAEHV: add latent_cache=FOLDER init_from=taew2_1 (or a file). Only the
     # quantizer and a small network behind it learn; pixel_weight=1 lets them learn through the decoder too.
     "vq_latents": dict(model="vq_latents", batch_size=32, max_steps=20000, lr=1e-3, encoder_weight=1.0,
                        pixel_weight=0.0, net=dict(quantizer="ema", n_embed=4096, kmeans_init=True, restart_below=0.1)),

@@ -317,7 +317,7 @@ def test_mistakes_get_one_line_and_code_2(trained, clips, tmp_path, capsys, monk
         (["taehv", "size=100", f"data={clips}"], "takes multiples of 8"),
         (["variant=taehw"], "unknown TAEHV variant"),
         (["taehv", f"data={clips}", "init_from=bomb.pt"], "code"),
-        (["taehv", f"data={clips}", "init_from=taew2_2.pth"], "does not fit"),
+        (["taehv", f"data={clips}", "init_from=taew2_2.pth", "variant=taehv"], "does not fit"),
         (["taehv", f"data={clips}", "resume=missing.pt"], "missing.pt"),
         (
             ["taehv", f"data={clips}", f"out_dir={folder}/runs", "name=two", "variant=taew2_2", "size=32"],

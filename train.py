@@ -10,6 +10,7 @@ resumes. Ctrl-C or SIGTERM saves and ends.
 """
 import contextlib
 import copy
+import json
 import math
 import os
 import sys
@@ -47,6 +48,7 @@ def train(cfg):
     buckets = [datasets.Bucket(*b) for b in parse_buckets(cfg)]
     torch.manual_seed(cfg.seed)
     model, origin = make_model(cfg, buckets)
+    cfg = checkpoint.with_shape(cfg, model)  # what init_from settled is a setting of the run
     objective = Objective(cfg, model, device, autocast)
     for quantizer in objective.quantizers:
         quantizer.before_reduce = lambda: stay_together(control, 4)  # the flags of `accumulate`
@@ -274,6 +276,13 @@ def train(cfg):
 
 def make_model(cfg, buckets):
     """(model on the CPU, where its weights come from); ConfigError if settings, buckets and weights do not fit."""
+    if cfg.init_from:
+        source, words = checkpoint.load_model(cfg.init_from)
+        try:
+            cfg = checkpoint.with_shape(cfg, source)
+        except ValueError as error:
+            raise ConfigError(f"init_from={cfg.init_from} is {words}, {source.config}, which does not fit {error}: set "
+                              "variant, patch_size and latent_channels to match, or leave them out") from None
     try:
         model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
     except ValueError as error:
@@ -296,15 +305,15 @@ def make_model(cfg, buckets):
         elif cfg.variant == "taecvx" and cfg.model == "taehv":
             model.fresh_weights(buckets[0].frames)
         return model, "from scratch"
-    source, words = checkpoint.load_model(cfg.init_from)
     target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
     given, own = source.state_dict(), target.state_dict()
     different = [k for k in own.keys() | given.keys()
                  if k not in own or k not in given or own[k].shape != given[k].shape]
     if different:
-        fit = "variant, patch_size and latent_channels" if hasattr(target, "variant") else "net.NAME=VALUE"
+        apart = [f"net.{key} is {value}, and {source.config[key]} there" for key, value in target.config.items()
+                 if key in source.config and json.dumps(value) != json.dumps(source.config[key])]
         raise ConfigError(f"init_from={cfg.init_from} is {words}, which does not fit model={cfg.model} {target.config} "
-                          f"({min(different)} differs): set {fit} to match")
+                          f"({', '.join(apart) or min(different) + ' differs'}): leave out what differs")
     target.load_state_dict(given)
     return model, f"from {cfg.init_from}"
 
