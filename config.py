@@ -372,6 +372,8 @@ def use_images(config, overrides):
 
 def check(config):
     """ConfigError for values that no run can use. What depends on the model or the machine is checked there."""
+    if config.precision == "fp16":
+        raise ConfigError("precision=fp16: training would need loss scaling, which is not here; bf16 and fp32 work")
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
             value = getattr(config, key)

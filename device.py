@@ -44,7 +44,7 @@ def pick_device(name="auto"):
 
 
 def pick_precision(name, device):
-    """"auto", "bf16" or "fp32" -> torch.bfloat16 or torch.float32.
+    """"auto", "bf16", "fp16" or "fp32" -> torch.bfloat16, torch.float16 or torch.float32.
 
     "auto" is bf16 where the hardware multiplies it. A CPU without AMX emulates it: one 64-channel convolution took
     110 ms in float32 and 530 ms in bf16 there (12 x 128 x 128, channels-last, AVX-512 without bf16, two cores).
@@ -53,7 +53,7 @@ def pick_precision(name, device):
         fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else \
             device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
         return torch.bfloat16 if fast else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def cores_per_rank():
@@ -94,13 +94,27 @@ def glibc():
 
 
 def place(model, device, dtype=None):
-    """Move a model to its device, the weights of 2D and 3D convolutions channels-last. Returns it."""
+    """Move a model to its device, the weights of 2D and 3D convolutions channels-last. Returns it. Quantizers stay
+    float32, whatever `dtype` is: see quantize.py."""
     model.to(device, dtype)
     for parameter in model.parameters():
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.ndim)
         if layout:
             parameter.data = parameter.data.contiguous(memory_format=layout)
     return model
+
+
+# How libraries word it that the memory ran out. cuBLAS and cuDNN want some of their own, and say so in their own ways:
+# a handle that cannot be made, or no way to compute a convolution in what is left.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cudnn_status_alloc_failed",
+                 "cublas_status_alloc_failed", "cublas_status_not_initialized", "unable to find an engine")
+
+
+def is_out_of_memory(error):
+    """Whether the exception says that memory ran out, on the device or the host: smaller parts may then succeed."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def synchronize(device):

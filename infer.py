@@ -68,6 +68,8 @@ def run(options):
     device = pick_device(options.device)
     tune(device)
     dtype = pick_precision(options.precision, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        print("--precision fp16: a CPU emulates it; bf16 or fp32 take less time")
     sources, latent_files, refused, notes = find_inputs(options.inputs, options.num_samples, options.seed)
     for note in notes:
         print(note)
@@ -162,7 +164,8 @@ def parse(arguments=None):
     parser.add_argument("--out", default="inference_results", help="folder to write to (default: %(default)s)")
     parser.add_argument("--variant", help="what the weights are, where their shapes do not tell (say taecvx)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"))
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
+                        help="auto: bf16 where the hardware has it; fp16: as published TAEHVs are often run, for GPUs")
     parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="only the first N frames of each input")
     parser.add_argument("--num-samples", type=int, default=0, metavar="N",
                         help="only N files of each folder, drawn by --seed")

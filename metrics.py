@@ -19,8 +19,9 @@ def true_float32(kind):
     """Within it float32 is multiplied as float32: no TF32 on a GPU, no bfloat16 on a CPU, and no autocast.
 
     kind: a device's type, "cuda" say. TF32 keeps 10 of 23 bits: emulated, it changes 0.1 to 3 % of all codes, and SSIM
-    by up to 0.03. What was set before is set again behind it. torch.compile bakes precision into its kernels: what needs
-    this is to be kept out of it, by torch.compiler.disable. (quantize.py and metrics.py, which work alone, both have it.)
+    by up to 0.03. What was set before is set again at the end. torch.compile bakes precision into its kernels: what
+    needs this is to be kept out of it, by torch.compiler.disable. (quantize.py and metrics.py, which work alone, both
+    have this function.)
     """
     backends, before = torch.backends, []
     if NEW_NAMES:
@@ -41,6 +42,7 @@ def true_float32(kind):
         if not NEW_NAMES:
             torch.set_float32_matmul_precision(products)
             backends.cudnn.allow_tf32 = convolutions
+
 
 def mse(output, target):
     """Mean squared error per image."""

@@ -525,7 +525,8 @@ class TAEHV(nn.Module):
         if index == list(range(len(index))) and len(index) <= video.shape[1]:
             target = video[:, :len(index)]
         else:
-            target = video[:, [min(i, video.shape[1] - 1) for i in index]]
+            # (Indexing by a list would have the host wait for a GPU.)
+            target = torch.stack([video[:, min(i, video.shape[1] - 1)] for i in index], 1)
         if self.space_upscale != self.space_factor:
             size = [s * self.space_upscale // self.space_factor for s in video.shape[-2:]]
             target = F.interpolate(target.flatten(0, 1), size=size, mode="area").unflatten(0, target.shape[:2])

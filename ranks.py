@@ -30,6 +30,8 @@ def start_ranks(device, timeout_minutes):
     where = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         where = dict(store=fresh_store(rank, world, timeout), rank=rank, world_size=world)
+    if device.type == "cuda":
+        where["device_id"] = device  # or NCCL guesses it from the rank, and barriers warn of that
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
     sys.excepthook = end_at_once  # instead of PyTorch's own
     # Ranks agree over this group: between CPUs, so that no GPU has to be waited for.

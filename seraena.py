@@ -338,7 +338,7 @@ class Seraena(nn.Module):
         contexts = torch.stack([*(context[i] for i in fresh), *replayed[1], *(context[i] for i in kept)])
         fakes = len(chance) - len(kept)
         wanted = images.new_ones(len(images), 1, 1, 1)
-        wanted[fakes:] = -1
+        wanted[fakes:].fill_(-1)
         self.disc.train()
         with torch.enable_grad():
             scores = self.scores(images, contexts)

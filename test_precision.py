@@ -1,4 +1,4 @@
-"""Float32 where it is promised: code search and metrics under TF32, bfloat16 and autocast, and in models that were cast.
+"""Float32 where it is promised: code search and metrics under TF32 and bfloat16, and in models that were cast.
 
 No GPU is needed: `Narrow` rounds what products are made of, wherever the process allows it, as tensor cores do.
 """

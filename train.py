@@ -24,8 +24,8 @@ import checkpoint
 import data as datasets
 import metrics
 from config import ConfigError, exit_with_usage, load_config, parse_buckets
-from device import (DeviceError, default_workers, describe, peak_memory, pick_device, pick_precision, place,
-                    resident_memory, synchronize, tune)
+from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device, pick_precision,
+                    place, resident_memory, synchronize, tune)
 from latent_cache import LatentCache
 from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
@@ -470,11 +470,6 @@ def same_model(saved, ours):
     """Whether two configurations of a model differ at most in how its codebooks start, which a checkpoint has behind
     it."""
     return isinstance(saved, dict) and {**saved, "kmeans_init": None} == {**ours, "kmeans_init": None}
-
-
-def is_out_of_memory(error):
-    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 
 def learning_rate(cfg, step):
