@@ -519,6 +519,13 @@ def test_a_teacher_that_pools_pairs_gets_frames_that_it_takes(tmp_path):
     assert whole.notes == ["teacher: the last of 12 frames was repeated (4 x): it takes 8k or 8k + 1"]
     parts = compare.TeacherPass(pairs, source, 12, 4, 8, chunk=9)
     assert (parts.encoded, parts.count, len(parts.latents)) == (9 + 8, 12, 3)
+    parts = compare.TeacherPass(pairs, source, 12, 4, 8, chunk=4)
+    assert (parts.encoded, parts.count) == (3 * 8, 12) and parts.notes[0].startswith("teacher: the last of 4 frames")
+    assert len(parts.notes) == 2
+    source = data.Source(write_clip(str(tmp_path / "b.mp4"), frames=41, height=32, width=32), "b.mp4")
+    for frames, latents in ((40, 8), (41, 9)):  # in pieces of 32 and of 33
+        parts = compare.TeacherPass(pairs, source, frames, 4, 8, chunk=None)
+        assert (parts.encoded, parts.count, len(parts.latents)) == (frames, frames, latents)
 
 
 @pytest.mark.parametrize("frames", [16, 17])
