@@ -553,7 +553,7 @@ SMALL_VAES = {
 
 
 @pytest.mark.parametrize("name, variant, counts", [
-    ("AutoencoderKLCogVideoX", "taecvx", (8, 9)), ("AutoencoderKLHunyuanVideo", "taehv", (9,)),
+    ("AutoencoderKLCogVideoX", "taecvx", (8, 9, 12)), ("AutoencoderKLHunyuanVideo", "taehv", (9,)),
     ("AutoencoderKLWan", "taew2_1", (9,)), ("AutoencoderKLLTXVideo", "taeltx_2", (9, 17)),
     ("AutoencoderKLLTX2Video", "taeltx_2", (9, 17))])
 def test_a_latent_ends_with_the_last_frame_that_it_stands_for(name, variant, counts):
@@ -573,8 +573,14 @@ def test_a_latent_ends_with_the_last_frame_that_it_stands_for(name, variant, cou
         with torch.no_grad():
             latents = vae.encode(video).latent_dist.mode()
             touched = (vae.encode(moved).latent_dist.mode() - latents).abs().amax((1, 3, 4)) > 1e-6  # frames x latents
+        ends = [row.nonzero().max().item() for row in touched.T]
+        if frames == 12 and variant == "taecvx":  # latents of the frames 0-3, 4-7 and 8-11, that come back as nine frames
+            assert ends == [3, 7, 11] and vae.decode(latents).sample.shape[2] == 9
+            with pytest.raises(ValueError, match="takes 8k or 8k"):
+                model.aligned(frames, latents.shape[2])
+            continue
         standing = groups(model, frames, latents.shape[2])
-        assert [row.nonzero().max().item() for row in touched.T] == [group[-1] for group in standing]
+        assert ends == [group[-1] for group in standing]
         if "LTX" in name:  # whose decoders are not causal
             continue
         moved = latents + torch.eye(len(standing))[:, None, :, None, None]
