@@ -87,8 +87,9 @@ class TeacherPass:
                 module.to("cpu")  # room for ours
         self.peak_memory_mb = memory.megabytes()
         if chunk and frames > chunk:
-            self.notes.append(f"teacher: {chunk} frames at a time{chosen}, each chunk by itself; latents are those of "
-                              "the first")
+            self.notes.append(f"teacher: {chunk} frames at a time{chosen}, each chunk by itself; of its latents "
+                              "the first chunk's are looked at")
+        self.notes = list(dict.fromkeys(self.notes))  # chunks are odd in the same ways
 
     def run(self, clip):
         """One chunk: a list of H W 3 uint8."""
