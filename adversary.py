@@ -15,6 +15,7 @@
 This file works alone: torch only. Only `to_all_ranks` and `step` talk to the other ranks: what may run out of memory
 on one rank alone (`generator_term`) never waits for another. Nothing here waits for the GPU.
 """
+import contextlib
 import math
 
 import torch
@@ -180,8 +181,9 @@ class Adversary(nn.Module):
         real, fake: N T C H W in [0, 1], `fake` with its graph. reconstruction_loss, last_layer: as in adaptive_weight
         (ignored if not adaptive). share: this micro-batch's part of the step. If the gradient that the term would give
         is not finite, the term is left out (weight 0): the reconstruction goes on, `step` skips the discriminator's.
-        Call it within autocast to have the convolutions in bf16; the losses are float32 all the same. ValueError for
-        shapes that differ or are too small, and for an adaptive weight without a last layer that is trained.
+        Call it within autocast to have the convolutions in bf16 (but for clips on a CPU, see `precision`); the losses
+        are float32 all the same. ValueError for shapes that differ or are too small, and for an adaptive weight without
+        a last layer that is trained.
         """
         if not self.active():
             return 0.0
@@ -193,8 +195,9 @@ class Adversary(nn.Module):
         # other. Published trainers pass the fakes twice, and walk back through the discriminator twice for the weight:
         # 0.55 s where this takes 0.41 s (2D; 3D 0.58 and 0.44 s; TAEHV, 6 frames of 96 pixels, CPU time of one core).
         leaf = fake.detach().float().requires_grad_()
-        scores_fake = self.discriminator(leaf)
-        scores_real = self.discriminator(real.detach().float()) if self.learns() else None
+        with self.precision(fake.device.type):
+            scores_fake = self.discriminator(leaf)
+            scores_real = self.discriminator(real.detach().float()) if self.learns() else None
         with torch.autocast(fake.device.type, enabled=False):
             scores_fake = scores_fake.float()
             value = generator_loss(scores_fake)
@@ -210,6 +213,14 @@ class Adversary(nn.Module):
             value, gradient = (torch.where(weight > 0, x.detach() * factor, 0.0) for x in (value, gradient))
             term = (fake * gradient).sum()  # the wanted gradient; and the wanted value:
             return term + (value - term).detach()
+
+    def precision(self, kind):
+        """The caller's autocast; on a CPU, none for clips. PyTorch's (oneDNN's) bf16 3D convolutions are wrong on CPUs
+        with AMX or AVX-512: the weights' gradient is stale memory, even NaN, for kernel rows that see padding alone
+        (clips of 1 and 2 frames; seen with torch 2.14 and 2.15), and so is the result one pixel wide behind a stride
+        (github.com/pytorch/pytorch/pull/188426)."""
+        wrong = kind == "cpu" and self.discriminator.dims == 3
+        return torch.autocast(kind, enabled=False) if wrong else contextlib.nullcontext()
 
     def learn(self, real, fake, value, weight, share):
         loss = discriminator_loss(self.loss, real, fake)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,7 +16,52 @@ import torch
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(ROOT, "latent_cache.py")
-SMALL_CACHE = "--size 32 --frames 12 --clips 10 --shard-clips 4 --batch-size 2 --workers 0".split()
+SMALL_CACHE = "--size 32 --frames 12 --clips 10 --shard-clips 4 --batch-size 2 --workers 0 --precision fp32".split()
+
+
+# ---- what precision=auto means ---------------------------------------------------------------------------------------
+# AUTO_PRECISION=bf16 or fp32 says it for all tests and for the commands that they start, whatever this machine has;
+# "other" takes what it would not take. Tests of commands that choose for themselves are marked `auto_precision`:
+# .ci/run runs these both ways. Those that ask and end the same either way (mistakes, say) are marked `any_precision`.
+# A test that compares numbers says which precision it means.
+
+AT_START = tempfile.TemporaryDirectory()  # on the path of all processes: Python runs its sitecustomize.py
+ASKED = os.path.join(AT_START.name, "asked")
+with open(os.path.join(AT_START.name, "auto_precision.py"), "w") as file:
+    file.write(f"""
+import os
+import torch
+has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+meant = {{"": has_amx, "bf16": True, "fp32": False, "other": not has_amx}}[os.environ.get("AUTO_PRECISION", "")]
+def is_amx_tile_supported():
+    open({ASKED!r}, "w").close()
+    return meant
+torch.cpu._is_amx_tile_supported = is_amx_tile_supported
+""")
+with open(os.path.join(AT_START.name, "sitecustomize.py"), "w") as file:
+    file.write("""
+import sys
+if any(argument.endswith(".py") for argument in sys.orig_argv):  # not in Python's own helpers: torch takes seconds
+    import auto_precision
+""")
+os.environ["PYTHONPATH"] = os.pathsep.join([AT_START.name, ROOT])
+sys.path.insert(0, AT_START.name)
+import auto_precision  # noqa: E402, F401
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "auto_precision: runs commands that choose their precision by the machine")
+    config.addinivalue_line("markers", "any_precision: asks what the machine would take, and is the same either way")
+
+
+@pytest.fixture(autouse=True)
+def auto_precision_is_marked(request):
+    """No test lets the machine choose a precision without the mark, in any of its processes."""
+    yield
+    if os.path.exists(ASKED):
+        os.remove(ASKED)
+        marks = {mark.name for mark in request.node.iter_markers()}
+        assert marks & {"auto_precision", "any_precision"}, "precision=auto: say which, or mark the test (conftest.py)"
 
 
 def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
@@ -50,11 +96,9 @@ def command(*arguments, ranks=0):
 
 def run(*arguments, ranks=0, cwd, expect=0, timeout=240):
     """Run it to its end; returns what it printed. Fails if the exit code is not `expect`."""
-    environment = {**os.environ, "PYTHONPATH": ROOT}
     done = subprocess.run(
         command(*arguments, ranks=ranks),
         cwd=cwd,
-        env=environment,
         timeout=timeout,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -43,13 +43,17 @@ def pick_device(name="auto"):
     return device
 
 
-def pick_precision(name, device):
+def pick_precision(name, device, trains_volumes=False):
     """"auto", "bf16", "fp16" or "fp32" -> torch.bfloat16, torch.float16 or torch.float32.
 
     "auto" is bf16 where the hardware multiplies it. A CPU without AMX emulates it: one 64-channel convolution took
     110 ms in float32 and 530 ms in bf16 there (12 x 128 x 128, channels-last, AVX-512 without bf16, two cores).
+    trains_volumes: for training 3D convolutions, "auto" is float32 on a CPU, whose bf16 gradients are wrong for clips
+    of one or two frames (see Adversary.precision).
     """
     if name == "auto":
+        if trains_volumes and device.type == "cpu":
+            return torch.float32
         fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else \
             device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
         return torch.bfloat16 if fast else torch.float32

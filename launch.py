@@ -289,7 +289,8 @@ def finish(task, stopping):
 def run_all(tasks, devices, on_gpus, command):
     """Run them to their ends. Returns whether a signal cut that short."""
     screen, told, signals = Screen(tasks), False, []  # signals: when they came
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    for number in numbers:
         signal.signal(number, lambda *_: signals.append(time.monotonic()))
     while True:
         stopping = bool(signals)  # asked once per turn: one may come at any line
@@ -318,6 +319,8 @@ def run_all(tasks, devices, on_gpus, command):
         screen.show(f"{states.count('running')} running, {states.count('queued')} queued; "
                     + ("Ctrl-C again kills" if stopping else "Ctrl-C saves and ends"))
         if "running" not in states and "queued" not in states:
+            for number in numbers:  # or one that comes as Python ends, its handlers gone, takes the exit code's place
+                signal.signal(number, signal.SIG_IGN)
             return stopping
         time.sleep(0.1)
 

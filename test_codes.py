@@ -89,6 +89,7 @@ def test_a_resumed_run_with_codebook_and_discriminator_is_exact(tokenizer, clips
         assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(flat_a, flat_b)), part
 
 
+@pytest.mark.auto_precision
 def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, monkeypatch):
     folder, _ = tokenizer
     video = os.path.join(clips, "sub0", "clip0.mp4")
@@ -119,6 +120,7 @@ def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, 
                                                           "--save-latents")
 
 
+@pytest.mark.auto_precision
 def test_images_train_as_videos_do(clips, tmp_path, capsys, monkeypatch):
     """A folder with videos and images: use_images takes the images, as clips of one frame."""
     shutil.copytree(clips, tmp_path / "mixed")
@@ -142,6 +144,7 @@ def test_images_train_as_videos_do(clips, tmp_path, capsys, monkeypatch):
         assert words in mistake(capsys, monkeypatch, train, "vqgan", "perceptual_weight=0", *settings)
 
 
+@pytest.mark.any_precision
 def test_mistakes_in_networks(clips, tmp_path, capsys, monkeypatch):
     import train
 

@@ -134,7 +134,7 @@ def test_streams_do_not_depend_on_the_cutting(cut):
 
 
 @torch.no_grad()
-def test_odd_sizes_and_the_published_calls(monkeypatch, sums_are_channels_last):
+def test_odd_sizes_and_the_published_calls(monkeypatch):
     monkeypatch.setattr(fast_taehv, "BAND", 1)
     model, video = TAEHV().eval(), clip(8, 75, 51)  # initial weights: what is decoded is seldom clamped
     quick = model.fast()
@@ -186,7 +186,8 @@ def test_infer_spares_memory_on_large_frames_and_says_so(tmp_path, monkeypatch, 
     rows = []
     for limit in (codec.LARGE, 0):
         monkeypatch.setattr(codec, "LARGE", limit)
-        monkeypatch.setattr(sys, "argv", ["infer.py", "taehv.pth", "a.mp4", "--device", "cpu", "--lpips", "none"])
+        monkeypatch.setattr(sys, "argv", ["infer.py", "taehv.pth", "a.mp4", "--device", "cpu", "--lpips", "none",
+                                          "--precision", "fp32"])
         infer.main()
         rows.append(json.loads(open("inference_results/metrics.json").read())["rows"][0])
         assert ("in float16" in capsys.readouterr().out) == ("in float16" in str(rows[-1]["notes"])) == (limit == 0)
@@ -199,6 +200,7 @@ def test_training_mode_is_refused():
         TAEHV().fast()
 
 
+@pytest.mark.any_precision
 def test_bench_prints_a_table_and_writes_json(tmp_path):
     output = run(os.path.join(ROOT, "bench.py"), "codec", "quantizer", "loader", "--quick", "--families", "taehv",
                  "--precision", "fp32", "--json", "rows.json", cwd=tmp_path, timeout=500)
@@ -210,6 +212,7 @@ def test_bench_prints_a_table_and_writes_json(tmp_path):
     assert rows["quantizer,", "all distances, one-hot"]["memory"] > rows["quantizer,", "ours, VQ"]["memory"]
 
 
+@pytest.mark.any_precision
 def test_bench_compares_recipes_by_training(clips, tmp_path):
     write_clip(str(tmp_path / "val" / "a.mp4"))
     output = run(os.path.join(ROOT, "bench.py"), "quality", "--data", clips, "--val-data", "val", "--minutes", "0.01",

@@ -396,6 +396,7 @@ def test_other_contents_are_refused_and_removed(mirror, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "nonsense", "file:///nowhere"])
+@pytest.mark.any_precision
 def test_without_a_network_one_line_says_where_to_put_it(url, mirror, monkeypatch, capsys, clips):
     monkeypatch.setenv("TAEHV_URL", url)
     line = mistake(capsys, monkeypatch, infer, "taew2_1", clips)
@@ -403,6 +404,7 @@ def test_without_a_network_one_line_says_where_to_put_it(url, mirror, monkeypatc
     assert "get https://raw.githubusercontent.com/madebyollin/taehv/" in line
 
 
+@pytest.mark.any_precision
 def test_a_misspelt_name_is_one_line(folder, monkeypatch, capsys, clips):
     assert "did you mean 'taew2_1'?" in mistake(capsys, monkeypatch, infer, "taew2.1", clips)
 

@@ -23,6 +23,7 @@ from conftest import ROOT, command, mistake, run, write_clip
 from model_taehv import TAEHV
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
+FP32 = ("--precision", "fp32")
 SMALL = [
     "taehv",
     "size=16",
@@ -298,6 +299,7 @@ def test_starting_from_weights_and_training_one_half(trained, clips, tmp_path):
 # ---- mistakes: one line, exit code 2, no traceback ---------------------------------------------------------------
 
 
+@pytest.mark.any_precision
 def test_mistakes_get_one_line_and_code_2(trained, clips, tmp_path, capsys, monkeypatch):
     folder, run_folder, _ = trained
     monkeypatch.chdir(tmp_path)
@@ -346,6 +348,7 @@ class Bomb:
         return print, ("code ran",)
 
 
+@pytest.mark.any_precision
 def test_a_mistake_in_a_real_process(tmp_path):
     output = run(TRAIN, "taehv", "data=nowhere", cwd=tmp_path, expect=2)
     assert output == "train.py: data: 'nowhere' does not exist\n"
@@ -366,7 +369,7 @@ def test_reconstruct_report_and_latents(trained, tmp_path):
     write_clip(str(tmp_path / "in" / "more" / "odd.mp4"), frames=1, height=48, width=48)
     cv2.imwrite(str(tmp_path / "in" / "<b>&picture.png"), np.full((33, 40, 3), 99, np.uint8))
     (tmp_path / "in" / "broken.mp4").write_text("x")
-    output = run(INFER, run_folder, "in", "--out", "out", "--save-latents", "--lpips", "none", cwd=tmp_path)
+    output = run(INFER, run_folder, "in", "--out", "out", "--save-latents", "--lpips", "none", *FP32, cwd=tmp_path)
     assert "broken" in output and "padded from 50x70 to 56x72" in output and "report: out" in output
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
@@ -389,13 +392,14 @@ def test_reconstruct_report_and_latents(trained, tmp_path):
     assert stored["latents"].shape == (5, 16, 7, 9)
     with torch.no_grad():
         assert np.allclose(stored["latents"], model.encode(padded)[0].numpy(), atol=1e-4)
-    run(INFER, run_folder, "out/latents/odd.latents.npz", "--out", "again", cwd=tmp_path)
+    run(INFER, run_folder, "out/latents/odd.latents.npz", "--out", "again", *FP32, cwd=tmp_path)
     again = read_all(tmp_path / "again" / "comparison_videos" / "odd_reconstructed.webm")
     assert all(np.array_equal(a, b) for a, b in zip(again, outputs)) and len(again) == 14
     for name in ("odd_latents", "odd_2_latents"):
         assert cv2.imread(str(tmp_path / "out" / "latent_visualizations" / f"{name}.png")) is not None
 
 
+@pytest.mark.auto_precision
 def test_latents_of_another_model_or_cut_short_are_refused(trained, tmp_path, capsys, monkeypatch):
     folder, run_folder, _ = trained
     monkeypatch.chdir(tmp_path)
@@ -415,7 +419,7 @@ def test_one_bad_input_does_not_cost_the_others(trained, tmp_path):
     (tmp_path / "in").mkdir()
     cv2.imwrite(str(tmp_path / "in" / "a.png"), np.zeros((16, 16400, 3), np.uint8))  # too wide for VP8
     write_clip(str(tmp_path / "in" / "b.mp4"), frames=3, height=32, width=32)
-    output = run(INFER, run_folder, "in", "--lpips", "none", cwd=tmp_path)
+    output = run(INFER, run_folder, "in", "--lpips", "none", *FP32, cwd=tmp_path)
     rows = json.loads((tmp_path / "inference_results" / "metrics.json").read_text())["rows"]
     assert "failed" in rows[0] and rows[1]["frames"] == 3 and "a  " in output
 
@@ -452,8 +456,8 @@ def test_the_readme_tells_what_there_is():
         readme = file.read()
     for line in re.findall(r"train\.py ([^\n`|&]*)", readme):
         words = shlex.split(line.split("#")[0].rstrip("\\ "))
-        if "--help" not in words:  # a run's config.json, in a preset's place, is not here
-            config.load_config([w for w in words if w != "..." and not w.endswith("/config.json")])
+        if "--help" not in words:
+            config.load_config([w for w in words if w != "..."])
     for module in (infer, latent_cache):
         for line in re.findall(rf"{module.__name__}\.py ([^\n`|&]*)", readme.replace("\\\n", " ")):
             module.parse(shlex.split(line.split("#")[0]))

@@ -274,7 +274,8 @@ def test_infer_tiles_the_dcae_and_decodes_its_latents_to_the_same(tmp_path, caps
     write_clip("./a.mp4", frames=13, height=40, width=70)
     write, written = VideoWriter.write, []
     monkeypatch.setattr(VideoWriter, "write", lambda self, frame: (written.append(frame), write(self, frame)))
-    tiles = ("--tile", "64", "--tile-frames", "8", "--tile-overlap", "0.5", "--lpips", "none")
+    fp32 = ("--lpips", "none", "--precision", "fp32")
+    tiles = ("--tile", "64", "--tile-frames", "8", "--tile-overlap", "0.5", *fp32)
 
     def infer_py(*arguments):
         written.clear()
@@ -296,11 +297,12 @@ def test_infer_tiles_the_dcae_and_decodes_its_latents_to_the_same(tmp_path, caps
     assert np.abs(direct - (expected[0] * 255).round().permute(0, 2, 3, 1).numpy()).max() <= 1
     assert np.array_equal(infer_py(latents, "--out", "again"), direct)
     assert "encoded" not in capsys.readouterr().out
-    tiles = ("--tile", "0", "--tile-frames", "0", "--lpips", "none")
+    tiles = ("--tile", "0", "--tile-frames", "0", *fp32)
     infer_py(latents, "--out", "other")
     assert "encoded in tiles of 64 x 64 px x 8 frames, overlap 0.5, decoded without tiles" in capsys.readouterr().out
 
 
+@pytest.mark.any_precision
 def test_infer_names_tiles_that_do_not_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(small_dcae().state_dict(), "dcae.pth")

@@ -137,6 +137,7 @@ def test_learning_through_the_decoder(tokenizer):
     assert all(torch.equal(v, start.taehv.state_dict()[k]) for k, v in model.taehv.state_dict().items())
 
 
+@pytest.mark.auto_precision
 def test_tokens_in_a_file(tokenizer, clips, tmp_path):
     run_folder, video = tokenizer[0] / "runs" / "a", os.path.join(clips, "sub0", "clip0.mp4")
     run(INFER, run_folder, video, "--save-tokens", "--lpips", "none", "--out", "a", cwd=tmp_path)
@@ -146,6 +147,7 @@ def test_tokens_in_a_file(tokenizer, clips, tmp_path):
     assert np.array_equal(direct, restored) and len(direct) == 24
 
 
+@pytest.mark.any_precision
 def test_mistakes(cache, teacher, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     both = [f"latent_cache={cache}", f"init_from={teacher}", "size=32"]

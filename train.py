@@ -40,7 +40,7 @@ def train(cfg):
     # ---- ranks, log, and everything that can be wrong before the first step ----------------------------------------
     device = pick_device(cfg.device)
     tune(device)
-    dtype = pick_precision(cfg.precision, device)
+    dtype = pick_precision(cfg.precision, device, trains_volumes=cfg.model == "dcae")
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     rank, world, control = start_ranks(device, cfg.timeout_minutes)
     folder = os.path.join(cfg.out_dir, cfg.name)
@@ -117,6 +117,8 @@ def train(cfg):
     title = " ".join(filter(None, [cfg.model, model.config.get("variant")]))
     log(f"{title}: {count(model) / 1e6:.1f} M parameters, {origin}; {describe(device)}, "
         f"{str(dtype).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}")
+    if dtype == torch.bfloat16 and device.type == "cpu" and cfg.model == "dcae":
+        log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips; leave precision at auto")
     for line in found:
         log(line)
     if resume_from:
