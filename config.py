@@ -33,8 +33,8 @@ class Config:
     timeout_minutes: float = 30.0   # how long a rank waits for the others before the run is given up
 
     # ---- data
-    data: str = ""                  # folder (recursive), file, annotation .json; or "demo": synthetic clips
-    data_root: str = ""             # folder that an annotation's paths are relative to; empty: the annotation's own
+    data: str = ""                  # folder (recursive), file, annotation .json, .csv; or "demo": synthetic
+    data_root: str = ""             # folder that the paths of a .json or .csv are relative to; empty: its own
     latent_cache: str = ""          # folder that latent_cache.py made: its clips and teacher latents instead of data
     val_data: str = ""              # the same for validation; empty: val_fraction of the files of data
     val_fraction: float = 0.05      # part of the files held out, chosen by their names; 0: no validation

@@ -11,6 +11,7 @@ another one, chosen by the same numbers, and reported in the sample's "notes".
 
 This file works alone with torch, numpy and opencv-python (and tqdm where many files are probed).
 """
+import csv
 import functools
 import hashlib
 import itertools
@@ -71,8 +72,9 @@ class Bucket(NamedTuple):
 
 
 def find_sources(data, data_root="", only_images=False):
-    """Sources of a folder (recursive), of a single file, or of an annotation {"list": [{"path": "a.mp4"}, ...]}, whose
-    paths are relative to `data_root` (default: the annotation's folder). Nothing is opened. DataError for none.
+    """Sources of a folder (recursive), of a single file, or of a list of files: an annotation {"list": [{"path":
+    "a.mp4"}, ...]} or a table .csv with a column "path". Their paths are relative to `data_root` (default: the list's
+    folder). Nothing is opened. DataError for none.
     """
     if only_images:
         images = [source for source in find_sources(data, data_root) if source.is_image]
@@ -80,7 +82,7 @@ def find_sources(data, data_root="", only_images=False):
             raise DataError(f"data: no image ({' '.join(IMAGE_SUFFIXES)}) in {data!r}, and use_images=true")
         return images
     if not data:
-        raise DataError("no data given: a folder, a file or an annotation .json is wanted")
+        raise DataError("no data given: a folder, a file, an annotation .json or a table .csv is wanted")
     if not os.path.exists(data):
         raise DataError(f"data: {data!r} does not exist")
     if os.path.isdir(data):
@@ -94,9 +96,10 @@ def find_sources(data, data_root="", only_images=False):
         if not sources:
             raise DataError(f"data: no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}) under {data!r}")
         return sources
-    if data.lower().endswith(".json"):
+    if data.lower().endswith((".json", ".csv")):
+        read = read_table if data.lower().endswith(".csv") else read_annotation
         root = data_root or os.path.dirname(data)
-        return [Source(os.path.join(root, path), path) for path in read_annotation(data)]
+        return [Source(os.path.join(root, path), path) for path in read(data)]
     if not data.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):  # FFmpeg would render a text file as video
         raise DataError(f"data: {data!r} is no video or image: its name ends in none of "
                         f"{' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
@@ -114,6 +117,24 @@ def read_annotation(path):
                         f"({type(error).__name__}: {error})") from None
     if not paths or not all(isinstance(p, str) and p and "\0" not in p for p in paths):
         raise DataError(f"data: {path!r} must list at least one entry, and every \"path\" must be a file name")
+    return list(dict.fromkeys(paths))
+
+
+def read_table(path):
+    """The paths in the column "path" of a CSV file (commas, UTF-8), each once, in order; other columns are ignored."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            if "path" not in columns:
+                raise DataError(f"data: {path!r} has no column \"path\" in its first line"
+                                + (f", but {', '.join(columns)[:80]}" if columns else ": it is empty"))
+            paths = [row["path"] for row in rows]
+    except (ValueError, csv.Error, OSError) as error:
+        raise DataError(f"data: {path!r} cannot be read as a CSV file in UTF-8 ({type(error).__name__}: "
+                        f"{error})") from None
+    if not paths or not all(p and "\0" not in p for p in paths):
+        raise DataError(f"data: {path!r} must list at least one file, and have a file name in each row's \"path\"")
     return list(dict.fromkeys(paths))
 
 

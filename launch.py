@@ -3,7 +3,7 @@
     python launch.py tasks.json                    # all GPUs; on a machine without, one task at a time
     python launch.py tasks.json --gpus 0,1,2,3     # these, as CUDA_VISIBLE_DEVICES names them
     python launch.py tasks.json --slots 2          # no GPUs (a CPU, say): two places instead
-    python launch.py tasks.json --dry-run          # check everything, show the commands, start nothing
+    python launch.py tasks.json --dry-run          # check settings, data and models, show the commands, start nothing
 
     {"tasks": [
         {"name": "wide", "preset": "taehv", "overrides": {"data": "videos/", "lr": 1e-4}, "gpus": 2},
@@ -138,6 +138,17 @@ def make_task(name=None, preset=None, gpus=1, overrides=None):
         if path and not os.path.exists(path) and (key, path) != ("data", "demo"):
             raise ConfigError(f"{key}: {path!r} does not exist")
     return Task(name, arguments, gpus, config, os.path.join(config.out_dir, name))
+
+
+def check_models(tasks):
+    """ConfigError, naming the task, for a model that cannot be built from its settings."""
+    ask = "import json, sys, train; print(json.dumps([train.problem_of(a) for a in json.load(sys.stdin)]))"
+    done = subprocess.run([sys.executable, "-c", ask], env={**os.environ, "PYTHONPATH": os.path.dirname(TRAIN)},
+                          input=json.dumps([task.arguments for task in tasks]), stdout=subprocess.PIPE, text=True,
+                          check=True)  # in a process of its own: PyTorch's memory and threads go with it
+    for task, problem in zip(tasks, json.loads(done.stdout.splitlines()[-1])):
+        if problem:
+            raise ConfigError(f"task {task.name}: {problem}")
 
 
 def as_argument(key, value):
@@ -428,6 +439,7 @@ def main(arguments=None, command=train_command):
             if finished(task):
                 task.state, task.note = "done", "nothing to do"
             follow(task)
+        check_models(tasks)
         waiting = [task for task in tasks if task.state == "queued"]
         if options.dry_run:
             for task in tasks:

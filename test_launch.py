@@ -64,6 +64,7 @@ sys.path.insert(0, {root!r})
 import launch
 gpus = {gpus!r}
 launch.visible_gpus = lambda: gpus
+launch.check_models = lambda tasks: None  # it imports PyTorch, for seconds; one test asks it
 def command(task):
     torchrun = ["-m", "torch.distributed.run", "--standalone"] if task.name == "crash" else []
     return [sys.executable, *torchrun, "fake.py", task.name]
@@ -394,6 +395,17 @@ def refused(folder, monkeypatch, capsys, content):
     assert output.out == "" and output.err.count("\n") == 1 and len(output.err) < 450, output
     assert sorted(os.listdir(folder)) == before
     return output.err.removeprefix("launch.py: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_task_whose_model_cannot_be_built_is_named_before_any_starts(dry, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad = task("bad", preset="vqgan", **{"net.chh": 64})
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [task("good"), bad]}))
+    assert launch.main(["tasks.json", "--slots", "2", *dry], lambda task: pytest.fail("started")) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and re.match("launch.py: task bad: .*'chh'.*\n$", captured.err)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_file_that_is_not_there_and_no_places(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import config
+import data
 import launch
 import logbook
 import metrics
@@ -154,6 +155,45 @@ def test_a_file_that_is_none_of_settings_is_one_line(text, words, tmp_path, monk
 def test_best_by_lpips_needs_its_measure(monkeypatch, capsys):
     assert "best_by=lpips needs val_metrics=lpips" in mistake(capsys, monkeypatch, train, "demo", "best_by=lpips")
     assert "one of psnr, ssim, mse, lpips" in mistake(capsys, monkeypatch, train, "demo", "best_by=fid")
+
+
+def test_a_table_of_files_is_data(here, tmp_path, clips):
+    """Relative to the table's folder or to data_root; files that are missing are named, and the rest is learnt from."""
+    (tmp_path / "list.csv").write_text('\ufeffcaption,path\r\n"a, b",sub0/clip0.mp4\r\n,sub1/clip1.mp4\r\n'
+                                       ",sub0/clip0.mp4\r\n,none.mp4\r\n", encoding="utf-8")
+    folder = here("taehv", *SMALL, "batch_size=1", "max_steps=1", f"data={tmp_path}/list.csv", f"data_root={clips}")
+    log = (folder / "train.log").read_text()
+    assert "training: 2 files" in log and "none.mp4: no such file or directory" in log
+    own = data.find_sources(str(tmp_path / "list.csv"))
+    assert [(s.path, s.key) for s in own][:1] == [(str(tmp_path / "sub0" / "clip0.mp4"), "sub0/clip0.mp4")]
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", 'has no column "path" in its first line: it is empty'),
+    (b"file,caption\na.mp4,b\n", 'has no column "path" in its first line, but file, caption'),
+    (b"path\n", "must list at least one file"),
+    (b"path,x\n,1\n", "have a file name in each row"),
+    (b"path\n\xff\xfe.mp4\n", "cannot be read as a CSV file in UTF-8 (UnicodeDecodeError"),
+    (b"path\n" + b"a" * 200000, "cannot be read as a CSV file in UTF-8 (Error: field larger"),
+    (b"path\nnone.mp4\n", "none of the 1 files of"),
+])
+def test_a_file_that_is_no_table_of_files_is_one_line(content, words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "l.csv").write_bytes(content)
+    assert words in mistake(capsys, monkeypatch, train, "taehv", f"data={tmp_path}/l.csv", f"out_dir={tmp_path}")
+
+
+@pytest.mark.parametrize("settings, words", [
+    (["vqgan", "net.chh=1"], "quantizer 'vq': .*'chh'"),
+    (["vqgan", "net.ch_mult=2"], "model vqgan: object of type 'int'"),
+    (["vqvae2", "net.hidden_channels=-4"], "model vqvae2 with .* cannot be built: "),
+    (["taehv", "size=20"], "size 20: taehv taehv takes multiples of 8"),
+    (["taehv", "lr=no"], "lr=no: a number is wanted"),
+    (["dcae"], ""),
+    (["vq_latents", "latent_cache=none", "init_from=none"], ""),
+])
+def test_what_is_wrong_with_a_model_is_said_without_making_its_weights(settings, words):
+    problem = train.problem_of(settings)
+    assert re.match(words + "$" * (not words), problem) and "\n" not in problem
 
 
 FAKE_WANDB = """

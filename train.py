@@ -285,20 +285,7 @@ def make_model(cfg, buckets):
         except ValueError as error:
             raise ConfigError(f"init_from={cfg.init_from} is {words}, {source.config}, which does not fit {error}: set "
                               "variant, patch_size and latent_channels to match, or leave them out") from None
-    try:
-        model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    for size in (*(bucket.size for bucket in buckets), cfg.val_size):
-        if size % model.space_factor:
-            raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
-                              f"{model.space_factor}")
-    if cfg.model == "taehv" and not cfg.latent_cache:  # with a cache, find_cached_clips looks
-        for bucket in buckets:
-            try:
-                model.check_frames(bucket.frames)
-            except ValueError as error:
-                raise ConfigError(f"frames={bucket.frames} with variant={cfg.variant}: {error}") from None
+    model = make_fresh_model(cfg, buckets)
     if not cfg.init_from:
         if cfg.model == "vq_latents":
             raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
@@ -318,6 +305,39 @@ def make_model(cfg, buckets):
                           f"({', '.join(apart) or min(different) + ' differs'}): leave out what differs")
     target.load_state_dict(given)
     return model, f"from {cfg.init_from}"
+
+
+def make_fresh_model(cfg, buckets):
+    """The model of these settings; ConfigError for arguments that it does not take and sizes that it does not fit."""
+    try:
+        model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    except (*checkpoint.MISSHAPEN, ZeroDivisionError) as error:  # net.ch=-1, net.ch_mult=2
+        raise ConfigError(f"model {cfg.model} with {cfg.net} cannot be built: {checkpoint.first_line(error)}") from None
+    for size in (*(bucket.size for bucket in buckets), cfg.val_size):
+        if size % model.space_factor:
+            raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
+                              f"{model.space_factor}")
+    if cfg.model == "taehv" and not cfg.latent_cache:  # with a cache, find_cached_clips looks
+        for bucket in buckets:
+            try:
+                model.check_frames(bucket.frames)
+            except ValueError as error:
+                raise ConfigError(f"frames={bucket.frames} with variant={cfg.variant}: {error}") from None
+    return model
+
+
+def problem_of(arguments):
+    """What is wrong with the model that these command-line arguments ask for, or "": it is built without memory for
+    its weights, and init_from is not read."""
+    try:
+        cfg = load_config(arguments)
+        with torch.device("meta"):
+            make_fresh_model(cfg, [datasets.Bucket(*b) for b in parse_buckets(cfg)])
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def pytorch_weights(model):
