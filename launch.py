@@ -7,7 +7,8 @@
 
     {"tasks": [
         {"name": "wide", "preset": "taehv", "overrides": {"data": "videos/", "lr": 1e-4}, "gpus": 2},
-        {"name": "codes", "preset": "vqgan", "overrides": {"data": "videos/", "net.ch": 64, "net.ch_mult": [1, 2, 4]}}
+        {"name": "codes", "preset": "vqgan",
+         "overrides": {"data": "videos/", "net.attn_resolutions": [], "net.ch": 64, "net.ch_mult": [1, 2, 4]}}
     ]}
 
 `overrides` are settings of config.py; without `gpus` a task gets one. Each task is its own torchrun with the run folder

@@ -4,6 +4,7 @@ A term of the loss has a weight in config.py. One whose weight is 0 is not compu
 term needs.
 """
 import math
+import time
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 import metrics
 from adversary import Adversary
 from config import ConfigError, parse_buckets
+from device import synchronize
 from losses import PerceptualLoss, pixel_loss
 from quantize import Quantizer, quantizers
 from seraena import Seraena
+from watch import Figures
 
+TIMED_CLIPS = 3  # of a validation: encoded and decoded once more, for their speed
 LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
 
 
@@ -65,6 +69,12 @@ class Objective:
         self.names = ["loss", *self.weights, *(["squared_error"] if self.pixels else []),
                       *(["adversarial_loss"] if self.adversary else []),
                       *(LATENT_FACTS[:2] if self.runs_encoder else []), *(LATENT_FACTS[2:] if teacher else [])]
+        opponents = {"gan": self.adversary and self.adversary.FIGURES,
+                     "seraena": self.seraena and ("discriminator_loss", "score_real", "score_fake")}
+        self.figures = Figures({name: figures for name, figures in opponents.items() if figures}, device)
+        # What a discriminator demands rises as it learns, which is no sign that the run goes wrong.
+        demands = {"loss": 1.0, "adversarial_loss": -1.0, "seraena_loss": -self.weights.get("seraena_loss", 0.0)}
+        self.without_demands = torch.tensor([demands.get(name, 0.0) for name in self.names], device=device)
         calls = (model.encode, model.decode, model)
         self.encode, self.decode, self.forward = (torch.compile(f) if cfg.compile else f for f in calls)
 
@@ -142,15 +152,22 @@ class Objective:
         """After the model's own step, on all ranks together: discriminators and codebooks learn. `bad`: 1.0 on the
         device if the model's step was not finite, and then no codebook learns."""
         if self.seraena:
-            self.seraena.step()
+            found = self.seraena.step()
+            self.figures.add("seraena", {**found, "discriminator_loss": found["disc_loss"]},
+                             self.figures.skipped["seraena"] + found["skipped"])
         if self.adversary:
-            self.adversary.step(self.cfg.gan_clip)
+            found = self.adversary.step(self.cfg.gan_clip)
+            self.figures.add("gan", found, found["skipped"], self.adversary.learns())
         for i, quantizer in enumerate(self.quantizers):
             before = [buffer.clone() for buffer in quantizer.buffers()]
             counts = quantizer.update()["counts"] * (1 - bad)
             for now, old in zip(quantizer.buffers(), before):
                 now.copy_(torch.where(bad > 0, old, now))
             self.code_counts[i] = counts + (self.code_counts[i] if i in self.code_counts else 0)
+
+    def steady_loss(self, totals):
+        """The loss without what discriminators demand, a scalar on the device. totals: the step's, as in `names`."""
+        return totals @ self.without_demands
 
     def codes_used(self):
         """{"codebook_use", "perplexity"} of all ranks' codes since the last call, means over the codebooks; or {}."""
@@ -164,11 +181,13 @@ class Objective:
     def state(self):
         """What a checkpoint keeps of it, the same on all ranks."""
         parts = {"seraena": self.seraena, "adversary": self.adversary}
-        return {"code_counts": self.code_counts, **{name: p.training_state() for name, p in parts.items() if p}}
+        return {"code_counts": self.code_counts, "figures": self.figures.state(),
+                **{name: p.training_state() for name, p in parts.items() if p}}
 
     def load_state(self, state):
         """ConfigError if the state is of other discriminators."""
         self.code_counts = {i: c.to(self.device) for i, c in state.get("code_counts", {}).items()}
+        self.figures.load_state(state.get("figures", {}))
         for name, part in {"seraena": self.seraena, "adversary": self.adversary}.items():
             if part and name in state:
                 try:
@@ -252,17 +271,22 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
     "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
     `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
     latents, and "teacher_psnr", "teacher_mse", "teacher_ssim" and, if asked for, "teacher_lpips", of decoding the
-    teacher's.
+    teacher's. "encode_fps", "decode_fps": frames a second and rank, of the first clips.
     """
     mean = metrics.Mean("mse", "psnr", "ssim", "detail", "original_detail", *(["lpips"] if lpips else []))
     shown, fid = [], make_fid() if make_fid else None
     statistics = metrics.CodeStatistics(model.codebook_sizes) if hasattr(model, "tokenize") else None
     latents_mean = metrics.Mean("latent_mse", *LATENT_FACTS)
     teacher_mean = metrics.Mean("teacher_psnr", "teacher_mse", "teacher_ssim", *(["teacher_lpips"] if lpips else []))
-    for sample in samples:
+    seconds = metrics.Mean("encode", "decode")  # per frame
+    for number, sample in enumerate(samples):
         video = sample["video"][None].to(device).float().div_(255)
         with autocast:
             output, info = model(video)
+        if number < TIMED_CLIPS:  # the call above has warmed up what there is to warm up
+            with autocast:
+                times = time_halves(model, video, device)
+            seconds.add(**{half: torch.full((video.shape[1],), t / video.shape[1]) for half, t in times.items()})
         own, output, target = info["latents"].float(), output.float().clamp(0, 1), model.targets(video)
         if statistics:
             statistics.add(info["codes"], video[:, :, 0].numel())
@@ -290,6 +314,9 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
                          **({"teacher_lpips": lpips(output, target)} if lpips else {}))
     result = mean.reduce(control)
     result["sharpness"] = metrics.sharpness(result.pop("detail"), result.pop("original_detail"))
+    for half, value in seconds.reduce(control).items():
+        if half != "count":
+            result[f"{half}_fps"] = 1 / value if value > 0 else None
     for more in (latents_mean, teacher_mean):
         more = more.reduce(control)
         if more.pop("count"):
@@ -299,6 +326,18 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
     if fid:
         result["fid"] = fid.reduce(control)
     return result, shown
+
+
+def time_halves(model, video, device):
+    """{"encode": seconds for the clips N T 3 H W, "decode": for their latents}"""
+    seconds, given = {}, video
+    for half, run in (("encode", model.encode), ("decode", model.decode)):
+        synchronize(device)
+        start = time.perf_counter()
+        given = run(given)
+        synchronize(device)
+        seconds[half] = time.perf_counter() - start
+    return seconds
 
 
 def spread(facts):

@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import inspect
+import math
 import os
 import re
 import signal
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,9 +22,11 @@ import metrics
 import objective
 import ranks
 import train
-from conftest import mistake
+import watch
+from conftest import FRAMES, SERAENA, log_of, mistake
 from logbook import summary
 from model_taehv import TAEHV
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CPU = torch.device("cpu")
 
@@ -33,8 +37,10 @@ class Speckled(torch.nn.Module):
     def forward(self, video):
         return video + 1e-3 * torch.randn(video.shape), {"latents": video}
 
-    def targets(self, video):
+    def encode(self, video):
         return video
+
+    decode = targets = encode
 
 
 def validate(model, samples):
@@ -100,6 +106,73 @@ def test_best_is_what_the_run_is_for(settings, counts):
     for name, value in RESULT.items():
         change = score({**RESULT, name: value * 1.1}) - score(RESULT)
         assert (change > 0) - (change < 0) == counts.get(name, 0) or name == "teacher_square", name
+
+
+# ---- curves and warnings -----------------------------------------------------------------------------------------
+
+
+def learn(losses, norms, **settings):
+    """{step: warnings} of a run with these losses and gradient norms (NaN: a skipped step), logged each 10 steps."""
+    trend, found = watch.Trend(CPU, **settings), {}
+    for step, (loss, norm) in enumerate(zip(losses, norms)):
+        loss, norm = torch.tensor(float(loss)), torch.tensor(float(norm))
+        trend.add(step, loss, norm, 1.0 - (loss.isfinite() & norm.isfinite()).float())
+        if (step + 1) % 10 == 0 and (warnings := trend.read(step + 1)[1]):
+            found[step + 1] = warnings
+    return found
+
+
+def test_a_run_that_goes_wrong_is_said_once_a_window():
+    rng = np.random.default_rng(0)
+    noise, steady = 1 + 0.1 * rng.standard_normal(700), 0.3 + 0.05 * rng.random(700)
+    falls = (0.05 + 0.5 * np.exp(-np.arange(700) / 50)) * noise
+    settles = steady + 20 * np.exp(-np.arange(700) / 20)
+    options = dict(window=300, least=100)
+    assert learn(falls, settles, **options) == {} and learn(0.05 * noise, steady, **options) == {}
+    found = learn(falls + np.maximum(0, np.arange(700) - 350) * 1e-3, settles, **options)
+    first, *others = found
+    assert 350 < first < 500 and others in ([], [first + 300]) and "warning: the loss rises: mean 0." in found[first][0]
+    found = learn(falls, settles * np.where(np.arange(700) % 25 == 24, 1 + np.arange(700), 1), **options)
+    first, second = found
+    assert second == first + 300 and "the gradient norm is unsteady: mean" in found[first][0]
+    gaps = np.where(np.arange(700) % 3, falls, np.nan)
+    assert learn(gaps, settles, **options) == {}, "steps that were skipped do not count"
+
+
+def scalars_of(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_what_discriminators_do_is_logged_and_drawn(here, at):
+    settings = [*FRAMES, "size=32", "gan_weight=0.5", "max_steps=9", "val_fraction=0.3", "val_every=9", "name=gan"]
+    stop = {5: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    at(stop)
+    here(*settings)
+    folder = here(*settings)
+    drawn, log = scalars_of(folder), log_of(folder)
+    assert len(drawn["train/gan_score_real"]) == 9 and len(drawn["train/loss_trend"]) == 2 == len(
+        drawn["train/gradient_norm_deviation"]), "from the eighth step on, resumed or not"
+    assert any(drawn["train/gan_score_real"]) and any(drawn["train/gan_score_fake"])
+    assert all(0 < x < 5 for x in drawn["train/gan_discriminator_loss"]) and min(drawn["train/gan_adaptive_weight"]) > 0
+    assert drawn["train/gan_skipped_steps"] == [0.0] * 9
+    assert re.search(r"step 9: loss .*, gradient norm [\d.]+ ± \d+ %, loss trend [+-][\d.]+ %, gan: loss [\d.]+, "
+                     r"real \S+, fake \S+, weight \S+, [\d.]+ clips/s\n", log)
+    assert re.search(r"step 9: validation .* minutes, encode [\d.]+ frames/s, decode [\d.]+ frames/s\n", log)
+    assert drawn["val/encode_fps"][0] > 0 and drawn["val/decode_fps"][0] > 0 and "going wrong" not in log
+
+
+def test_seraenas_figures_too_and_a_step_without_figures_does_not_count(here):
+    drawn = scalars_of(here(*SERAENA, "max_steps=2", "log_every=2", "name=seraena"))
+    assert drawn["train/seraena_discriminator_loss"][0] > 0 and drawn["train/seraena_skipped_steps"] == [0.0]
+    figures = watch.Figures({"gan": ("discriminator_loss", "score_real")}, CPU)
+    for loss, score, skipped, learned in ((1.0, 0.5, 0, True), (3.0, 0.0, 0, True), (9.0, 9.0, 0, False),
+                                          (math.nan, math.nan, 1, True), (2.0, 1.5, 1, True)):
+        figures.add("gan", {"discriminator_loss": torch.tensor(loss), "score_real": torch.tensor(score)},
+                    torch.tensor(float(skipped)), learned)
+    assert figures.read() == {"gan_discriminator_loss": 2.0, "gan_score_real": 1.0, "gan_skipped_steps": 1.0}
+    assert figures.read() == {"gan_skipped_steps": 1.0}, "means begin anew"
 
 
 # ---- settings ----------------------------------------------------------------------------------------------------

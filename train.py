@@ -32,6 +32,7 @@ from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks, stay_together)
 from synthetic import make_demo
+from watch import Trend, describe_figures, describe_trend
 
 
 def train(cfg):
@@ -75,6 +76,7 @@ def train(cfg):
     # eps: gradients of 1e-10 are rounding noise, which PyTorch's 1e-8 turns into steps (3e-6 apart on 1 and 2 ranks).
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   eps=1e-7, fused=device.type in ("cuda", "cpu"))
+    trend = Trend(device)
     step, samples, best, seconds = 0, 0, -math.inf, 0.0
     pieces = 1  # parts of a micro-batch; doubles when memory runs out
     # Since the last log line: sums of the objective's scalars, good steps; and steps skipped, in a row and in all.
@@ -92,6 +94,7 @@ def train(cfg):
             if len(state["tally"]) == len(tally):
                 tally.copy_(state["tally"])
             objective.load_state(state.get("objective") or {})
+            trend.load_state(state.get("trend") or {})
             if state["world"] == world:
                 checkpoint.restore_random_state(state["random"][rank], device)
         except checkpoint.MISSHAPEN as error:
@@ -168,7 +171,7 @@ def train(cfg):
             model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
             best_by=objective.best_by(), seconds=clock.total(), pieces=pieces, tally=tally.cpu(), world=world,
             random=list(states), teacher=teacher, model=model.state_dict(), ema=average.state_dict(),
-            optimizer=optimizer.state_dict(), objective=objective.state()), cfg.keep_last)
+            optimizer=optimizer.state_dict(), trend=trend.state(), objective=objective.state()), cfg.keep_last)
         log(problem or f"step {step}: saved {folder}/step_{step:08d}.pt")
         return problem
 
@@ -218,6 +221,7 @@ def train(cfg):
             mine.copy_(other)
 
         objective.step(bad)
+        trend.add(step, objective.steady_loss(gradients.totals), norm, bad)
         good = torch.cat([gradients.totals, 1 - bad[None]])
         good = torch.where(bad > 0, torch.zeros_like(good), good)
         tally = torch.cat([tally[:-2] + good, (tally[-2:-1] + 1) * bad, tally[-1:] + bad])
@@ -230,15 +234,20 @@ def train(cfg):
             *sums, good, bad_row, bad_all = tally.tolist()
             values = spread({name: s / good if good else math.nan for name, s in zip(objective.names, sums)})
             values.update(objective.codes_used())
+            figures, (course, warnings) = objective.figures.read(), trend.read(step)
             synchronize(device)
             speed = clips_done / clock.lap()
-            log.scalars(step, "train", **values, gradient_norm=norm, learning_rate=learning_rate(cfg, step - 1),
-                        clips_per_second=speed, skipped_steps=bad_all, resident_memory_gb=resident_memory() / 1e9,
+            log.scalars(step, "train", **values, **figures, **course, gradient_norm=norm,
+                        learning_rate=learning_rate(cfg, step - 1), clips_per_second=speed,
+                        skipped_steps=bad_all, resident_memory_gb=resident_memory() / 1e9,
                         gpu_memory_gb=peak_memory(device) / 1e9 if device.type == "cuda" else 0.0)
             line = describe_step(values)
             bar.set_postfix_str(f"{line}, {speed:.1f} clips/s", refresh=False)
-            log(f"step {step}: {line}, gradient norm {norm:.3f}, {speed:.2f} clips/s"
+            log(f"step {step}: {line}, gradient norm {norm:.3f}{describe_trend(course)}{describe_figures(figures)}, "
+                f"{speed:.2f} clips/s"
                 + (f", {int(bad_all)} steps skipped (not finite)" if bad_all else ""), screen=bad_row > 0)
+            for warning in warnings:
+                log(f"step {step}: {warning}")
             tally[:-2] = 0
             clips_done = 0
             if bad_row >= cfg.max_bad_steps:
@@ -247,7 +256,9 @@ def train(cfg):
         if len(val_clips) and (last or step % cfg.val_every == 0 and not stopping):
             with clock.stopped():
                 result, shown = evaluate(average, val_share, device, autocast, control, **judges)
-            log(f"step {step}: validation {describe_validation(result)}, after {clock.total() / 60:.2f} minutes")
+            log(f"step {step}: validation {describe_validation(result)}, after {clock.total() / 60:.2f} minutes"
+                + "".join(f", {half} {result[f'{half}_fps']:.1f} frames/s" for half in ("encode", "decode")
+                          if result[f"{half}_fps"]))
             log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
             log.pictures(step, shown)
             if objective.score(result) > best:

@@ -1,0 +1,130 @@
+"""What a run shows of its health: the discriminators' figures, and whether loss and gradients go the right way.
+
+All is gathered on the device, step by step, and read when a line is logged: nothing here waits for the GPU in between.
+What is gathered is part of a checkpoint, so a resumed run shows what an uninterrupted one would.
+This file works alone: torch only.
+"""
+import math
+
+import torch
+
+
+class Figures:
+    """Means since the last log line of what the discriminators report.
+
+    names: {prefix: (names of the figures)}. Values are those of all ranks, the same on each.
+    """
+
+    def __init__(self, names, device):
+        self.names = names
+        self.scores = {prefix: torch.tensor([name.startswith("score") for name in all_names], device=device)
+                       for prefix, all_names in names.items()}
+        # Of each figure: its sum, and over how many steps. Then: how many it has skipped in all.
+        self.sums = {prefix: torch.zeros(2, len(all_names), device=device) for prefix, all_names in names.items()}
+        self.skipped = {prefix: torch.zeros((), device=device) for prefix in names}
+
+    @torch.no_grad()
+    def add(self, prefix, values, skipped, learned=True):
+        """values: {name: scalar on the device} of one step, `skipped`: how many steps the discriminator has skipped in
+        all; this step does not count if it was one of them, or if the discriminator has not `learned` in it. A score of
+        exactly 0 is that of a step that drew none."""
+        counts = (skipped == self.skipped[prefix]).float() * learned
+        self.skipped[prefix] = skipped.detach().clone()
+        found = torch.stack([values[name].detach().float() for name in self.names[prefix]])
+        counts = counts * (~self.scores[prefix] | (found != 0))
+        self.sums[prefix] += torch.stack([torch.where(counts > 0, found, 0.0), counts])
+
+    def read(self):
+        """{"gan_score_real": mean since the last call, ..., "gan_skipped_steps": in all}, without what never came."""
+        result = {}
+        for prefix, all_names in self.names.items():
+            sums, counts = self.sums[prefix].tolist()
+            result.update({f"{prefix}_{name}": s / n for name, s, n in zip(all_names, sums, counts) if n})
+            result[f"{prefix}_skipped_steps"] = self.skipped[prefix].item()
+            self.sums[prefix].zero_()
+        return result
+
+    def state(self):
+        return {"sums": self.sums, "skipped": self.skipped}
+
+    def load_state(self, state):
+        for own, given in ((self.sums, state.get("sums", {})), (self.skipped, state.get("skipped", {}))):
+            for prefix in own:
+                if prefix in given and given[prefix].shape == own[prefix].shape:
+                    own[prefix].copy_(given[prefix])
+
+
+def describe_figures(figures):
+    """In short: ", gan: loss 0.912, real 0.31, fake -0.27, weight 1.4"."""
+    line = ""
+    for prefix in ("gan", "seraena"):
+        shown = [f"{word} {figures[f'{prefix}_{name}']:.3g}" for word, name in
+                 (("loss", "discriminator_loss"), ("real", "score_real"), ("fake", "score_fake"),
+                  ("weight", "adaptive_weight"), ("skipped", "skipped_steps")) if figures.get(f"{prefix}_{name}")]
+        line += f", {prefix}: {', '.join(shown)}" * bool(shown)
+    return line
+
+
+def describe_trend(trend):
+    """In short: " ± 31 %, loss trend -2.4 %", to follow the gradient norm; "" where there is none yet."""
+    if not trend:
+        return ""
+    return f" ± {100 * trend['gradient_norm_deviation']:.0f} %, loss trend {100 * trend['loss_trend']:+.1f} %"
+
+
+class Trend:
+    """Loss and gradient norm over the last `window` steps, and a warning when either says that the run goes wrong.
+
+    The loss goes wrong if its mean over the later half of the window is above that of the earlier half by more than a
+    quarter, and by more than four times what chance would do (the standard error of the difference). The gradient norm
+    goes wrong if its deviation is more than twice its mean while it does not fall: at the start of a run it falls, from
+    far above, which is as it should be. Neither is judged on fewer than `least` steps, nor again within a window.
+    """
+
+    RISE, CHANCE, DEVIATION = 1.25, 4.0, 2.0
+
+    def __init__(self, device, window=1000, least=200):
+        self.window, self.least = window, least
+        self.kept = torch.full((2, window), math.nan, device=device)  # a ring: step n is at n % window
+        self.warned = {"loss": -window, "gradient norm": -window}  # the step of the last warning
+
+    def add(self, step, loss, norm, bad):
+        """Step `step` (from 0): scalars on the device; `bad`: 1.0 there if the step was skipped, which is left out."""
+        values = torch.stack([loss, norm]).to(self.kept)
+        self.kept[:, step % self.window] = torch.where(bad > 0, math.nan, values)
+
+    def read(self, step):
+        """({"loss_trend": 0.1 if the later half's mean is 10 % above the earlier one's, "gradient_norm_deviation": as a
+        part of the norm's mean}, [warnings]) after `step` steps; the dict is empty before there are eight."""
+        order = torch.arange(max(0, step - self.window), step) % self.window
+        loss, norm = self.kept.cpu().double()[:, order]
+        loss, norm = loss[loss.isfinite()], norm[norm.isfinite()]
+        if min(len(loss), len(norm)) < 8:
+            return {}, []
+        (before, after), (norm_before, norm_after) = (x.tensor_split(2) for x in (loss, norm))
+        chance = (before.var() / len(before) + after.var() / len(after)).sqrt()
+        rise = after.mean() - before.mean()
+        deviation = norm.std() / norm.mean().clamp(min=1e-30)
+        wrong = {"loss": rise > (self.RISE - 1) * before.mean().abs() and rise > self.CHANCE * chance,
+                 "gradient norm": deviation > self.DEVIATION and norm_after.mean() >= norm_before.mean()}
+        words = {"loss": f"the loss rises: mean {after.mean():.4g} over the last {len(after)} steps, "
+                         f"{before.mean():.4g} over the {len(before)} before",
+                 "gradient norm": f"the gradient norm is unsteady: mean {norm.mean():.3g}, deviation {norm.std():.3g} "
+                                  f"over the last {len(norm)} steps"}
+        warnings = []
+        for name in wrong:
+            if wrong[name] and len(loss) >= self.least and step - self.warned[name] >= self.window:
+                self.warned[name] = step
+                warnings.append(f"warning: {words[name]}; the run may be going wrong: look at the curves, and try a "
+                                "lower lr")
+        return {"loss_trend": (rise / before.mean().abs().clamp(min=1e-30)).item(),
+                "gradient_norm_deviation": deviation.item()}, warnings
+
+    def state(self):
+        return {"kept": self.kept, "warned": self.warned}
+
+    def load_state(self, state):
+        """What `state` gave; of an older run, which has none, or another window, it starts anew."""
+        if "kept" in state and state["kept"].shape == self.kept.shape:
+            self.kept.copy_(state["kept"])
+            self.warned = {name: int(state["warned"][name]) for name in self.warned}
