@@ -4,8 +4,6 @@ All is gathered on the device, step by step, and read when a line is logged: not
 What is gathered is part of a checkpoint, so a resumed run shows what an uninterrupted one would.
 This file works alone: torch only.
 """
-import math
-
 import torch
 
 
@@ -85,21 +83,21 @@ class Trend:
 
     def __init__(self, device, window=1000, least=200):
         self.window, self.least = window, least
-        self.kept = torch.full((2, window), math.nan, device=device)  # a ring: step n is at n % window
+        self.kept = torch.zeros(3, window, device=device)  # loss, norm, 1 if both are; a ring: step n is at n % window
         self.warned = {"loss": -window, "gradient norm": -window}  # the step of the last warning
 
     def add(self, step, loss, norm, bad):
         """Step `step` (from 0): scalars on the device; `bad`: 1.0 there if the step was skipped, which is left out."""
-        values = torch.stack([loss, norm]).to(self.kept)
-        self.kept[:, step % self.window] = torch.where(bad > 0, math.nan, values)
+        values = torch.stack([loss, norm, torch.ones_like(loss)]).to(self.kept)
+        self.kept[:, step % self.window] = torch.where(bad > 0, 0.0, values)
 
     def read(self, step):
         """({"loss_trend": 0.1 if the later half's mean is 10 % above the earlier one's, "gradient_norm_deviation": as a
         part of the norm's mean}, [warnings]) after `step` steps; the dict is empty before there are eight."""
         order = torch.arange(max(0, step - self.window), step) % self.window
-        loss, norm = self.kept.cpu().double()[:, order]
-        loss, norm = loss[loss.isfinite()], norm[norm.isfinite()]
-        if min(len(loss), len(norm)) < 8:
+        loss, norm, good = self.kept.cpu().double()[:, order]
+        loss, norm = loss[good > 0], norm[good > 0]
+        if len(loss) < 8:
             return {}, []
         (before, after), (norm_before, norm_after) = (x.tensor_split(2) for x in (loss, norm))
         chance = (before.var() / len(before) + after.var() / len(after)).sqrt()
