@@ -174,7 +174,7 @@ def parse(arguments=None):
     parser.add_argument("--save-latents", action="store_true", help="write OUT/latents/NAME.latents.npz too")
     parser.add_argument("--save-tokens", action="store_true", help=f"write OUT/tokens/NAME{TOKENS} too (tokenizers)")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
-    parser.add_argument("--targets", default=judge.TARGETS, metavar="LIST",
+    parser.add_argument("--targets", nargs="?", default=judge.TARGETS, const=judge.TARGETS, metavar="LIST",
                         help="marks each input and the mean as having met or missed them; mse, psnr, ssim, lpips, or "
                              "'none' (default: %(default)s)")
     parser.add_argument("--fid", type=int, default=0, metavar="N",
