@@ -58,8 +58,9 @@ class Conv:
         if into is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self.weight, self.bias, *self.geometry, "relu" if relu else "none", [], "")
+        into = into.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            into.contiguous(memory_format=torch.channels_last), x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu" if relu else None, [], "")
+            into, x, self.weight, self.bias, *self.geometry, "add", 1.0, "relu" if relu else None, [], "")
 
 
 # ---- steps: generators of frames (N C H W, channels-last) from frames; memory: a dict, as in model_taehv -----------

@@ -228,7 +228,8 @@ def test_without_a_path_weights_are_fresh(arguments, folder):
 def test_previews_and_arguments_beside_a_path(folder):
     save_small("weights.pth", patch_size=2, latent_channels=8)
     arguments = dict(patch_size=2, latent_channels=8, encoder_time_downscale=(True, True, False),
-                     decoder_time_upscale=(False, False), decoder_space_upscale=(False, False, False), arch_variant=None)
+                     decoder_time_upscale=(False, False), decoder_space_upscale=(False, False, False),
+                     arch_variant=None)
     model = TAEHV("weights.pth", **arguments)
     whole = load_taehv("weights.pth")
     assert not model.training and model.decode_video(torch.randn(1, 3, 8, 2, 2)).shape == (1, 3, 3, 4, 4)
@@ -386,7 +387,7 @@ def test_half_a_download_is_never_the_file(sent, mirror):
 
 def test_other_contents_are_refused_and_removed(mirror, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "taew2_1", "0" * 40)
-    with pytest.raises(ValueError, match=r"files/taew2_1.pth is not the published taew2_1, and was removed: get https://"):
+    with pytest.raises(ValueError, match=r"files/taew2_1.pth is not the published taew2_1, and was removed: get http"):
         load_taehv("taew2_1")
     assert not os.listdir(mirror.path.parent)
     mirror.path.write_bytes(b"older")
