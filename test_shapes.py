@@ -40,7 +40,8 @@ def test_a_run_of_its_own_shape_is_taken_everywhere(own, clips, tmp_path, monkey
         check(folder, name)
     assert load_taehv(str(folder / "model.pth")).config == check(folder).config
     monkeypatch.setattr(sys, "argv", ["infer.py", str(folder / "model.pth"), clips + "/sub0/clip0.mp4", "--max-frames",
-                                      "4", "--lpips", "none", "--quiet", "--out", str(tmp_path / "out")])
+                                      "4", "--lpips", "none", "--quiet", "--precision", "fp32", "--out",
+                                      str(tmp_path / "out")])
     infer.main()
     assert "weights of variant taehv" in capsys.readouterr().out
 
@@ -67,7 +68,7 @@ def test_a_run_of_its_own_shape_is_taken_everywhere(own, clips, tmp_path, monkey
 
 def test_latents_of_its_own_shape_are_learnt_from(own, clips, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    small = "--size 16 --frames 8 --clips 4 --batch-size 2 --workers 0".split()
+    small = "--size 16 --frames 8 --clips 4 --batch-size 2 --workers 0 --precision fp32".split()
     monkeypatch.setattr(sys, "argv", ["latent_cache.py", "--teacher", f"taehv:{tmp_path / 'own'}", "--data", clips,
                                       "--out", str(cache), *small])
     with pytest.raises(SystemExit) as done:
