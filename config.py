@@ -47,7 +47,7 @@ class Config:
     # lowest (error of these pictures) x (error of the latents). A half that is not trained does not count.)
     val_clips_per_video: int = 2    # fixed clips of each validation video
     size: int = 128                 # height and width of training clips, pixels
-    frames: int = 12                # frames per clip; 1: images
+    frames: int = 12                # frames per clip; 1: images; for taecvx 8k or 8k + 1
     batch_size: int = 4             # clips per rank and micro-step
     buckets: str = ""               # several shapes: "128x12:0.8:4, 256x12:0.2:1" (size x frames:probability:batch)
     accumulation: int = 1           # micro-steps per optimizer step

@@ -451,7 +451,8 @@ def parse(arguments=None):
     parser.add_argument("--out", required=True, help="folder of the cache")
     parser.add_argument("--clips", type=int, required=True, metavar="N", help="how many")
     parser.add_argument("--size", type=int, default=128, help="height and width, pixels (%(default)s)")
-    parser.add_argument("--frames", type=int, default=12, help="frames per clip (%(default)s)")
+    parser.add_argument("--frames", type=int, default=12,
+                        help="frames per clip (%(default)s); CogVideoX takes 8k or 8k + 1, LTX 8k + 1")
     parser.add_argument("--min-frame-delta", type=int, default=1, help="spacing of frames: from this (%(default)s) ...")
     parser.add_argument("--max-frame-delta", type=int, default=5, help="... to this (%(default)s)")
     parser.add_argument("--random-crop", action=argparse.BooleanOptionalAction, default=True,
