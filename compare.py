@@ -66,7 +66,10 @@ class TeacherPass:
         self.latents, self.latent_count, self.notes = None, 0, []
         reader = data.VideoReader(source.path)
         chosen = " (--teacher-frames N sets another number, 0 the whole video)" if chunk is None else ""
-        chunk = frames_at_a_time(reader.height * reader.width) if chunk is None else chunk
+        if chunk is None:
+            chunk = frames_at_a_time(reader.height * reader.width)
+            # Even and odd counts are pooled from other frames on: pieces are as the whole, ours, is.
+            chunk -= int(bool(teacher.pools_pairs) and teacher.filled(frames, time_factor) % 2 == 0)
         self.file, self.shape, self.given = tempfile.TemporaryFile(dir=folder), None, []
         left, reader = frames, iter(reader)
         memory, name = memory or PeakMemory(teacher.device, alone=False), os.path.basename(source.path)
@@ -84,8 +87,9 @@ class TeacherPass:
                 module.to("cpu")  # room for ours
         self.peak_memory_mb = memory.megabytes()
         if chunk and frames > chunk:
-            self.notes.append(f"teacher: {chunk} frames at a time{chosen}, each chunk by itself; latents are those of "
-                              "the first")
+            self.notes.append(f"teacher: {chunk} frames at a time{chosen}, each chunk by itself; of its latents "
+                              "the first chunk's are looked at")
+        self.notes = list(dict.fromkeys(self.notes))  # chunks are odd in the same ways
 
     def run(self, clip):
         """One chunk: a list of H W 3 uint8."""
@@ -94,8 +98,8 @@ class TeacherPass:
         video = torch.from_numpy(np.stack(clip)).to(self.teacher.device).permute(0, 3, 1, 2)[None].float().div_(255)
         missing = self.teacher.filled(len(clip), time_factor) - len(clip)
         if missing and self.teacher.pools_pairs:
-            self.notes.append(f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or "
-                              "8k + 1")
+            note = f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or 8k + 1"
+            self.notes += [] if note in self.notes else [note]
         video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
         pad = (0, -width % space_factor, 0, -height % space_factor)
         video = F.pad(video.flatten(0, 1), pad, mode="replicate")[None]

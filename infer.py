@@ -12,6 +12,9 @@
 Videos of any length and size are streamed: memory does not grow with the length. All of a video is encoded, to a
 temporary file under --out, before any of it is decoded, so it is read twice. Writes under --out: metrics.json,
 summary_report.html, comparison_videos/, latent_visualizations/. Audio is not carried.
+
+Exit code: 0; 1 where some inputs failed by an error of the program (the others are reported, its traceback is in
+errors.log); 2 for a mistake, in one line; 130 interrupted.
 """
 import argparse
 import os

@@ -644,9 +644,9 @@ class ResidualQuantizer(Quantizer):
 class FSQ(Quantizer):
     """Finite scalar quantization (Mentzer et al. 2023): each of len(levels) bounded channels is rounded to its levels.
 
-    Nothing to learn, and no loss. dim: channels of z; where it is not len(levels), `proj_in` and `proj_out` translate.
-    A code is the mixed-radix number of the channels' levels, the first channel counting ones; vectors are in [-1, 1].
-    The gradient goes straight through the rounding, but not through the bounding tanh.
+    Nothing to learn, and no loss. levels: 3 or more each. dim: channels of z; where it is not len(levels), `proj_in`
+    and `proj_out` translate. A code is the mixed-radix number of the channels' levels, the first channel counting ones;
+    vectors are in [-1, 1]. The gradient goes straight through the rounding, but not through the bounding tanh.
     """
 
     def __init__(self, levels=(8, 5, 5, 5), dim=None, deferred=False):

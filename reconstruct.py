@@ -112,6 +112,9 @@ def reconstruct(source, name, job):
             tqdm.write(f"{source.path}: {note}")
     beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor,
                          options.teacher_frames, job.memory, options.out) if job.teacher else None
+    if beside and options.verbose:
+        for note in beside.notes:
+            tqdm.write(f"{source.path}: {note}")
     pictured = sorted({round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))})
     picture, latents_done, latent_errors = [], 0, []
     statistics = metrics.CodeStatistics(model.codebook_sizes) if codec.tokens else None
@@ -182,7 +185,10 @@ def reconstruct_by_teacher(source, name, job):
             tqdm.write(f"{source.path}: {note}")
     by = TeacherPass(job.teacher, source, frames, *job.teacher_factors, options.teacher_frames, job.memory, options.out)
     if not by.count:
-        raise InputError(f"{source.path}: {by.notes[-1]}")
+        raise InputError(f"{source.path}: {'; '.join(by.notes)}")
+    if options.verbose:
+        for note in by.notes:
+            tqdm.write(f"{source.path}: {note}")
     quality = Quality(job.device, job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
     with Outputs(options.out, name, reader, source.is_image) as outputs:
         for number, original in enumerate(progress(reader, frames, f"{name[:30]} compare")):
