@@ -29,24 +29,30 @@ AT_START = tempfile.TemporaryDirectory()  # on the path of all processes: Python
 ASKED = os.path.join(AT_START.name, "asked")
 with open(os.path.join(AT_START.name, "auto_precision.py"), "w") as file:
     file.write(f"""
-import os
-import torch
-has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-meant = {{"": has_amx, "bf16": True, "fp32": False, "other": not has_amx}}[os.environ.get("AUTO_PRECISION", "")]
-def is_amx_tile_supported():
-    open({ASKED!r}, "w").close()
-    return meant
-torch.cpu._is_amx_tile_supported = is_amx_tile_supported
+import importlib.machinery, os, sys
+def change(torch_cpu):
+    has_amx = getattr(torch_cpu, "_is_amx_tile_supported", bool)
+    def is_amx_tile_supported():
+        open({ASKED!r}, "w").close()
+        meant = os.environ.get("AUTO_PRECISION", "")
+        return {{"bf16": True, "fp32": False}}[meant] if meant in ("bf16", "fp32") else has_amx() != (meant == "other")
+    torch_cpu._is_amx_tile_supported = is_amx_tile_supported
+class AfterItsImport:  # processes that do without torch, which takes seconds, still do
+    def find_spec(name, path, target=None):
+        if name == "torch.cpu":
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (load(module), change(module))
+            return spec
+sys.meta_path.insert(0, AfterItsImport)
 """)
 with open(os.path.join(AT_START.name, "sitecustomize.py"), "w") as file:
-    file.write("""
-import sys
-if any(argument.endswith(".py") for argument in sys.orig_argv):  # not in Python's own helpers: torch takes seconds
-    import auto_precision
-""")
+    file.write("import auto_precision\n")
 os.environ["PYTHONPATH"] = os.pathsep.join([AT_START.name, ROOT])
 sys.path.insert(0, AT_START.name)
-import auto_precision  # noqa: E402, F401
+import auto_precision  # noqa: E402
+
+auto_precision.change(torch.cpu)
 
 
 def pytest_configure(config):

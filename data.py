@@ -289,9 +289,17 @@ def grab_frames(capture, first, frames, spacing):
     return clip
 
 
-@functools.lru_cache(maxsize=10000)
 def count_frames(path):
-    """How many frames can be decoded: all are; the answer is kept."""
+    """How many frames can be decoded: all are; the answer is kept while the file stays as it is."""
+    try:
+        about = os.stat(path)
+        return _count_frames(path, about.st_size, about.st_mtime_ns, about.st_ino)
+    except OSError as error:
+        raise DataError(error.strerror.lower()) from None
+
+
+@functools.lru_cache(maxsize=10000)
+def _count_frames(path, *_):
     capture, count = open_video(path), 0
     while capture.grab():
         count += 1

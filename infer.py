@@ -134,7 +134,7 @@ def run(options):
         return failures.code
     for row in rows:
         if "failed" not in row:
-            row["targets"] = judge.judge(options.targets, row["metrics"])
+            row["targets"] = report.judge(options.targets, row["metrics"])
     rows += [dict(name=os.path.basename(path), source=path, failed=reason) for path, reason in refused]
     distance = fid.reduce() if fid else None
     page = report.write_report(options.out, rows, dict(
@@ -143,11 +143,11 @@ def run(options):
         command="python infer.py " + shlex.join(sys.argv[1:]),
         **({"teacher": f"{teacher.name} ({teacher.spec})"} if model and teacher else {}),
         **({"FID": f"{distance:.3f} (over {fid.count} frames)"} if fid else {}),
-        **({"targets": judge.in_words(options.targets)} if options.targets else {}),
+        **({"targets": report.in_words(options.targets)} if options.targets else {}),
         created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets)
     print(*judge.table(rows, options.targets), sep="\n")
     if options.targets:
-        print(f"targets: {judge.in_words(options.targets)}")
+        print(f"targets: {report.in_words(options.targets)}")
     if fid:
         print(f"FID {distance:.3f} over {fid.count} frames")
     if lpips_note:

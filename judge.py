@@ -1,13 +1,11 @@
-"""What the inputs of a report say together: mean and deviation, the ratio to a teacher, targets met or missed, and the
-table for a terminal. Rows are those of `report.write_report`. Needs numpy only.
+"""Targets of quality, as the command line names them, and the table for a terminal. Rows are those of
+`report.write_report`. Needs report.py.
 """
 import math
 
-import numpy as np
+from report import AT_LEAST, summarize, verdict, versus
 
 TARGETS = "mse=0.005,psnr=25,ssim=0.85"
-AT_LEAST = {"mse": False, "lpips": False, "psnr": True, "ssim": True}  # else a target is "at most"
-HEADINGS = {"mse": "MSE", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
 
 # key, heading, width, format of the value; of its ratio to a teacher's for all but the PSNR, whose difference is shown
 COLUMNS = [("frames", "frames", 7, ".0f"), ("mse", "MSE", 9, ".5f"), ("psnr", "PSNR dB", 9, ".2f"),
@@ -32,59 +30,6 @@ def parse_targets(text):
         if not math.isfinite(targets[name]) or targets[name] < 0:
             raise ValueError(f"{part.strip()!r}: a number of 0 or more is wanted")
     return targets
-
-
-def in_words(targets):
-    """{"psnr": 25.0, ...} -> "PSNR ≥ 25, ..."."""
-    return ", ".join(f"{HEADINGS[key]} {'≥' if AT_LEAST[key] else '≤'} {target:g}" for key, target in targets.items())
-
-
-def judge(targets, values):
-    """{metric: {"target", "value", "met"}} for the targets whose metric has a value."""
-    return {key: {"target": target, "value": values[key],
-                  "met": bool(values[key] >= target if AT_LEAST[key] else values[key] <= target)}
-            for key, target in targets.items() if values.get(key) is not None}
-
-
-def verdict(judged):
-    """"met", "missed PSNR, SSIM", or "" where nothing was judged."""
-    missed = [HEADINGS[key] for key, one in judged.items() if not one["met"]]
-    return f"missed {', '.join(missed)}" if missed else "met" if judged else ""
-
-
-def values(rows, key):
-    """The finite values of a quantity, which stands among a row's metrics or beside them."""
-    found = [row["metrics"].get(key, row.get(key)) for row in rows]
-    return [float(value) for value in found if value is not None and math.isfinite(value)]
-
-
-def statistics(rows, keys):
-    """{key: mean, sample standard deviation (None for one value), count}, over the rows with a finite value."""
-    return {key: {"mean": float(np.mean(found)) if found else None,
-                  "std": float(np.std(found, ddof=1)) if len(found) > 1 else None, "count": len(found)}
-            for key in keys for found in [values(rows, key)]}
-
-
-def versus(rows, keys):
-    """{key: mean of ours minus (PSNR) or divided by the teacher's, over the rows that have both; None without any}"""
-    result = {}
-    for key in keys:
-        both = [row for row in rows if row.get("teacher") and values([row], key) and values([row["teacher"]], key)]
-        ours, theirs = sum(values(both, key)), sum(values([row["teacher"] for row in both], key))
-        result[key] = (ours - theirs) / len(both) if both and key == "psnr" else ours / theirs if theirs else None
-    return result
-
-
-def summarize(rows, keys, targets):
-    """The "summary" of metrics.json: of all rows, with those that failed."""
-    done = [row for row in rows if not row.get("failed")]
-    teachers = [row["teacher"] for row in done if row.get("teacher")]
-    ours = statistics(done, keys)
-    return {"inputs": len(rows), "failed": len(rows) - len(done), "ours": ours,
-            "teacher": statistics(teachers, keys) if teachers else None,
-            "versus_teacher": versus(done, keys) if teachers else None,
-            "targets": judge(targets, {key: ours[key]["mean"] for key in targets if key in ours}),
-            "inputs_that_met_targets": sum(verdict(row.get("targets", {})) == "met" for row in done)}
 
 
 def table(rows, targets):

@@ -173,11 +173,22 @@ def finished(task):
     to do". Whatever else is there train.py has to judge."""
     try:
         with open(os.path.join(task.folder, "config.json"), encoding="utf-8") as file:
-            same = json.load(file) == json.loads(json.dumps(dataclasses.asdict(task.config)))
+            same = as_asked(json.load(file), json.loads(json.dumps(dataclasses.asdict(task.config))))
         names = [re.fullmatch(r"step_(\d{8,12})\.pt", name) for name in os.listdir(task.folder)]
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):  # no such folder, or no settings of a run
         return False
     return task.config.resume == "auto" and same and any(n and int(n[1]) >= task.config.max_steps for n in names)
+
+
+def as_asked(found, asked):
+    """Whether a run's settings are those of a task, but for the shape that train.py writes in where the task leaves it
+    open: `init_from`'s, or else that of the variant taehv."""
+    if asked["model"] == "taehv" and not asked["init_from"]:
+        asked = {**asked, "variant": asked["variant"] or "taehv"}
+    elif asked["init_from"]:
+        shape = {key: found[key] for key in ("variant", "patch_size", "latent_channels") if not asked[key]}
+        asked = {**asked, **shape, "net": {**found["net"], **asked["net"]}}
+    return found == asked
 
 
 # ---- devices and processes ---------------------------------------------------------------------------------------

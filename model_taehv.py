@@ -936,7 +936,7 @@ def recognise(state_dict, name=""):
     growth = tuple(shape(key)[0] // shape(key)[1] for key in grow)
     encoder_widths = tuple(shape(f"encoder.{i}.weight")[0] for i in (0, 3, 8, 13))
     decoder_widths = ((shape("decoder.0.weight")[0], *(shape(key)[1] for key in grow)) if arch == "super"
-                      else tuple(shape(f"decoder.{i}.weight")[0] for i in (1, 8, 14, 20)))
+                      else (*(shape(key)[1] for key in grow), shape("decoder.20.weight")[0]))
     found = dict(patch_size=patch, latent_channels=channels, encoder_time_downscale=pooling,
                  decoder_time_upscale=growth, arch_variant=arch, encoder_widths=encoder_widths,
                  decoder_widths=decoder_widths)

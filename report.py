@@ -5,7 +5,7 @@
     picture = latent_picture(latents)                      # save with cv2.imwrite(path, picture[..., ::-1])
     write_report("out", rows, info)                        # out/metrics.json, out/summary_report.html
 
-Frames and pictures are RGB uint8 H W 3 in [0, 255]. Needs numpy, OpenCV and judge.py.
+Frames and pictures are RGB uint8 H W 3 in [0, 255]. Needs numpy and OpenCV.
 """
 import contextlib
 import html
@@ -21,7 +21,6 @@ import urllib.parse
 import cv2
 import numpy as np
 
-from judge import in_words, statistics, summarize, values, verdict, versus
 
 # VP8 takes 86 ms a 1280x720 frame at 38.5 dB, VP9 ("VP90") 306 ms at 38.0 dB and 0.6 of the bytes (opencv-python
 # 5.0.0, one of two cores, moving texture, 41.0 dB is the ceiling of 4:2:0). The wheels have no H.264 encoder.
@@ -250,6 +249,9 @@ QUANTITIES = [("psnr", "PSNR", "dB", ".2f"), ("ssim", "SSIM", "", ".4f"), ("lpip
               ("decode_fps", "decode", "frames/s", ".1f"), ("peak_memory_mb", "peak memory", "MB", ".0f"),
               ("latent_error", "latent error", "ours to its", ".4g")]
 
+AT_LEAST = {"mse": False, "lpips": False, "psnr": True, "ssim": True}  # else a target is "at most"
+HEADINGS = {"mse": "MSE", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1c1e; --soft: #5d6167; --rule: #d5d8dc; --paper: #fff; --alarm: #a3281f;
   --met: #1d6b35 }
@@ -270,6 +272,65 @@ td.name:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9
   margin: 1rem 0 } .wide { grid-column: 1 / -1 } img { max-width: 100% } .small video { image-rendering: pixelated }
 video { display: block; width: 100%; max-height: 80vh; background: #000 }
 """
+
+
+# ---- what the inputs say together, targets met or missed ---------------------------------------------------------------
+
+
+def in_words(targets):
+    """{"psnr": 25.0, ...} -> "PSNR ≥ 25, ..."."""
+    return ", ".join(f"{HEADINGS[key]} {'≥' if AT_LEAST[key] else '≤'} {target:g}" for key, target in targets.items())
+
+
+def judge(targets, values):
+    """{metric: {"target", "value", "met"}} for the targets whose metric has a value."""
+    return {key: {"target": target, "value": values[key],
+                  "met": bool(values[key] >= target if AT_LEAST[key] else values[key] <= target)}
+            for key, target in targets.items() if values.get(key) is not None}
+
+
+def verdict(judged):
+    """"met", "missed PSNR, SSIM", or "" where nothing was judged."""
+    missed = [HEADINGS[key] for key, one in judged.items() if not one["met"]]
+    return f"missed {', '.join(missed)}" if missed else "met" if judged else ""
+
+
+def values(rows, key):
+    """The finite values of a quantity, which stands among a row's metrics or beside them."""
+    found = [row["metrics"].get(key, row.get(key)) for row in rows]
+    return [float(value) for value in found if value is not None and math.isfinite(value)]
+
+
+def statistics(rows, keys):
+    """{key: mean, sample standard deviation (None for one value), count}, over the rows with a finite value."""
+    return {key: {"mean": float(np.mean(found)) if found else None,
+                  "std": float(np.std(found, ddof=1)) if len(found) > 1 else None, "count": len(found)}
+            for key in keys for found in [values(rows, key)]}
+
+
+def versus(rows, keys):
+    """{key: mean of ours minus (PSNR) or divided by the teacher's, over the rows that have both; None without any}"""
+    result = {}
+    for key in keys:
+        both = [row for row in rows if row.get("teacher") and values([row], key) and values([row["teacher"]], key)]
+        ours, theirs = sum(values(both, key)), sum(values([row["teacher"] for row in both], key))
+        result[key] = (ours - theirs) / len(both) if both and key == "psnr" else ours / theirs if theirs else None
+    return result
+
+
+def summarize(rows, keys, targets):
+    """The "summary" of metrics.json: of all rows, with those that failed."""
+    done = [row for row in rows if not row.get("failed")]
+    teachers = [row["teacher"] for row in done if row.get("teacher")]
+    ours = statistics(done, keys)
+    return {"inputs": len(rows), "failed": len(rows) - len(done), "ours": ours,
+            "teacher": statistics(teachers, keys) if teachers else None,
+            "versus_teacher": versus(done, keys) if teachers else None,
+            "targets": judge(targets, {key: ours[key]["mean"] for key in targets if key in ours}),
+            "inputs_that_met_targets": sum(verdict(row.get("targets", {})) == "met" for row in done)}
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
 
 
 def _strict(value, where, lost):
@@ -377,7 +438,7 @@ def write_report(out_dir, rows, info, targets=None):
     None). An input that could not be read has name, source and failed (the reason) only. row["teacher"], if there,
     holds a teacher's metrics, times, memory and latent_error; the tables then show ours, the teacher's, and ours
     against it: the difference for PSNR, the ratio for the others. targets: as of `judge.parse_targets`; row["targets"]
-    is what `judge.judge` says of a row.
+    is what `judge` says of a row.
     info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says
     why LPIPS is missing.
     metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values; targets, judged on

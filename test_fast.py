@@ -134,7 +134,7 @@ def test_streams_do_not_depend_on_the_cutting(cut):
 
 
 @torch.no_grad()
-def test_odd_sizes_and_the_published_calls(monkeypatch):
+def test_odd_sizes_and_the_published_calls(monkeypatch, sums_are_channels_last):
     monkeypatch.setattr(fast_taehv, "BAND", 1)
     model, video = TAEHV().eval(), clip(8, 75, 51)  # initial weights: what is decoded is seldom clamped
     quick = model.fast()

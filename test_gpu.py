@@ -119,6 +119,7 @@ def test_drawn_codes_are_those_of_multinomial():
     (["vqgan", "net.quantizer=fsq", "net.levels=(8,2)", "net.embed_dim=2"], "of 2 one is dead"),
     (["taehv", "precision=fp16"], "loss scaling"),
 ])  # fmt: skip
+@pytest.mark.any_precision
 def test_what_cannot_be_trained_is_refused_in_one_line(settings, reason, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert reason in mistake(capsys, monkeypatch, train, *settings, "data=demo", "device=cpu")

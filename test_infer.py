@@ -227,6 +227,7 @@ def test_any_teacher_takes_the_models_place(command, capsys):
     assert own["latent_shape"][1:] == same["latent_shape"][1:] and same["frames"] == 12
 
 
+@pytest.mark.any_precision
 def test_options_that_a_teacher_has_not_are_one_line(command, capsys, monkeypatch):
     spec = write_teacher()
     write_clip(os.path.abspath("a.mp4"), frames=2, height=32, width=32)
@@ -269,6 +270,7 @@ def test_a_sample_of_a_folder_is_the_same_each_time(tmp_path, monkeypatch):
     assert len(sources) == 8 and "8 of 9 files, no more can be read, and --num-samples is 20" in notes[0]
 
 
+@pytest.mark.any_precision
 def test_mistakes_in_samples(capsys, monkeypatch, tmp_path):
     path = str(tmp_path / "a.png")
     cv2.imwrite(path, np.zeros((16, 16, 3), np.uint8))

@@ -34,6 +34,7 @@ def check(folder, name="model.pth"):
     return model
 
 
+@pytest.mark.any_precision
 def test_a_run_of_its_own_shape_is_taken_everywhere(own, clips, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "own"
     for name in ("", "model.pth", "best.pt", "step_00000001.pt"):
@@ -66,6 +67,7 @@ def test_a_run_of_its_own_shape_is_taken_everywhere(own, clips, tmp_path, monkey
         assert words in line and str(folder) in line, line
 
 
+@pytest.mark.any_precision
 def test_latents_of_its_own_shape_are_learnt_from(own, clips, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     small = "--size 16 --frames 8 --clips 4 --batch-size 2 --workers 0 --precision fp32".split()

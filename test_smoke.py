@@ -456,8 +456,8 @@ def test_the_readme_tells_what_there_is():
         readme = file.read()
     for line in re.findall(r"train\.py ([^\n`|&]*)", readme):
         words = shlex.split(line.split("#")[0].rstrip("\\ "))
-        if "--help" not in words:
-            config.load_config([w for w in words if w != "..."])
+        if "--help" not in words:  # a run's config.json, in a preset's place, is not here
+            config.load_config([w for w in words if w != "..." and not w.endswith("/config.json")])
     for module in (infer, latent_cache):
         for line in re.findall(rf"{module.__name__}\.py ([^\n`|&]*)", readme.replace("\\\n", " ")):
             module.parse(shlex.split(line.split("#")[0]))

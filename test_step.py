@@ -144,6 +144,7 @@ def test_the_model_trains_without_this_file(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
+@pytest.mark.any_precision
 def test_bench_compares_it_with_the_published_routine(tmp_path):
     run(os.path.join(ROOT, "bench.py"), "train", "--quick", "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
     plain, ours = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -250,6 +250,7 @@ def test_a_table_of_files_is_data(here, tmp_path, clips):
     (b"path\n" + b"a" * 200000, "cannot be read as a CSV file in UTF-8 (Error: field larger"),
     (b"path\nnone.mp4\n", "none of the 1 files of"),
 ])
+@pytest.mark.any_precision
 def test_a_file_that_is_no_table_of_files_is_one_line(content, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "l.csv").write_bytes(content)
     assert words in mistake(capsys, monkeypatch, train, "taehv", f"data={tmp_path}/l.csv", f"out_dir={tmp_path}")
