@@ -274,7 +274,7 @@ video { display: block; width: 100%; max-height: 80vh; background: #000 }
 """
 
 
-# ---- what the inputs say together, targets met or missed ---------------------------------------------------------------
+# ---- what the inputs say together, targets met or missed ------------------------------------------------------------
 
 
 def in_words(targets):
@@ -330,7 +330,7 @@ def summarize(rows, keys, targets):
             "inputs_that_met_targets": sum(verdict(row.get("targets", {})) == "met" for row in done)}
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------------------------
 
 
 def _strict(value, where, lost):
