@@ -269,7 +269,7 @@ def learning_curve(options, recipe, seed, folder):
                 f"val_every={max(1, options.val_every // batch)}", f"max_minutes={options.minutes}",
                 f"device={options.device}", f"seed={seed}", f"out_dir={folder}"]
     if options.quick:
-        settings += ["size=32", "batch_size=2", "val_size=32", "val_clips=2"]
+        settings += ["size=32", "batch_size=2", "val_size=32", "val_clips=2", "workers=0"]
     done = subprocess.run([sys.executable, script, *recipe, *settings], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)  # train.py has said why

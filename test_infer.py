@@ -26,7 +26,7 @@ def command(tmp_path, monkeypatch):
     """Runs infer.py in this process, in a folder with the weights taehv.pth; returns (exit code, metrics.json)."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    torch.save(TAEHV().state_dict(), "taehv.pth")
+    torch.save(TAEHV(encoder_widths=(32,) * 4, decoder_widths=(64, 32, 32, 32)).state_dict(), "taehv.pth")
 
     def infer_py(*arguments):
         monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments), "--lpips", "none", "--device", "cpu",
