@@ -98,8 +98,8 @@ class TeacherPass:
         video = torch.from_numpy(np.stack(clip)).to(self.teacher.device).permute(0, 3, 1, 2)[None].float().div_(255)
         missing = self.teacher.filled(len(clip), time_factor) - len(clip)
         if missing and self.teacher.pools_pairs:
-            note = f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or 8k + 1"
-            self.notes += [] if note in self.notes else [note]
+            self.notes.append(f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or "
+                              "8k + 1")
         video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
         pad = (0, -width % space_factor, 0, -height % space_factor)
         video = F.pad(video.flatten(0, 1), pad, mode="replicate")[None]

@@ -293,9 +293,9 @@ def count_frames(path):
     """How many frames can be decoded: all are; the answer is kept while the file stays as it is."""
     try:
         about = os.stat(path)
-        return _count_frames(path, about.st_size, about.st_mtime_ns, about.st_ino)
     except OSError as error:
         raise DataError(error.strerror.lower()) from None
+    return _count_frames(path, about.st_size, about.st_mtime_ns, about.st_ino)
 
 
 @functools.lru_cache(maxsize=10000)

@@ -451,8 +451,9 @@ def main(arguments=None, command=train_command):
             if finished(task):
                 task.state, task.note = "done", "nothing to do"
             follow(task)
-        check_models(tasks)
         waiting = [task for task in tasks if task.state == "queued"]
+        if waiting:  # those of finished tasks were built before
+            check_models(waiting)
         if options.dry_run:
             for task in tasks:
                 print(f"{task.name}: {task.note or shlex.join(command(task))}")
