@@ -468,6 +468,18 @@ def test_the_readme_tells_what_there_is():
         assert "README.md" in file.read(), "CI takes its test command from the README"
 
 
+def test_each_row_of_what_happens_when_names_tests_that_there_are():
+    with open(os.path.join(ROOT, "docs", "faults.md"), encoding="utf-8") as file:
+        rows = [line for line in file if line.startswith("| ") and not line.startswith(("| what", "| ---"))]
+    assert len(rows) >= 30
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split(" | ")[2])
+        assert named, row
+        for name, test in named:
+            with open(os.path.join(ROOT, name), encoding="utf-8") as file:
+                assert f"\ndef {test}(" in file.read(), f"{name}::{test}"
+
+
 def test_a_run_of_minutes_ends_by_itself_and_is_scored_at_another_size(clips, tmp_path):
     common = [*SMALL, f"data={clips}", f"val_data={clips}", "val_clips=2", "val_size=32", "name=timed"]
     output = run(TRAIN, *common, "max_minutes=0.02", cwd=tmp_path)
