@@ -33,7 +33,7 @@ def tokenizer(clips, tmp_path_factory):
     """The folder of a VQGAN's run: EMA codebook, discriminator from step 2 on, two ranks."""
     folder = tmp_path_factory.mktemp("tokenizer")
     output = run(TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "val_fraction=0.3", "max_steps=6",
-                 "val_every=3", "gan_start=2", "gan_ramp=2", "name=two", "gan_norm=group", ranks=2, cwd=folder)
+                 "val_every=3", "save_every=3", "gan_start=2", "gan_ramp=2", "name=two", "gan_norm=group", ranks=2, cwd=folder)
     return folder, output
 
 
@@ -80,8 +80,8 @@ def test_a_resumed_run_with_codebook_and_discriminator_is_exact(tokenizer, clips
     assert re.search(r"codes used \d+\.\d %", output) and "codebook use" in output and "bits per pixel" in output
     common = [TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "val_fraction=0.3", "gan_start=2",
               "gan_ramp=2", "gan_norm=group", "val_every=3", "name=parts"]
-    run(*common, "max_steps=3", ranks=2, cwd=folder)
-    run(*common, "max_steps=6", ranks=2, cwd=folder)
+    half = folder / "runs" / "two" / "step_00000003.pt"
+    run(*common, "max_steps=6", f"resume={half}", ranks=2, cwd=folder)
     a, b = (checkpoint.read(str(folder / "runs" / name / "step_00000006.pt")) for name in ("two", "parts"))
     for part in ("model", "ema", "objective"):
         flat_a, flat_b = (torch.utils._pytree.tree_leaves(state[part]) for state in (a, b))

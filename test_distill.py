@@ -19,7 +19,7 @@ import infer
 import latent_cache
 import objective
 import train
-from conftest import CACHE, ROOT, SMALL_CACHE as SMALL, run, write_clip
+from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, write_clip
 from model_taehv import TAEHV
 from teachers import TeacherError, load_teacher, per_channel
 
@@ -712,20 +712,20 @@ def test_terms_that_need_what_is_not_there(tmp_path, monkeypatch):
 def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones):
     """And the split is by file, terms are logged, a resumed run is the uninterrupted one to the bit, on two ranks."""
     path = tmp_path / "teacher.pth"
-    torch.save(TAEHV().state_dict(), path)
+    torch.save(TAEHV(encoder_widths=(32,) * 4, decoder_widths=(64, 32, 32, 32)).state_dict(), path)
     run(CACHE, "--teacher", f"taehv:{path}", "--data", clips, "--out", tmp_path / "c", *SMALL, cwd=tmp_path)
     os.remove(path)
     (tmp_path / "diffusers.py").write_text("raise ImportError('diffusers is not to be imported')\n")
-    common = [TRAIN, *DISTILL, f"latent_cache={tmp_path / 'c'}", "perceptual_weight=0.1", "perceptual_net=alex",
+    common = [TRAIN, *DISTILL, *NARROW, f"latent_cache={tmp_path / 'c'}", "perceptual_weight=0.1", "perceptual_net=alex",
               "seraena_weight=0.1"]
-    output = run(*common, "max_steps=6", "name=whole", "val_every=6", ranks=2, cwd=tmp_path)
+    output = run(*common, "max_steps=6", "name=whole", "val_every=6", "save_every=3", ranks=2, cwd=tmp_path)
     assert "psnr from the teacher's" in output and "held out: " in output
     held_out = next(line for line in output.splitlines() if line.startswith("held out: "))[10:].split(", ")
     train_clips, val_clips, names = latent_cache.LatentCache(tmp_path / "c").split(0.3, 0, 64)
     files = [{part.cache.files[i] for i in part.indices} for part in (train_clips, val_clips)]
     assert not files[0] & files[1] and files[1] == set(held_out) == set(names)
-    run(*common, "max_steps=3", "name=parts", ranks=2, cwd=tmp_path)
-    run(*common, "max_steps=6", "name=parts", ranks=2, cwd=tmp_path)
+    half = tmp_path / "runs" / "whole" / "step_00000003.pt"
+    run(*common, "max_steps=6", "name=parts", f"resume={half}", ranks=2, cwd=tmp_path)
     a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000006.pt")) for name in ("whole", "parts"))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
@@ -747,7 +747,7 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
 
 
 def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path):
-    common = [TRAIN, *DISTILL, f"latent_cache={cache}", "max_steps=3"]
+    common = [TRAIN, *DISTILL, *NARROW, f"latent_cache={cache}", "max_steps=3"]
     run(*common, "name=two", ranks=2, cwd=tmp_path)
     run(*common, "name=one", "accumulation=2", cwd=tmp_path)
     a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000003.pt"))["model"] for name in ("two", "one"))

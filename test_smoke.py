@@ -19,12 +19,12 @@ import data
 import infer
 import latent_cache
 import train
-from conftest import ROOT, command, mistake, run, write_clip
+from conftest import NARROW, ROOT, command, mistake, run, write_clip
 from model_taehv import TAEHV
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
 FP32 = ("--precision", "fp32")
-SMALL = [
+PLAIN = [
     "taehv",
     "size=16",
     "frames=4",
@@ -40,6 +40,7 @@ SMALL = [
     "val_every=100",
     "color_jitter=0.1",
 ]
+SMALL = [*PLAIN, *NARROW]
 
 
 def weights(folder, step):
@@ -58,7 +59,7 @@ def trained(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     output = run(
         TRAIN,
-        *SMALL,
+        *PLAIN,
         f"data={clips}",
         "val_fraction=0.3",
         "max_steps=4",
@@ -250,7 +251,7 @@ def test_a_signal_to_the_whole_group_saves_too(clips, tmp_path):
 
 def test_branching_off_an_older_step_loses_nothing(trained, clips, tmp_path):
     folder, run_folder, _ = trained
-    common = [*SMALL, f"data={clips}", "val_fraction=0.3", "max_steps=3", f"resume={run_folder}/step_00000002.pt"]
+    common = [*PLAIN, f"data={clips}", "val_fraction=0.3", "max_steps=3", f"resume={run_folder}/step_00000002.pt"]
     output = run(TRAIN, *common, "name=two", f"out_dir={folder}/runs", cwd=tmp_path, expect=2)
     assert "holds newer checkpoints than step 2" in output
     output = run(TRAIN, *common, "name=branch", "weight_decay=0.5", "beta2=0.9", cwd=tmp_path)
@@ -288,7 +289,7 @@ def test_one_clip_can_be_learnt(tmp_path):
 
 def test_starting_from_weights_and_training_one_half(trained, clips, tmp_path):
     folder, run_folder, _ = trained
-    common = [*SMALL, f"data={clips}", f"init_from={run_folder}/model.pth", "train_encoder=false", "max_steps=2"]
+    common = [*PLAIN, f"data={clips}", f"init_from={run_folder}/model.pth", "train_encoder=false", "max_steps=2"]
     run(TRAIN, *common, "name=half", cwd=tmp_path)
     before = checkpoint.read(os.path.join(run_folder, "model.pth"))
     after = checkpoint.read(str(tmp_path / "runs" / "half" / "step_00000002.pt"))["model"]
