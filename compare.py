@@ -59,12 +59,13 @@ class TeacherPass:
     takes (`Teacher.filled`); the first frames that come back stand for the first that went in.
     """
 
-    def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0, memory=None, folder=None):
+    def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0, memory=None, folder=None,
+                 max_pixels=data.MAX_PIXELS):
         """memory: a PeakMemory. folder: of the temporary file that holds its frames."""
         self.teacher, self.factors = teacher, (time_factor, space_factor)
         self.encode_seconds, self.decode_seconds, self.encoded, self.count = 0.0, 0.0, 0, 0
         self.latents, self.latent_count, self.notes = None, 0, []
-        reader = data.VideoReader(source.path)
+        reader = data.VideoReader(source.path, max_pixels)
         chosen = " (--teacher-frames N sets another number, 0 the whole video)" if chunk is None else ""
         if chunk is None:
             chunk = frames_at_a_time(reader.height * reader.width)

@@ -60,6 +60,7 @@ class Config:
     blur: float = 0.0               # probability of a slight Gaussian blur
     use_images: bool = False        # only the images of the data, each a clip of one frame
     image_sequences: bool = False   # make clips of several frames from unrelated images
+    max_pixels: int = 100_000_000   # of an image or a frame (height x width); larger files are passed over
     workers: int = -1               # data processes per rank; -1: by the number of cores
 
     # ---- model
@@ -355,7 +356,7 @@ AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_s
                "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
                "gan_clip",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
-               "max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
+               "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay",

@@ -21,11 +21,19 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import stat
+import struct
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+# A playlist (ffconcat, HLS, DASH, SDP) may be named .mp4, and FFmpeg would open the files and addresses in it. So only
+# containers that hold a whole video are read, from disk. OpenCV reads this at each opening; what comes last counts.
+OWN_OPTIONS = ("protocol_whitelist;file|format_whitelist;mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,mjpeg,"
+               "ivf,flv,ogg,asf,mxf,nut,dv,gif,yuv4mpegpipe")
+if not os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS", "").endswith(OWN_OPTIONS):
+    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "|".join(
+        filter(None, [os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS"), OWN_OPTIONS]))
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a damaged stream prints a line per block otherwise
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
 import cv2
@@ -35,6 +43,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PIXELS = 100_000_000  # in an image or a frame: a file of 3 MB can hold one that takes 6 GB of memory
 MAX_REPLACEMENTS = 50  # unreadable files in a row before a sample gives up
 
 
@@ -138,11 +147,11 @@ def read_table(path):
     return list(dict.fromkeys(paths))
 
 
-def probe(sources, workers=8):
+def probe(sources, max_pixels=MAX_PIXELS, workers=8):
     """Open every source and read its first frame. Returns (readable sources, with frame counts, [(path, why not)])."""
     def look(source):
         try:
-            return source._replace(frames=open_source(source.path)[0]), None
+            return source._replace(frames=open_source(source.path, max_pixels)[0]), None
         except DataError as error:
             return source, str(error)
     with ThreadPoolExecutor(workers) as pool:
@@ -155,21 +164,29 @@ def probe(sources, workers=8):
     return readable, [(source.path, problem) for source, problem in results if problem is not None]
 
 
-def open_source(path):
-    """(frames by the container's word, frames per second, first frame H W 3 BGR uint8); DataError if there is none."""
+def open_source(path, max_pixels=MAX_PIXELS):
+    """(frames by the container's word, frames per second, first frame H W 3 BGR uint8); DataError if there is none, or
+    it has more than `max_pixels` pixels."""
     if path.lower().endswith(IMAGE_SUFFIXES):
-        return 1, 0.0, read_image(path)
-    capture = open_video(path)
+        return 1, 0.0, read_image(path, max_pixels)
+    capture = open_video(path, max_pixels=max_pixels)
     count, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
     ok, frame = capture.read()
     if not ok or frame is None:
         raise DataError("no frame can be decoded (damaged, or this OpenCV has no decoder for its codec)")
+    check_size(frame.shape[1], frame.shape[0], max_pixels)  # it may be larger than the container says
     return int(count) if known(count) else 1, fps, frame
 
 
 def known(count):
     """Whether a container's frame count means anything: a recording that was never closed has none."""
     return 1 <= count < 1e8
+
+
+def check_size(width, height, max_pixels):
+    """DataError for more pixels than that."""
+    if width * height > max_pixels:
+        raise DataError(f"{width}x{height} pixels, and max_pixels is {max_pixels}: raise it, or scale the file down")
 
 
 def check_file(path):
@@ -186,8 +203,8 @@ def check_file(path):
         raise DataError("empty file")
 
 
-def open_video(path, threads=1):
-    """A cv2.VideoCapture; DataError if it is no video. threads: of its decoder, 0 for all cores.
+def open_video(path, threads=1, max_pixels=MAX_PIXELS):
+    """A cv2.VideoCapture; DataError if it is no video, or a larger one. threads: of its decoder, 0 for all cores.
 
     One is right for clips: more threads decode as many frames more, beyond the clip's end, and start anew for each file
     (16 threads: 1.5 times the work per clip). And damaged streams then look the same on all machines.
@@ -198,23 +215,76 @@ def open_video(path, threads=1):
     except UnicodeEncodeError:  # OpenCV would crash
         raise DataError("its name is not UTF-8") from None
     threads = threads or cv2.getNumberOfCPUs()
-    # FFmpeg is named, or OpenCV goes on to read a%d.mp4 as an image series.
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
+    # FFmpeg is named, or OpenCV goes on to read a%d.mp4 as an image series. To FFmpeg, a: of a relative a:b.mp4 would
+    # be a protocol.
+    capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
     if not capture.isOpened():
         raise DataError("not a video")
+    # Nothing is decoded yet.
+    check_size(*(int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)), max_pixels)
     return capture
 
 
-def read_image(path):
-    """H W 3 BGR uint8, turned upright as its EXIF data says."""
+def read_image(path, max_pixels=MAX_PIXELS):
+    """H W 3 BGR uint8, turned upright as its EXIF data says. A larger image is not decoded."""
     check_file(path)
     try:
+        check_size(*image_size(path), max_pixels)
+        if os.path.getsize(path) > 8 * max_pixels + (1 << 24):  # RGBA of 16 bits, and what else may be in the file
+            raise DataError(f"{os.path.getsize(path)} bytes are too many for an image of at most {max_pixels} pixels "
+                            "(max_pixels)")
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     except (OSError, cv2.error) as error:
         raise DataError(f"not readable ({type(error).__name__})") from None
+    except (struct.error, IndexError):
+        image = None
     if image is None:
         raise DataError("not an image")
     return image
+
+
+def image_size(path):
+    """(width, height) as the first bytes of a PNG, JPEG, WebP or BMP file say, before EXIF data turn it; struct.error
+    or IndexError where they end too early. DataError for any other file: OpenCV would decode it by its content,
+    whatever its name."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+        if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
+            return struct.unpack_from(">II", head, 16)
+        if head[:2] == b"\xff\xd8":
+            return jpeg_size(file)
+        if head[:4] == b"RIFF" and head[8:15] == b"WEBPVP8":
+            if head[15] == ord("X"):  # the canvas, which animations have
+                return tuple(1 + int.from_bytes(head[at:at + 3], "little") for at in (24, 27))
+            if head[15] == ord("L"):
+                bits, = struct.unpack_from("<I", head, 21)
+                return 1 + bits % 2 ** 14, 1 + (bits >> 14) % 2 ** 14
+            return tuple(side % 2 ** 14 for side in struct.unpack_from("<HH", head, 26))
+        if head[:2] == b"BM":
+            width, height = struct.unpack_from("<HH" if head[14] == 12 else "<ii", head, 18)
+            return abs(width), abs(height)  # a negative height: from the top downwards
+    raise DataError("not a PNG, JPEG, WebP or BMP image")
+
+
+def jpeg_size(file):
+    """(width, height) of an open JPEG file: of its first frame header, found as libjpeg finds it."""
+    file.seek(2)
+    for _ in range(1 << 16):  # more parts, or bytes between them, are before no honest image
+        if file.read(1)[0] != 0xff:
+            continue
+        marker = file.read(1)[0]
+        if marker == 0xff:
+            file.seek(-1, os.SEEK_CUR)
+        if marker in (0x00, 0x01, 0xff) or 0xd0 <= marker <= 0xd7:  # no marker, or one without contents
+            continue
+        length, = struct.unpack(">H", file.read(2))
+        if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
+            height, width = struct.unpack(">xHH", file.read(5))
+            return width, height
+        if marker in (0xda, 0xd9) or length < 2:
+            break
+        file.seek(length - 2, os.SEEK_CUR)
+    raise DataError("not an image")
 
 
 def split_sources(sources, val_fraction):
@@ -236,14 +306,14 @@ def split_sources(sources, val_fraction):
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_frames(path, place, frames, delta):
+def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
     """`frames` frames of a video, every `delta`-th, from the place 0 <= place < 1 among those where the clip fits.
 
     Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). Too short a video is read with
     a smaller spacing, and its last frame repeated; a count that the container got wrong is corrected. DataError if
     nothing can be read.
     """
-    capture = open_video(path)
+    capture = open_video(path, max_pixels=max_pixels)
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     count = int(count) if known(count) else 0
     if count:
@@ -251,15 +321,15 @@ def read_frames(path, place, frames, delta):
         clip = grab_frames(capture, first, frames, spacing)
         if len(clip) == frames:
             return clip, first, spacing, []
-    notes, real = [], count_frames(path)
+    notes, real = [], count_frames(path, max_pixels)
     if real == 0:
         raise DataError("no frame can be decoded")
     if real != count:
         notes.append(f"the container says {count or 'nothing of its'} frames, {real} can be read")
     first, spacing = fit_clip(real, place, frames, delta)
-    clip = grab_frames(open_video(path), first, frames, spacing)
+    clip = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing)
     if not clip:  # seeking fails in some damaged files that can be read from the start
-        first, clip = 0, grab_frames(open_video(path), 0, frames, spacing)
+        first, clip = 0, grab_frames(open_video(path, max_pixels=max_pixels), 0, frames, spacing)
     if not clip:
         raise DataError("frames can be counted but not read")
     if len(clip) < frames:
@@ -289,18 +359,18 @@ def grab_frames(capture, first, frames, spacing):
     return clip
 
 
-def count_frames(path):
+def count_frames(path, max_pixels=MAX_PIXELS):
     """How many frames can be decoded: all are; the answer is kept while the file stays as it is."""
     try:
         about = os.stat(path)
     except OSError as error:
         raise DataError(error.strerror.lower()) from None
-    return _count_frames(path, about.st_size, about.st_mtime_ns, about.st_ino)
+    return _count_frames(path, max_pixels, about.st_size, about.st_mtime_ns, about.st_ino)
 
 
 @functools.lru_cache(maxsize=10000)
-def _count_frames(path, *_):
-    capture, count = open_video(path), 0
+def _count_frames(path, max_pixels, *_):
+    capture, count = open_video(path, max_pixels=max_pixels), 0
     while capture.grab():
         count += 1
     return count
@@ -313,17 +383,17 @@ class VideoReader:
     is no video.
     """
 
-    def __init__(self, path):
-        self.path = path
-        self.frames, fps, first = open_source(path)
+    def __init__(self, path, max_pixels=MAX_PIXELS):
+        self.path, self.max_pixels = path, max_pixels
+        self.frames, fps, first = open_source(path, max_pixels)
         self.fps = fps if np.isfinite(fps) and 0 < fps <= 1000 else 25.0
         self.height, self.width = first.shape[:2]
 
     def __iter__(self):
         if self.path.lower().endswith(IMAGE_SUFFIXES):
-            yield cv2.cvtColor(read_image(self.path), cv2.COLOR_BGR2RGB)
+            yield cv2.cvtColor(read_image(self.path, self.max_pixels), cv2.COLOR_BGR2RGB)
             return
-        capture = open_video(self.path, threads=0)
+        capture = open_video(self.path, 0, self.max_pixels)
         while True:
             ok, frame = capture.read()
             if not ok or frame is None:
@@ -401,9 +471,10 @@ class TrainClips(Dataset):
     """Training samples by Key. Images serve as clips of one frame, or, with `image_sequences`, as clips of `frames`
     images drawn at random."""
 
-    def __init__(self, sources, seed=0, min_frame_delta=1, max_frame_delta=1, augment=Augment(), image_sequences=False):
+    def __init__(self, sources, seed=0, min_frame_delta=1, max_frame_delta=1, augment=Augment(), image_sequences=False,
+                 max_pixels=MAX_PIXELS):
         self.seed, self.deltas, self.augment = seed, (min_frame_delta, max_frame_delta), augment
-        self.image_sequences = image_sequences
+        self.image_sequences, self.max_pixels = image_sequences, max_pixels
         self.images = [s for s in sources if s.is_image]
         self.videos = [s for s in sources if not s.is_image]
         self.sources = list(sources)
@@ -446,21 +517,23 @@ class TrainClips(Dataset):
     def read(self, source, frames, rng):
         delta, place = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
         if not source.is_image:
-            return read_frames(source.path, place, frames, delta)
+            return read_frames(source.path, place, frames, delta, self.max_pixels)
         more = rng.choice(len(self.images), frames - 1, replace=len(self.images) < frames) if frames > 1 else []
-        return [read_image(source.path), *(read_image(self.images[i].path) for i in more)], 0, 1, []
+        images = [source, *(self.images[i] for i in more)]
+        return [read_image(image.path, self.max_pixels) for image in images], 0, 1, []
 
 
 class ValClips(Dataset):
     """Fixed clips: of each video `per_video`, evenly spread, consecutive frames, the largest centred square. Images as
     in TrainClips; their sequences are of neighbours in the list."""
 
-    def __init__(self, sources, size, frames, per_video=1, limit=0, image_sequences=False):
+    def __init__(self, sources, size, frames, per_video=1, limit=0, image_sequences=False,
+                 max_pixels=MAX_PIXELS):
         self.images = [s for s in sources if s.is_image]
         usable = [s for s in sources if frames == 1 or image_sequences or not s.is_image]
         items = [(s, (k + 0.5) / per_video) for k in range(per_video) for s in usable if k == 0 or not s.is_image]
         self.items = items[:limit or None]
-        self.size, self.frames = size, frames
+        self.size, self.frames, self.max_pixels = size, frames, max_pixels
 
     def __len__(self):
         return len(self.items)
@@ -471,10 +544,11 @@ class ValClips(Dataset):
         try:
             if source.is_image:
                 first = self.images.index(source)
-                frames = [read_image(self.images[(first + k) % len(self.images)].path) for k in range(self.frames)]
+                images = (self.images[(first + k) % len(self.images)] for k in range(self.frames))
+                frames = [read_image(image.path, self.max_pixels) for image in images]
                 notes = []
             else:
-                frames, _, _, notes = read_frames(source.path, place, self.frames, 1)
+                frames, _, _, notes = read_frames(source.path, place, self.frames, 1, self.max_pixels)
         except DataError as error:
             return {"video": torch.empty(0, 3, self.size, self.size, dtype=torch.uint8),
                     "notes": [(source.path, f"{error}; left out of the validation")]}

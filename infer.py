@@ -25,6 +25,7 @@ import time
 import torch
 
 import checkpoint
+import data
 import judge
 import metrics
 import report
@@ -73,7 +74,8 @@ def run(options):
     dtype = pick_precision(options.precision, device)
     if dtype == torch.float16 and device.type == "cpu":
         print("--precision fp16: a CPU emulates it; bf16 or fp32 take less time")
-    sources, latent_files, refused, notes = find_inputs(options.inputs, options.num_samples, options.seed)
+    sources, latent_files, refused, notes = find_inputs(options.inputs, options.num_samples, options.seed,
+                                                         options.max_pixels)
     for note in notes:
         print(note)
     memory = PeakMemory(device, alone=options.by_teacher or not options.teacher)
@@ -170,6 +172,8 @@ def parse(arguments=None):
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
                         help="auto: bf16 where the hardware has it; fp16: as published TAEHVs are often run, for GPUs")
     parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="only the first N frames of each input")
+    parser.add_argument("--max-pixels", type=int, default=data.MAX_PIXELS, metavar="N",
+                        help="inputs whose frames have more are refused (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=0, metavar="N",
                         help="only N files of each folder, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0, metavar="K",
@@ -197,6 +201,8 @@ def parse(arguments=None):
         if (getattr(options, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: a positive number, or 0 for all, is "
                          "wanted")
+    if options.max_pixels < 1:
+        parser.error(f"--max-pixels {options.max_pixels}: at least 1 is wanted")
     options.by_teacher = is_spec(options.checkpoint)
     for name in ("variant", "save_latents", "save_tokens", "tile", "tile_frames", "teacher"):
         if options.by_teacher and getattr(options, name) is not None and getattr(options, name) is not False:

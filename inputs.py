@@ -19,7 +19,7 @@ MISTAKES = (InputError, LatentFileError, TokenError, TeacherError, DeviceError, 
             checkpoint.CheckpointError, OSError)
 
 
-def sample(sources, number, seed):
+def sample(sources, number, seed, max_pixels):
     """(up to `number` sources that can be read, [(path, reason)] of those met that cannot). A hash of the seed and of
     each name chooses: the order in which they are listed has no part in it."""
     waiting = sorted(sources, key=lambda source: hashlib.sha256(f"{seed} {source.key}".encode(errors="surrogatepass")
@@ -27,14 +27,14 @@ def sample(sources, number, seed):
     readable, refused = [], []
     while waiting and len(readable) < number:
         some, waiting = waiting[:number - len(readable)], waiting[number - len(readable):]
-        found, bad = data.probe(some)
+        found, bad = data.probe(some, max_pixels)
         readable, refused = readable + found, refused + bad
     return sorted(readable, key=lambda source: source.key), refused
 
 
-def find_inputs(inputs, number=0, seed=0):
+def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS):
     """([video and image sources], [latent and token files], [(path, reason)] refused in folders, [notes]). InputError
-    for a bad file. number, seed: with a number, only so many of each folder, see `sample`."""
+    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see data.py."""
     sources, latents, refused, notes, folders = [], [], [], [], 0
     for path in inputs:
         if path.endswith((LATENTS, TOKENS)):
@@ -45,12 +45,12 @@ def find_inputs(inputs, number=0, seed=0):
         found = data.find_sources(path)
         if number and (os.path.isdir(path) or len(found) > 1):
             there, folders = len(found), folders + 1
-            found, bad = sample(found, number, seed)
+            found, bad = sample(found, number, seed, max_pixels)
             how = f"chosen by --seed {seed}" if len(found) == number < there else \
                 f"no more can be read, and --num-samples is {number}"
             notes.append(f"{path}: {len(found)} of {there} files, {how}")
         else:
-            found, bad = data.probe(found)
+            found, bad = data.probe(found, max_pixels)
         if bad and not os.path.isdir(path):
             raise InputError(f"{bad[0][0]}: {bad[0][1]}")
         sources += found

@@ -342,12 +342,13 @@ def build(options):
     say = print if rank == 0 else lambda *_: None
     teacher = load_teacher(options.teacher, device, dtype)
     teacher.check_frames(options.frames)
-    sources, refused = from_rank_0(control, lambda: datasets.probe(datasets.find_sources(options.data,
-                                                                                         options.data_root)))
+    sources, refused = from_rank_0(control, lambda: datasets.probe(
+        datasets.find_sources(options.data, options.data_root), options.max_pixels))
     for path, reason in refused:
         say(f"refused: {path}: {reason}")
     clips = datasets.TrainClips(sources, options.seed, options.min_frame_delta, options.max_frame_delta,
-                                datasets.Augment(options.random_crop, options.min_crop, options.flip))
+                                datasets.Augment(options.random_crop, options.min_crop, options.flip),
+                                max_pixels=options.max_pixels)
     clips.check(datasets.Bucket(options.size, options.frames, 1.0, 1))
     plan = plan_cache(options, teacher, dtype, sources)
     plan = from_rank_0(control, lambda: prepare_folder(options.out, plan))
@@ -463,12 +464,14 @@ def parse(arguments=None):
     parser.add_argument("--batch-size", type=int, default=4, help="clips that the teacher sees at once (%(default)s)")
     parser.add_argument("--shard-clips", type=int, default=256, help="clips per shard, made whole (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which clips (%(default)s)")
+    parser.add_argument("--max-pixels", type=int, default=datasets.MAX_PIXELS, metavar="N",
+                        help="files whose frames have more are passed over (%(default)s)")
     parser.add_argument("--workers", type=int, default=-1, help="data processes per rank; -1: by the number of cores")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the teacher")
     options = parser.parse_args(arguments)
     for name, least in dict(clips=1, size=16, frames=1, min_frame_delta=1, batch_size=1, shard_clips=1, seed=0,
-                            max_frame_delta=options.min_frame_delta, workers=-1, min_crop=0).items():
+                            max_frame_delta=options.min_frame_delta, max_pixels=1, workers=-1, min_crop=0).items():
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least} is wanted")
     if options.min_crop > 1:

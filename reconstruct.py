@@ -45,7 +45,7 @@ def paired_frames(codec, pieces, reader, frames, length):
 
 def frames_to_take(source, reader, options):
     """(how many, [what is odd about it])."""
-    frames = 1 if source.is_image else data.count_frames(source.path)
+    frames = 1 if source.is_image else data.count_frames(source.path, options.max_pixels)
     notes = [] if frames == reader.frames else [f"the container says {reader.frames} frames, {frames} can be read"]
     if options.max_frames and frames > options.max_frames:
         notes.append(f"the first {options.max_frames} of {frames} frames")
@@ -102,7 +102,7 @@ class Quality:
 def reconstruct(source, name, job):
     """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
     model, device, options = job.model, job.device, job.options
-    reader = data.VideoReader(source.path)
+    reader = data.VideoReader(source.path, options.max_pixels)
     frames, length, notes = plan(source, reader, model, options)
     total_latents = model.latent_frames(length)
     codec = Codec(job, total_latents, reader)
@@ -111,7 +111,7 @@ def reconstruct(source, name, job):
         for note in notes:
             tqdm.write(f"{source.path}: {note}")
     beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor,
-                         options.teacher_frames, job.memory, options.out) if job.teacher else None
+                         options.teacher_frames, job.memory, options.out, options.max_pixels) if job.teacher else None
     if beside and options.verbose:
         for note in beside.notes:
             tqdm.write(f"{source.path}: {note}")
@@ -178,12 +178,13 @@ def reconstruct(source, name, job):
 def reconstruct_by_teacher(source, name, job):
     """The same by a teacher in the model's place, in pieces as TeacherPass takes them."""
     options = job.options
-    reader = data.VideoReader(source.path)
+    reader = data.VideoReader(source.path, options.max_pixels)
     frames, notes = frames_to_take(source, reader, options)
     if options.verbose:
         for note in notes:
             tqdm.write(f"{source.path}: {note}")
-    by = TeacherPass(job.teacher, source, frames, *job.teacher_factors, options.teacher_frames, job.memory, options.out)
+    by = TeacherPass(job.teacher, source, frames, *job.teacher_factors, options.teacher_frames, job.memory,
+                     options.out, options.max_pixels)
     if not by.count:
         raise InputError(f"{source.path}: {'; '.join(by.notes)}")
     if options.verbose:

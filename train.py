@@ -400,9 +400,10 @@ def find_clips(cfg, bucket, control):
     there are none."""
     train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))
     augment = datasets.Augment(cfg.random_crop, cfg.min_crop, cfg.flip, cfg.color_jitter, cfg.blur)
-    clips = datasets.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment, cfg.image_sequences)
+    clips = datasets.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment, cfg.image_sequences,
+                                cfg.max_pixels)
     val_clips = datasets.ValClips(val, cfg.val_size or bucket.size, bucket.frames, cfg.val_clips_per_video,
-                                  val_limit(cfg, bucket.frames), cfg.image_sequences)
+                                  val_limit(cfg, bucket.frames), cfg.image_sequences, cfg.max_pixels)
     if val and not len(val_clips):
         found.append(f"no validation: no held-out file gives clips of {bucket.frames} frames")
     return clips, val_clips, "", found
@@ -422,9 +423,9 @@ def find_files(cfg, frames):
             make_demo("demo_data")
         except OSError as error:
             raise datasets.DataError(f"data=demo: demo_data cannot be written here ({error})") from None
-    train, refused = datasets.probe(datasets.find_sources(data, cfg.data_root, cfg.use_images))
+    train, refused = datasets.probe(datasets.find_sources(data, cfg.data_root, cfg.use_images), cfg.max_pixels)
     if val_data:
-        val, more = datasets.probe(datasets.find_sources(val_data, cfg.data_root, cfg.use_images))
+        val, more = datasets.probe(datasets.find_sources(val_data, cfg.data_root, cfg.use_images), cfg.max_pixels)
         refused += more
     else:
         train, val = datasets.split_sources(train, cfg.val_fraction)

@@ -1,0 +1,164 @@
+"""Files that are made to exhaust memory, to take for ever, or to open other files: refused in one line, before that."""
+
+import os
+import shutil
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+
+import config
+import data
+import infer
+import latent_cache
+from conftest import FRAMES, log_of, mistake, write_clip
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def huge_png(side=30000):
+    """The beginning of a PNG whose header alone is large: 2.6 MB of zeros more would decode to 2.7 GB."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(9999)))
+
+
+def no_decoder(monkeypatch):
+    """Whoever decodes an image, or a frame of a video, fails."""
+    def decode(*_):
+        raise AssertionError("decoded")
+
+    class Capture:
+        def __init__(self, *arguments, real=cv2.VideoCapture):
+            self.get, self.isOpened = (capture := real(*arguments)).get, capture.isOpened
+            self.read = self.grab = self.retrieve = decode
+
+    for name in ("imread", "imdecode", "imreadmulti"):
+        monkeypatch.setattr(cv2, name, decode)
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+
+
+# ---- images and videos that are too large ----------------------------------------------------------------------------
+
+
+def test_the_limit_is_the_same_everywhere():
+    assert config.Config().max_pixels == data.MAX_PIXELS == infer.parse(["a", "b"]).max_pixels
+    assert latent_cache.parse("--teacher a --data b --out c --clips 1".split()).max_pixels == data.MAX_PIXELS
+
+
+def test_huge_images_are_refused_undecoded(tmp_path, monkeypatch):
+    """By their headers, of every kind that is read. Others (TIFF, EXR, AVIF), whose sizes it does not know, never."""
+    jpeg = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))[1].tobytes()
+    at = jpeg.index(b"\xff\xc0") + 5
+    app = b"\xff\xe1" + struct.pack(">H", 40) + b"\xff\xc0\0\x11\x08\0\1\0\1".ljust(38)  # as of a thumbnail
+    webp = b"RIFF\1\1\0\0WEBP"
+    huge = {
+        "png": huge_png(),
+        "jpg": jpeg[:2] + app + b"noise\xff\xff" + jpeg[3:at] + struct.pack(">HH", 30000, 30000) + jpeg[at + 4:],
+        "jpeg": b"BM" + bytes(12) + struct.pack("<Iii", 40, 30000, -30000) + bytes(28),
+        "webp": webp + b"VP8X" + bytes(8) + b"\x2f\x75\0" * 2,
+        "WEBP": webp + b"VP8L" + bytes(4) + b"\x2f" + struct.pack("<I", 16000 - 1 | 16000 - 1 << 14) + bytes(9),
+        "Png": webp + b"VP8 " + bytes(7) + b"\x9d\x01\x2a" + struct.pack("<HH", 16000, 16000 | 1 << 14) + bytes(9),
+    }
+    for suffix, content in huge.items():
+        (tmp_path / f"a.{suffix}").write_bytes(content)
+    (tmp_path / "tiff.png").write_bytes(b"II*\0" + bytes(99))
+    (tmp_path / "sparse.png").write_bytes(huge_png(side=16))
+    os.truncate(tmp_path / "sparse.png", 10 ** 11)
+    (tmp_path / "long.jpg").write_bytes(b"\xff\xd8" + bytes(10 ** 6))
+    (tmp_path / "cut.jpg").write_bytes(jpeg[:at])
+    no_decoder(monkeypatch)
+    sources, refused = data.probe(data.find_sources(str(tmp_path)))
+    reasons = {os.path.basename(path): reason for path, reason in refused}
+    assert not sources and len(reasons) == len(huge) + 4
+    for name in ("a.png", "a.jpg", "a.jpeg", "a.webp"):
+        assert reasons[name].startswith("30000x30000 pixels, and max_pixels is 100000000: "), (name, reasons[name])
+    assert reasons["a.WEBP"].startswith("16000x16000 ") and reasons["a.Png"].startswith("16000x16000 ")
+    assert reasons["tiff.png"] == "not a PNG, JPEG, WebP or BMP image" and "too many" in reasons["sparse.png"]
+    assert reasons["long.jpg"] == reasons["cut.jpg"] == "not an image"
+
+
+def test_honest_images_have_the_size_in_their_headers(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (21, 34, 4), np.uint8)
+    progressive = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_RST_INTERVAL, 1]
+    kinds = [(".png", []), (".jpg", []), (".jpg", progressive), (".webp", [cv2.IMWRITE_WEBP_QUALITY, 101]),
+             (".webp", [cv2.IMWRITE_WEBP_QUALITY, 80]), (".bmp", [])]
+    path = str(tmp_path / "a.png")  # what a file is, its content says
+    for channels in (3, 4):
+        for suffix, how in kinds:
+            cv2.imencode(suffix, image[:, :, :channels], how)[1].tofile(path)
+            assert data.image_size(path) == (34, 21) and data.read_image(path).shape == (21, 34, 3), (suffix, channels)
+
+
+def test_huge_videos_are_refused_undecoded(tmp_path, monkeypatch):
+    path = write_clip(str(tmp_path / "a.mp4"), frames=2)
+    assert data.probe([data.Source(path, "a")], 96 * 72)[1] == []
+    no_decoder(monkeypatch)
+    reason = "96x72 pixels, and max_pixels is 6911: raise it, or scale the file down"
+    assert data.probe([data.Source(path, "a")], 96 * 72 - 1) == ([], [(path, reason)])
+    for read in (data.VideoReader, lambda *limit: data.read_frames(path, 0.5, 2, 1, *limit[1:]), data.count_frames):
+        with pytest.raises(data.DataError, match=reason):
+            read(path, 96 * 72 - 1)
+
+
+def test_every_command_passes_huge_files_over(here, tmp_path, monkeypatch, capsys):
+    """In a folder they are named, and the others are read; alone they are one line."""
+    (folder := tmp_path / "data").mkdir()
+    cv2.imwrite(str(folder / "good.png"), np.zeros((32, 32, 3), np.uint8))
+    (folder / "huge.png").write_bytes(huge_png())
+    settings = [*FRAMES, f"data={folder}", "frames=1", "max_steps=1"]
+    log = log_of(here(*settings))
+    assert "training: 1 files" in log and "huge.png: 30000x30000 pixels, and max_pixels is 100000000" in log
+    with pytest.raises(data.DataError, match="32x32 pixels, and max_pixels is 1023"):
+        here(*settings, "max_pixels=1023", "name=small")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for arguments, words in (([folder / "huge.png"], "huge.png: 30000x30000 pixels, and max_pixels is 100000000"),
+                             ([folder, "--max-pixels", 1023], "none of the 2 files can be read"),
+                             ([folder, "--max-pixels", 0], "--max-pixels 0: at least 1 is wanted")):
+        assert words in mistake(capsys, monkeypatch, infer, "x.pth", *arguments, "--precision", "fp32")
+
+
+# ---- videos that are lists of others ---------------------------------------------------------------------------------
+
+PLAYLISTS = {
+    "ffconcat": "ffconcat version 1.0\nfile 'good.avi'\n",
+    "hls": "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\ngood.mp4\n#EXT-X-ENDLIST\n",
+    "dash": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+            'profiles="urn:mpeg:dash:profile:isoff-on-demand:2011" mediaPresentationDuration="PT1S"><Period>'
+            '<AdaptationSet><Representation id="1" mimeType="video/mp4" bandwidth="1"><BaseURL>good.mp4</BaseURL>'
+            "</Representation></AdaptationSet></Period></MPD>",
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+           "a=rtpmap:96 H264/90000\n",
+}
+
+
+def test_playlists_open_no_other_file(tmp_path):
+    write_clip(str(tmp_path / "good.avi"), frames=3)
+    write_clip(str(tmp_path / "good.mp4"), frames=3)
+    for name, content in PLAYLISTS.items():
+        (tmp_path / f"{name}.mp4").write_text(content)
+    sources, refused = data.probe(data.find_sources(str(tmp_path)))
+    assert [source.key for source in sources] == ["good.avi", "good.mp4"]
+    assert [reason for _, reason in refused] == ["not a video"] * len(PLAYLISTS)
+
+
+def test_a_name_is_no_pattern_and_no_address(tmp_path, monkeypatch):
+    """`%d` and digits make image series of names, `concat:` and `http:` addresses; ours are the names of files."""
+    good, other = (write_clip(str(tmp_path / "v" / f"{n}.avi"), frames=n) for n in (3, 5))
+    monkeypatch.chdir(tmp_path)
+    names = ["a%02d.avi", "a01.avi", "concat:a01.avi|a02.avi", "file:a01.avi", "pipe:0.avi", "-.avi", "a?b.avi"]
+    os.makedirs("http:/127.0.0.1:1")
+    for name in [*names, "http:/127.0.0.1:1/x.avi"]:
+        shutil.copy(good, name)
+    shutil.copy(other, "a02.avi")
+    (tmp_path / "a.csv").write_text("path\n" + "\n".join([*names, "http://127.0.0.1:1/x.avi"]))
+    for given in (".", "a.csv"):
+        sources, refused = data.probe(data.find_sources(given))
+        frames = {source.key: len(list(data.VideoReader(source.path))) for source in sources}
+        assert not refused and {frames[name] for name in names} == {3} and len(frames) >= 8, frames
