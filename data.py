@@ -12,6 +12,7 @@ another one, chosen by the same numbers, and reported in the sample's "notes".
 This file works alone with torch, numpy and opencv-python (and tqdm where many files are probed).
 """
 import csv
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -45,6 +46,12 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 100_000_000  # in an image or a frame: a file of 3 MB can hold one that takes 6 GB of memory
 MAX_REPLACEMENTS = 50  # unreadable files in a row before a sample gives up
+try:
+    MALLOPT = ctypes.CDLL(None).mallopt
+except (AttributeError, OSError, TypeError):  # another C library than glibc
+    MALLOPT = None
+M_PERTURB, FILL = -6, 165  # glibc's name for an option, see `first_picture`; a byte
+PERTURBING = threading.Lock()
 
 
 class DataError(Exception):
@@ -171,11 +178,43 @@ def open_source(path, max_pixels=MAX_PIXELS):
         return 1, 0.0, read_image(path, max_pixels)
     capture = open_video(path, max_pixels=max_pixels)
     count, fps = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
-    ok, frame = capture.read()
-    if not ok or frame is None:
+    frame = first_picture(capture)
+    if frame is None:
         raise DataError("no frame can be decoded (damaged, or this OpenCV has no decoder for its codec)")
     check_size(frame.shape[1], frame.shape[0], max_pixels)  # it may be larger than the container says
+    if is_blank(frame) and is_blank(first_picture(open_video(path, max_pixels=max_pixels), FILL + 1), FILL + 1):
+        raise DataError(BLANK)
     return int(count) if known(count) else 1, fps, frame
+
+
+BLANK = (f"OpenCV {cv2.__version__} gives no picture of its frames, as of all interlaced videos: deinterlace it, say "
+         "with ffmpeg -i IN -vf bwdif OUT")
+
+
+def first_picture(capture, fill=FILL):
+    """The next frame of a capture that gave none so far, H W 3 BGR uint8, or None. With `fill` in all of it, OpenCV
+    gave no picture, but the memory as it found it.
+
+    OpenCV 4.13 to 5.0 does that with interlaced frames, and says that it has read them: its FFmpeg 8 does not convert
+    them. A capture takes the memory for pictures with its first one; glibc is told to fill it before. Without glibc
+    such a video is read as what its memory held.
+    """
+    if not capture.grab():
+        return None
+    if MALLOPT is None:
+        ok, frame = capture.retrieve()
+    else:
+        with PERTURBING:
+            MALLOPT(M_PERTURB, fill ^ 255)
+            try:
+                ok, frame = capture.retrieve()
+            finally:
+                MALLOPT(M_PERTURB, 0)
+    return frame if ok else None
+
+
+def is_blank(frame, fill=FILL):
+    return frame is not None and frame[0, 0, 0] == fill and bool((frame == fill).all())
 
 
 def known(count):
@@ -311,7 +350,8 @@ def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
 
     Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). Too short a video is read with
     a smaller spacing, and its last frame repeated; a count that the container got wrong is corrected. DataError if
-    nothing can be read.
+    nothing can be read. OpenCV seeks by time: where frames are not evenly spaced in time (a variable frame rate), the
+    clip begins some frames beside the first frame number; its frames still follow each other as stored.
     """
     capture = open_video(path, max_pixels=max_pixels)
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -328,8 +368,9 @@ def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
         notes.append(f"the container says {count or 'nothing of its'} frames, {real} can be read")
     first, spacing = fit_clip(real, place, frames, delta)
     clip = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing)
-    if not clip:  # seeking fails in some damaged files that can be read from the start
-        first, clip = 0, grab_frames(open_video(path, max_pixels=max_pixels), 0, frames, spacing)
+    if len(clip) < min(frames, real):  # some files cannot be sought in; a variable frame rate makes it land too late
+        walked = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing, seek=False)
+        clip = max(clip, walked, key=len)
     if not clip:
         raise DataError("frames can be counted but not read")
     if len(clip) < frames:
@@ -344,18 +385,22 @@ def fit_clip(count, place, frames, delta):
     return int(place * max(1, count - (frames - 1) * delta)), delta
 
 
-def grab_frames(capture, first, frames, spacing):
-    """Up to `frames` frames. Seeks once; frames between are grabbed, which skips their conversion to BGR."""
-    if first > 0 and not capture.set(cv2.CAP_PROP_POS_FRAMES, first):
+def grab_frames(capture, first, frames, spacing, seek=True):
+    """Up to `frames` frames. Seeks once, or reads from the start on; frames that are passed over are grabbed, which
+    skips their conversion to BGR. DataError if OpenCV gives no picture of them, see `first_picture`."""
+    if first > 0 and not (capture.set(cv2.CAP_PROP_POS_FRAMES, first) if seek else
+                          all(capture.grab() for _ in range(first))):
         return []
     clip = []
     while len(clip) < frames:
-        ok, frame = capture.read()
-        if not ok or frame is None:
+        frame = capture.read()[1] if clip else first_picture(capture)
+        if frame is None:
             break
         clip.append(frame)
         if len(clip) < frames and not all(capture.grab() for _ in range(spacing - 1)):
             break
+    if clip and is_blank(clip[0]) and is_blank(clip[-1]):
+        raise DataError(BLANK)
     return clip
 
 
