@@ -27,6 +27,7 @@ from model_vqvae import VQVAE2, VqVae2, load_vqvae
 
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
+LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt)\.(\d+\.)+tmp")  # see write_atomically
 # What contents that are not as expected raise.
 MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError)
 
@@ -282,15 +283,20 @@ def save(state, path):
     write_atomically(path, buffer.getbuffer())
 
 
+def remove_leftovers(folder):
+    """What killed saves left in a run folder, which no other process may be saving to. OSError."""
+    for name in os.listdir(folder):
+        if LEFTOVER.fullmatch(name):
+            os.remove(os.path.join(folder, name))
+
+
 def save_run(folder, state, keep_last):
     """Save a run's state as its newest checkpoint and its averaged weights as model.pth; drop all but `keep_last`.
 
     Returns an error message, or "" if all went well: a full disk must not end a run.
     """
     try:
-        for name in os.listdir(folder):  # what a killed save left behind
-            if re.fullmatch(r".*\.\d+\.tmp", name):
-                os.remove(os.path.join(folder, name))
+        remove_leftovers(folder)
         save(state, os.path.join(folder, f"step_{state['step']:08d}.pt"))
         save(state["ema"], os.path.join(folder, "model.pth"))
         for path in checkpoints(folder)[keep_last:]:

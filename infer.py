@@ -34,6 +34,7 @@ from compare import PeakMemory, factors
 from device import describe, pick_device, pick_precision, place, tune
 from inputs import MISTAKES, Failures, find_inputs
 from latent_file import LATENTS
+from lock import locked
 from reconstruct import reconstruct, reconstruct_by_teacher
 from teachers import KINDS, TeacherError, is_spec, load_teacher
 
@@ -219,7 +220,10 @@ def main():
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
-        code = run(options)
+        with locked(options.out, "choose another --out") as unlocked:
+            if unlocked:
+                print(unlocked)
+            code = run(options)
     except MISTAKES as error:
         print(f"infer.py: {error}", file=sys.stderr)
         sys.exit(2)

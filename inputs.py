@@ -11,12 +11,13 @@ import data
 from codec import TOKENS, InputError
 from device import DeviceError
 from latent_file import LATENTS, LatentFileError
+from lock import InUse
 from teachers import TeacherError
 from token_file import TokenError
 
 # Errors of one line, with code 2.
 MISTAKES = (InputError, LatentFileError, TokenError, TeacherError, DeviceError, data.DataError,
-            checkpoint.CheckpointError, OSError)
+            checkpoint.CheckpointError, InUse, OSError)
 
 
 def sample(sources, number, seed, max_pixels):

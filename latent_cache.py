@@ -10,6 +10,7 @@ its 16 bits; N T' C h w), shard_00000.json (where each clip was cut from), and i
 """
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ import checkpoint
 import data as datasets
 from data import DataError
 from device import DeviceError, default_workers, describe, pick_device, pick_precision, tune
+from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
 from teachers import KINDS, TeacherError, load_teacher
@@ -298,7 +300,7 @@ def prepare_folder(out, plan):
             if different:
                 raise DataError(f"--out {out}: holds a cache of another kind ({different[0]}): use another folder")
             plan["clips"] = max(plan["clips"], int(old["clips"]))
-        elif os.listdir(out):
+        elif set(os.listdir(out)) - {LOCK}:
             raise DataError(f"--out {out}: is not empty, and no cache: use another folder")
         for name in os.listdir(out):
             if re.fullmatch(r"shard_\d+\..*tmp", name):  # what a killed run left behind
@@ -334,12 +336,20 @@ def shard_is_done(out, i, count):
 
 
 def build(options):
-    """Everything from the options to a finished cache. Raises DataError, TeacherError, DeviceError, CheckpointError."""
+    """Everything from the options to a finished cache. Raises DataError, TeacherError, DeviceError, CheckpointError,
+    InUse."""
+    with contextlib.ExitStack() as at_end:
+        build_in(options, at_end)
+
+
+def build_in(options, at_end):
     device = pick_device(options.device)
     tune(device)
     dtype = pick_precision(options.precision, device)
     rank, world, control = start_ranks(device, timeout_minutes=24 * 60)  # ranks meet only at the ends
     say = print if rank == 0 else lambda *_: None
+    if unlocked := from_rank_0(control, lambda: at_end.enter_context(locked(options.out, "choose another --out"))):
+        say(f"warning: {unlocked}")
     teacher = load_teacher(options.teacher, device, dtype)
     teacher.check_frames(options.frames)
     sources, refused = from_rank_0(control, lambda: datasets.probe(
@@ -483,8 +493,9 @@ def main():
     options, code = parse(), 0
     try:
         build(options)
-    except (DataError, TeacherError, DeviceError, checkpoint.CheckpointError, OSError) as error:
-        print(f"latent_cache.py: {error}", file=sys.stderr)
+    except (DataError, TeacherError, DeviceError, checkpoint.CheckpointError, InUse, OSError) as error:
+        if not isinstance(error, InUse) or int(os.environ.get("RANK", 0)) == 0:  # all ranks raise this together
+            print(f"latent_cache.py: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)

@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -35,6 +34,7 @@ import sys
 import time
 import uuid
 
+import lock
 from config import PRESETS, Config, ConfigError, load_config, nearest
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
@@ -229,7 +229,9 @@ def claim(task):
     os.makedirs(task.folder, exist_ok=True)
     task.log = open(os.path.join(task.folder, "launch.log"), "ab")  # noqa: SIM115 (its processes write to it)
     try:
-        fcntl.flock(task.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        problem = lock.lock(task.log.fileno())
+        if problem:
+            print(f"{task.folder} cannot be locked ({problem}): start no other launch.py with this task")
     except BlockingIOError:
         raise ConfigError(f"task {task.name}: {task.folder} is in use by another launch.py or what it left") from None
 
@@ -243,6 +245,12 @@ def start(task, devices, on_gpus, command):
         if os.getppid() != launcher:
             os._exit(1)
 
+    task.log_start = task.log.tell()
+    if other := lock.holder(task.folder):  # train.py would wait for it, and then say the same
+        reason = f"{task.folder} is in use by {other}"
+        task.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} not started: {reason}\n".encode(errors="replace"))
+        task.log.flush()
+        raise lock.InUse(reason)
     words, mark = command(task), uuid.uuid4().hex
     environment = {"TQDM_MININTERVAL": "30", **os.environ, "PYTHONUNBUFFERED": "1", "LAUNCH_TASK": mark}
     if on_gpus:
@@ -338,6 +346,8 @@ def run_all(tasks, devices, on_gpus, command):
                     start(task, free[:task.gpus], on_gpus, command)
                 except OSError as error:  # no memory, no more processes
                     task.state, task.note = "failed", f"cannot be started: {error.strerror}"
+                except lock.InUse as error:
+                    task.state, task.note = "failed", str(error)
         states = [t.state for t in tasks]
         screen.show(f"{states.count('running')} running, {states.count('queued')} queued; "
                     + ("Ctrl-C again kills" if stopping else "Ctrl-C saves and ends"))

@@ -12,7 +12,8 @@ import time
 import pytest
 
 import launch
-from conftest import ROOT
+import train
+from conftest import ROOT, mistake
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 
@@ -177,12 +178,16 @@ def test_real_tasks_finish_and_the_same_command_passes_over_them(clips, tmp_path
     assert "max_steps=3" in dry[0] and dry[1] == "b: nothing to do", "other settings are train.py's to judge"
 
 
-def test_ctrl_c_saves_a_task_of_two_ranks(clips, tmp_path):
+@pytest.mark.any_precision
+def test_ctrl_c_saves_a_task_of_two_ranks(clips, tmp_path, monkeypatch, capsys):
+    """And nobody else trains in its folder before."""
     one = task("interrupted", 2, **TINY, data=clips, max_steps=100000, val_fraction=0, save_every=100000)
     process = begin(tmp_path, [one], "--slots", "2", fake=False)
     log = tmp_path / "runs" / "interrupted" / "train.log"
     wait(lambda: process.poll() is not None or log.exists() and "step 3: loss" in log.read_text())
     assert len(processes(tmp_path)) >= 4, "launch.py, torchrun and two ranks"
+    line = mistake(capsys, monkeypatch, train, "taehv", f"data={clips}", f"out_dir={tmp_path}/runs", "name=interrupted")
+    assert re.search(r"/interrupted is in use by pid \d+ on .* \(train.py taehv ", line), "rank 0 has it"
     process.send_signal(signal.SIGINT)
     output = end(process, 130)
     assert "stopped: interrupted; the same command goes on" in output and "failed" not in output

@@ -27,6 +27,7 @@ from config import ConfigError, exit_with_usage, load_config, parse_buckets
 from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device, pick_precision,
                     place, resident_memory, synchronize, tune)
 from latent_cache import LatentCache
+from lock import InUse, locked
 from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
@@ -36,8 +37,13 @@ from watch import Trend, describe_figures, describe_trend
 
 
 def train(cfg):
-    """One run, from the settings to its last checkpoint. Returns the exit code. ConfigError, DeviceError, DataError or
-    CheckpointError say in one line what is wrong; all ranks raise the same."""
+    """One run, from the settings to its last checkpoint. Returns the exit code. ConfigError, DeviceError, DataError,
+    CheckpointError or InUse say in one line what is wrong; all ranks raise the same."""
+    with contextlib.ExitStack() as at_end:  # however the run ends, it lets its folder go
+        return run(cfg, at_end)
+
+
+def run(cfg, at_end):
     # ---- ranks, log, and everything that can be wrong before the first step ----------------------------------------
     device = pick_device(cfg.device)
     tune(device)
@@ -45,6 +51,7 @@ def train(cfg):
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     rank, world, control = start_ranks(device, cfg.timeout_minutes)
     folder = os.path.join(cfg.out_dir, cfg.name)
+    unlocked = from_rank_0(control, lambda: take_folder(cfg, folder, at_end))
     log = Logbook(folder, rank)
     buckets = [datasets.Bucket(*b) for b in parse_buckets(cfg)]
     torch.manual_seed(cfg.seed)
@@ -122,7 +129,7 @@ def train(cfg):
         f"{str(dtype).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}")
     if dtype == torch.bfloat16 and device.type == "cpu" and cfg.model == "dcae":
         log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips; leave precision at auto")
-    for line in found:
+    for line in found + [f"warning: {unlocked}"] * bool(unlocked):
         log(line)
     if resume_from:
         log(f"resumed from {resume_from} at step {step}"
@@ -287,6 +294,16 @@ def train(cfg):
 # ---- in the order in which train() calls them --------------------------------------------------------------------
 
 
+def take_folder(cfg, folder, at_end):
+    """Makes the run's folder and locks it until `at_end` is closed. Returns "", or why it cannot be locked."""
+    try:
+        unlocked = at_end.enter_context(locked(folder, "choose another name="))
+        checkpoint.remove_leftovers(folder)
+    except OSError as error:
+        raise ConfigError(f"out_dir={cfg.out_dir}: {folder} cannot be made or written to ({error.strerror})") from None
+    return unlocked
+
+
 def make_model(cfg, buckets):
     """(model on the CPU, where its weights come from); ConfigError if settings, buckets and weights do not fit."""
     if cfg.init_from:
@@ -373,10 +390,6 @@ def load_judges(cfg, device):
 
 def find_resume(cfg, folder, restarted, log):
     """Path of the checkpoint to go on from, or None. `restarted`: torchrun has started these ranks anew."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out_dir={cfg.out_dir}: {folder} cannot be made ({error.strerror})") from None
     present = checkpoint.checkpoints(folder)
     if cfg.resume == "none" and present and not restarted:
         raise ConfigError(f"resume=none, but {folder} holds checkpoints: choose another name=, or remove it")
@@ -552,7 +565,7 @@ def main():
         stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         code = train(load_config(sys.argv[1:]))
-    except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError) as error:
+    except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError, InUse) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise these together
             print(f"train.py: {error}", file=sys.stderr)
         code = 2
