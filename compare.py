@@ -83,6 +83,8 @@ class TeacherPass:
                 self.run(clip)
                 left -= len(clip)
                 bar.update(len(clip))
+            if self.latents is None:
+                raise data.DataError("no frame could be read")
             del reader, clip
             if module is not None and teacher.device.type == "cuda":
                 module.to("cpu")  # room for ours

@@ -431,6 +431,7 @@ class VideoReader:
     def __init__(self, path, max_pixels=MAX_PIXELS):
         self.path, self.max_pixels = path, max_pixels
         self.frames, fps, first = open_source(path, max_pixels)
+        self.about = os.stat(path)
         self.fps = fps if np.isfinite(fps) and 0 < fps <= 1000 else 25.0
         self.height, self.width = first.shape[:2]
 
@@ -446,6 +447,14 @@ class VideoReader:
             if frame.shape[:2] != (self.height, self.width):  # a stream may change its size half-way
                 frame = cv2.resize(frame, (self.width, self.height), interpolation=cv2.INTER_AREA)
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def changes(self):
+        """[what is odd about it] after it was read more than once: it may have grown, as a recording does. DataError if
+        it is another file now, or a shorter one: what was read of it does not belong together."""
+        now = os.stat(self.path)
+        if now.st_ino != self.about.st_ino or now.st_size < self.about.st_size:
+            raise DataError("the file was changed while it was read")
+        return ["the file was written to while it was read"] * (now.st_mtime_ns != self.about.st_mtime_ns)
 
 
 # ---- augmentation ------------------------------------------------------------------------------------------------

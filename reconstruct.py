@@ -22,8 +22,11 @@ from token_file import TokenWriter
 
 def encoded(codec, frames, length):
     """Pieces (see Codec) of some frames, H W 3 uint8; the last one is repeated until `length` have gone in."""
+    number = -1
     for number, frame in enumerate(frames):
         yield codec.encode(frame)
+    if number < 0:
+        raise data.DataError("no frame could be read")
     for _ in range(number + 1, length):
         yield codec.encode(frame)
     yield codec.flush_encoder()
@@ -154,6 +157,7 @@ def reconstruct(source, name, job):
             if theirs is not None:
                 teacher_quality.add(original, theirs)
             outputs.write(original, output, theirs, bool(beside))
+        notes += reader.changes()
     count = quality.counts["mse"]
     notes += sorted({writer.note for writer in outputs.writers.values() if writer.note})
     row = dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
@@ -196,6 +200,7 @@ def reconstruct_by_teacher(source, name, job):
             if (output := by.frame(number)) is not None:
                 quality.add(original, output)
                 outputs.write(original, output, None, False)
+        notes += reader.changes()
     notes += by.notes + sorted({writer.note for writer in outputs.writers.values() if writer.note})
     first = by.latents[:64]  # a picture of more would take memory that grows with the video
     return dict(name=name, source=source.path, frames=by.count, fps=reader.fps, height=reader.height,

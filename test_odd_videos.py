@@ -1,13 +1,19 @@
 """Videos of odd kinds, made by PyAV: which frames data.py gives of them, in the order and orientation that they have."""
+import json
+import os
+import shutil
 import struct
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import infer
+import reconstruct
 from conftest import mistake
+from model_taehv import TAEHV
 
 av = pytest.importorskip("av")
 
@@ -37,14 +43,14 @@ def number(frame, upright=lambda frame: frame):
 
 
 def write(path, codec="libx264", pixels="yuv420p", options=None, time=lambda t: 40 * t, height=HEIGHT, width=WIDTH,
-          matrix=None, aspect=None, flags=None):
-    """30 frames; `time`: of each, in milliseconds. `matrix`: of an MP4 file, how the frames are to be turned."""
+          matrix=None, aspect=None, flags=None, frames=FRAMES):
+    """`time`: of each, in milliseconds. `matrix`: of an MP4 file, how the frames are to be turned."""
     with av.open(str(path), "w", options={"movflags": flags} if flags else {}) as file:
         stream = file.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixels, options or {}
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
-        for t in range(FRAMES):
+        for t in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(t, height, width), format="rgb24").reformat(format=pixels)
             frame.pts, frame.time_base = time(t), Fraction(1, 1000)
             file.mux(stream.encode(frame))
@@ -155,3 +161,42 @@ def test_a_grey_video_is_not_taken_for_one_without_pictures(tmp_path, monkeypatc
     monkeypatch.setattr("test_odd_videos.picture", lambda *_: grey)
     path = write(tmp_path / "a.mkv", codec="ffv1", pixels="bgr0")
     assert np.array_equal(next(iter(data.VideoReader(path))), grey)
+
+
+# ---- files that change while they are read ---------------------------------------------------------------------------
+
+
+CHANGES = dict(  # what happens to a video of 10 frames after these were counted, and what is said of it
+    grows=(lambda path, more: path.open("ab").write(more.read_bytes()), "the file was written to while it was read"),
+    is_another=(lambda path, more: os.replace(shutil.copy(more, f"{path}2"), path), "was changed while it was read"),
+    shrinks=(lambda path, more: os.truncate(path, path.stat().st_size * 3 // 4), "of 10 frames could be read a second time"),
+    is_gone=(lambda path, more: path.unlink(), "no such file or directory"),
+    has_no_frames=(lambda path, more: os.truncate(path, 600), "no frame could be read"),
+    stays=(lambda path, more: None, ""))
+
+
+def test_a_file_that_changes_while_infer_reads_it_is_told_and_costs_only_itself(tmp_path, monkeypatch, one_thread):
+    small = dict(codec="ffv1", pixels="bgr0", height=24, width=32, frames=10)
+    more = tmp_path / "more"
+    write(tmp_path / "more.mkv", time=lambda t: 50 * t, **small)
+    os.rename(tmp_path / "more.mkv", more)
+    for change in CHANGES:
+        write(tmp_path / f"{change}.mkv", **small)
+
+    def count(source, *arguments, original=reconstruct.frames_to_take):
+        found = original(source, *arguments)
+        CHANGES[source.key.removesuffix(".mkv")][0](tmp_path / source.key, more)
+        return found
+    monkeypatch.setattr(reconstruct, "frames_to_take", count)
+    torch.manual_seed(0)
+    torch.save(TAEHV(encoder_widths=(8,) * 4, decoder_widths=(8,) * 4).state_dict(), tmp_path / "taehv.pth")
+    monkeypatch.setattr("sys.argv", ["infer.py", str(tmp_path / "taehv.pth"), str(tmp_path), "--lpips", "none",
+                                     "--precision", "fp32", "--device", "cpu", "--out", str(tmp_path / "results")])
+    assert infer.main() is None
+    rows = json.loads((tmp_path / "results" / "metrics.json").read_text())["rows"]
+    assert {row["name"] for row in rows} == set(CHANGES)
+    for row in rows:
+        said = row.get("failed") or "; ".join(row["notes"])
+        assert CHANGES[row["name"]][1] in said and ("failed" in row) == (row["name"] not in ("grows", "stays")), row
+        assert row.get("frames", 10) == 10
+    assert not (tmp_path / "results" / "errors.log").exists()
