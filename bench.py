@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from bench_loader import loader
 from config import load_config
-from device import describe, pick_device, pick_precision, place, tune
+from device import DeviceError, describe, pick_device, pick_precision, place, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 
 SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise
@@ -309,6 +309,7 @@ def show(row, peak, before):
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")  # without lines of usage before it
     parser.add_argument("sections", nargs="*", metavar="SECTION",
                         help=f"{', '.join(SECTIONS)} (default: all but quality)")
     parser.add_argument("--families", nargs="+", default=list(families()), metavar="NAME",
@@ -334,17 +335,24 @@ def parse(arguments=None):
             parser.error(f"{wrong[0]!r} is none of {', '.join(known)}")
     try:
         options.sizes = [tuple(int(n) for n in size.split("x")) for size in options.sizes]
-        if any(len(size) != 2 or min(size) < 16 for size in options.sizes):
+        if any(len(size) != 2 or min(size) < 16 or max(size) > 2 ** 14 for size in options.sizes):
             raise ValueError
     except ValueError:
-        parser.error("--sizes: height x width of 16 or more are wanted, like 480x832")
-    if options.repeat < 1 or options.frames < 4:
-        parser.error("--repeat must be 1 or more, and --frames 4 or more")
+        parser.error(f"--sizes: height x width of 16 to {2 ** 14} are wanted, like 480x832")
+    for name, least, most in (("repeat", 1, 1000), ("frames", 4, 2 ** 16), ("minutes", 0.01, 10 ** 6),
+                              ("val_every", 1, 10 ** 11), ("seeds", 1, 1000)):
+        if not least <= getattr(options, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: {least} to {most} is wanted")
     for name, folder in (("data", options.data), ("val-data", options.val_data)):
         if folder and not os.path.isdir(folder):
             parser.error(f"--{name}: {folder!r} is no folder")
         if not folder and "quality" in options.sections:
             parser.error(f"quality wants --{name}, a folder of videos")
+    if options.json:
+        try:
+            open(options.json, "a").close()
+        except (OSError, ValueError) as error:  # a null byte is a ValueError
+            parser.error(f"--json {options.json!r} cannot be written: {getattr(error, 'strerror', None) or error}")
     if options.quick:
         options.sizes, options.frames, options.repeat = [(64, 64)], 4, 1
     return options
@@ -352,7 +360,11 @@ def parse(arguments=None):
 
 def main():
     options = parse()
-    device = pick_device(options.device)
+    try:
+        device = pick_device(options.device)
+    except DeviceError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
     tune(device)
     peak = alone(peaks, options)
     machine = describe(device)

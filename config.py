@@ -332,6 +332,9 @@ def parse_buckets(config):
             raise ConfigError(f"buckets: {item.strip()!r} is not like 128x12:0.8:4 (size x frames:probability:batch)")
         if int(match[1]) < 16:
             raise ConfigError(f"buckets: {item.strip()!r}: a size of at least 16 is wanted")
+        for value, key in zip(match.group(1, 2, 4), ("size", "frames", "batch_size")):
+            if int(value) > (most := next(limit for limit, keys in AT_MOST.items() if key in keys.split())):
+                raise ConfigError(f"buckets: {item.strip()!r}: {key} at most {most} is wanted")
         buckets.append((int(match[1]), int(match[2]), float(match[3]), int(match[4])))
     return buckets
 
@@ -359,9 +362,21 @@ AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_s
                "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
+# Far above what any run needs: what is greater is a slip, and would fill the memory or fail after minutes.
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay",
            0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
-           10 ** 6: "timeout_minutes", 2 ** 62: "seed"}
+           1000: "val_clips_per_video perceptual_frames seraena_frames patch_size", 2 ** 14: "size val_size",
+           2 ** 16: "frames batch_size accumulation latent_channels",
+           10 ** 6: "timeout_minutes val_clips keep_last min_frame_delta max_frame_delta seraena_replay_mb",
+           10 ** 11: "max_steps warmup_steps gan_start gan_ramp gan_every log_every val_every save_every max_bad_steps "
+                     "max_val_images",
+           10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
+                     "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes",
+           2 ** 62: "seed"}
+WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
+# Of `net`: what counts layers, which are built one by one, and all other numbers (codes, channels, frames).
+DEPTHS, MOST_LAYERS, MOST_OTHERS = ("num_res_blocks", "nb_res_layers", "nb_levels", "n_blk_per_group", "group_count",
+                                    "blocks", "depth", "encoder_depth_list", "decoder_depth_list"), 128, 2 ** 24
 
 
 def use_images(config, overrides):
@@ -387,6 +402,8 @@ def check(config):
             for key in keys.split():
                 if not fits(float(getattr(config, key)), float(limit)):
                     raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
+    check_workers("workers", config.workers)
+    check_net(config.net)
     if wrong := [m for m in config.val_metrics.split(",") if m.strip() not in ("", "lpips", "fid")]:
         raise ConfigError(f"val_metrics={config.val_metrics}: {wrong[0].strip()!r} is neither lpips nor fid")
     if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # a mere folder has none
@@ -414,6 +431,33 @@ def check(config):
     if config.latent_cache and config.val_size:
         raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
     parse_buckets(config)
+
+
+def check_workers(key, workers):
+    cores = os.cpu_count() or 1
+    if workers > (most := max(64, WORKERS_PER_CORE * cores)):
+        raise ConfigError(f"{key}={workers}: at most {most} is wanted on a machine of {cores} cores; -1 chooses")
+
+
+def check_net(net):
+    """ConfigError for numbers of layers, channels or codes that no machine can build."""
+    for key, value in net.items():
+        values = value if isinstance(value, tuple) else (value,)
+        most = MOST_LAYERS if key in DEPTHS else 2 ** 62 if key == "seed" else MOST_OTHERS
+        numbers = [number for number in values if isinstance(number, (int, float))]
+        if len(values) > 64 or len(str(value)) > 4096:
+            raise ConfigError(f"net.{key} is too long: at most 64 values are wanted")
+        if wrong := [number for number in numbers if not -most <= number <= most]:
+            raise ConfigError(f"net.{key}={wrong[0]}: at most {most} is wanted")
+
+
+def may_be_large(config):
+    """Whether a model of these settings could be too large for a machine."""
+    numbers = [("", config.latent_channels), ("", 64 * config.patch_size)]
+    numbers += [(key, number) for key, value in config.net.items()
+                for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, (int, float))]
+    codes = ("n_embed", "nb_entries", "vocab_size")
+    return any(number > (16 if key in DEPTHS else 2 ** 17 if key in codes else 512) for key, number in numbers)
 
 
 def check_vq_latents(config):

@@ -585,8 +585,8 @@ class ValClips(Dataset):
                  max_pixels=MAX_PIXELS):
         self.images = [s for s in sources if s.is_image]
         usable = [s for s in sources if frames == 1 or image_sequences or not s.is_image]
-        items = [(s, (k + 0.5) / per_video) for k in range(per_video) for s in usable if k == 0 or not s.is_image]
-        self.items = items[:limit or None]
+        items = ((s, (k + 0.5) / per_video) for k in range(per_video) for s in usable if k == 0 or not s.is_image)
+        self.items = list(itertools.islice(items, limit or None))
         self.size, self.frames, self.max_pixels = size, frames, max_pixels
 
     def __len__(self):

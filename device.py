@@ -176,6 +176,15 @@ def resident_memory():
     return total
 
 
+def host_memory():
+    """Bytes of memory that this machine has, or that its container may use."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:  # absent, or "max"
+            found.append(int(file.read()))
+    return min(found)
+
+
 def describe(device):
     """One line for logs and reports."""
     if device.type == "cuda":

@@ -204,6 +204,9 @@ def parse(arguments=None):
                          "wanted")
     if options.max_pixels < 1:
         parser.error(f"--max-pixels {options.max_pixels}: at least 1 is wanted")
+    for name, most in (("tile", 2 ** 14), ("tile_frames", 2 ** 14)):
+        if not 0 <= (value := getattr(options, name) or 0) <= most:
+            parser.error(f"--{name.replace('_', '-')} {value}: 0 to {most} is wanted")
     options.by_teacher = is_spec(options.checkpoint)
     for name in ("variant", "save_latents", "save_tokens", "tile", "tile_frames", "teacher"):
         if options.by_teacher and getattr(options, name) is not None and getattr(options, name) is not False:

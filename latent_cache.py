@@ -13,6 +13,7 @@ import collections
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -29,8 +30,9 @@ from tqdm import tqdm
 
 import checkpoint
 import data as datasets
+from config import ConfigError, check_workers
 from data import DataError
-from device import DeviceError, default_workers, describe, pick_device, pick_precision, tune
+from device import DeviceError, default_workers, describe, host_memory, pick_device, pick_precision, tune
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
@@ -456,6 +458,7 @@ def write_shards(options, teacher, device, clips, shards, counts, disable):
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"latent_cache.py: {message}\n")  # without lines of usage before it
     parser.add_argument("--teacher", required=True, metavar="SPEC", help=KINDS)
     parser.add_argument("--data", required=True, help="folder, file or annotation .json, as train.py's data=")
     parser.add_argument("--data-root", default="", help="folder that an annotation's paths are relative to")
@@ -480,12 +483,26 @@ def parse(arguments=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the teacher")
     options = parser.parse_args(arguments)
-    for name, least in dict(clips=1, size=16, frames=1, min_frame_delta=1, batch_size=1, shard_clips=1, seed=0,
-                            max_frame_delta=options.min_frame_delta, max_pixels=1, workers=-1, min_crop=0).items():
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least {least} is wanted")
-    if options.min_crop > 1:
-        parser.error(f"--min-crop {options.min_crop}: at most 1 is wanted")
+    delta = options.min_frame_delta
+    for name, (least, most) in dict(clips=(1, 10 ** 7), size=(16, 2 ** 14), frames=(1, 2 ** 16),
+                                    min_frame_delta=(1, 10 ** 6), max_frame_delta=(delta, max(delta, 10 ** 6)),
+                                    max_pixels=(1, math.inf),
+                                    batch_size=(1, 2 ** 16), shard_clips=(1, 10 ** 6), seed=(0, 2 ** 62),
+                                    workers=(-1, math.inf), min_crop=(0, 1)).items():
+        value, key = getattr(options, name), f"--{name.replace('_', '-')}"
+        if not value >= least:
+            parser.error(f"{key} {value}: at least {least} is wanted")
+        if not value <= most:
+            parser.error(f"{key} {value}: at most {most} is wanted")
+    try:
+        check_workers("--workers", options.workers)
+    except ConfigError as error:
+        parser.error(str(error))
+    needed = options.size ** 2 * options.frames * 3 * options.batch_size * (5 + max(0, options.workers))
+    if needed > (there := host_memory()):  # a batch in bytes and in float32, and one for each data process
+        parser.error(f"--size {options.size} --frames {options.frames} --batch-size {options.batch_size} --workers "
+                     f"{options.workers}: the batches alone take {needed / 1e9:,.0f} GB, and this machine has "
+                     f"{there / 1e9:,.0f}: set one of these lower")
     return options
 
 

@@ -445,6 +445,7 @@ def main(arguments=None, command=train_command):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"launch.py: {message}\n")  # without lines of usage before it
     parser.add_argument("tasks", metavar="tasks.json")
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--gpus", metavar="LIST", help="GPUs to use (default: all)")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 
@@ -17,6 +18,7 @@ import config
 import data
 import latent_cache
 import latent_file
+import train
 from conftest import FRAMES, state_of
 from model_taehv import TAEHV
 
@@ -81,6 +83,19 @@ def test_scrambled_settings_are_refused_in_one_line():
     for name in ("../x", "/tmp/x", "..", "a/b", "a\\b", "-\0"):
         read = functools.partial(config.load_config, [f"name={name}"])
         assert answers(read, config.ConfigError) == "refused", name
+
+
+@pytest.mark.parametrize("settings, words", [
+    ("workers=999999999", "workers=999999999: at most .* is wanted on a machine of"),
+    ("max_steps=100000000000000000", "max_steps=100000000000000000: at most 100000000000 is wanted"),
+    ("lr=1e300", "lr=1e.300: at most 10{30} is wanted"),
+    ("buckets=16x70000:1:1", "buckets: '16x70000:1:1': frames at most 65536 is wanted"),
+    ("size=16384 frames=65536 workers=64", "size=16384 frames=65536 .*the batches alone take .* GB, and this machine"),
+    ("model=vqgan net.num_res_blocks=1000000000", "net.num_res_blocks=1000000000: at most 128 is wanted"),
+    ("model=dcae net.width_list=(65536,65536,65536,65536,65536,65536)", "training it takes .* GB for its weights alone, and this machine has"),
+    ("model=vqgan net.quantizer=fsq net.levels=(1000,1000,1000)", "1000000000 codes; at most 1048576 are wanted")])
+def test_what_is_beyond_any_machine_is_refused_at_once(settings, words):
+    assert re.search(words, train.problem_of(["taehv", *settings.split()]))
 
 
 def test_scrambled_annotations_are_refused_in_one_line(tmp_path):

@@ -23,9 +23,9 @@ from tqdm import tqdm
 import checkpoint
 import data as datasets
 import metrics
-from config import ConfigError, exit_with_usage, load_config, parse_buckets
-from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device, pick_precision,
-                    place, resident_memory, synchronize, tune)
+from config import ConfigError, exit_with_usage, load_config, may_be_large, parse_buckets
+from device import (DeviceError, default_workers, describe, host_memory, is_out_of_memory, peak_memory, pick_device,
+                    pick_precision, place, resident_memory, synchronize, tune)
 from latent_cache import LatentCache
 from lock import InUse, locked
 from logbook import Clock, Logbook, count, summary
@@ -33,6 +33,7 @@ from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks, stay_together)
 from synthetic import make_demo
+from token_file import MAX_VOCABULARY
 from watch import Trend, describe_figures, describe_trend
 
 
@@ -120,7 +121,7 @@ def run(cfg, at_end):
         log(f"nothing to do: step {step} of {cfg.max_steps}, {seconds / 60:.1f} minutes of training; set max_steps or "
             "max_minutes higher to go on, or name=... for a new run")
         return 0
-    log(summary(model, buckets[0].size, buckets[0].frames, device), screen=False)
+    log(summarize(model, buckets[0], device), screen=False)
     if cfg.wandb and (problem := from_rank_0(control, lambda: log.mirror(cfg.wandb, asdict(cfg), bool(resume_from)))):
         raise ConfigError(problem)
     log.start(asdict(cfg), step)
@@ -336,13 +337,21 @@ def make_model(cfg, buckets):
 
 
 def make_fresh_model(cfg, buckets):
-    """The model of these settings; ConfigError for arguments that it does not take and sizes that it does not fit."""
+    """The model of these settings; ConfigError for arguments that it does not take, sizes that it does not fit, and
+    what is larger than this machine."""
+    check_memory(cfg, buckets)
     try:
+        if may_be_large(cfg):  # first without memory for its weights; that may take 4 seconds, for PyTorch's imports
+            with torch.device("meta"):
+                check_weights(cfg, checkpoint.build_model(cfg.model, checkpoint.model_config(cfg)))
         model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (*checkpoint.MISSHAPEN, ZeroDivisionError) as error:  # net.ch=-1, net.ch_mult=2
         raise ConfigError(f"model {cfg.model} with {cfg.net} cannot be built: {checkpoint.first_line(error)}") from None
+    if max(getattr(model, "codebook_sizes", [0])) > MAX_VOCABULARY:
+        raise ConfigError(f"model {cfg.model} with {cfg.net}: {max(model.codebook_sizes)} codes; at most "
+                          f"{MAX_VOCABULARY} are wanted, as files of tokens hold them")
     for size in (*(bucket.size for bucket in buckets), cfg.val_size):
         if size % model.space_factor:
             raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
@@ -354,6 +363,28 @@ def make_fresh_model(cfg, buckets):
             except ValueError as error:
                 raise ConfigError(f"frames={bucket.frames} with variant={cfg.variant}: {error}") from None
     return model
+
+
+def check_memory(cfg, buckets):
+    """ConfigError for batches that cannot fit this machine: those that the data processes and a step hold, of bytes,
+    and of one clip in float32 itself, its reconstruction and that one's gradient."""
+    for bucket in buckets:
+        clip = bucket.size ** 2 * bucket.frames * 3
+        needed = clip * bucket.batch * (cfg.accumulation + max(0, cfg.workers)) + 12 * clip
+        if needed > (there := host_memory()):
+            raise ConfigError(f"size={bucket.size} frames={bucket.frames} batch_size={bucket.batch} accumulation="
+                              f"{cfg.accumulation} workers={cfg.workers}: the batches alone take {needed / 1e9:,.0f} "
+                              f"GB, and this machine has {there / 1e9:,.0f}: set one of these lower")
+
+
+def check_weights(cfg, model):
+    """ConfigError if a model's weights cannot fit this machine: with their average and, where they learn, a gradient
+    and AdamW's two means of it; on a machine with a GPU just the weights, which are made on the host."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    copies = 1 if torch.cuda.is_available() else 5 if cfg.train_encoder and cfg.train_decoder else 2
+    if size * copies > (there := host_memory()):
+        raise ConfigError(f"model {cfg.model} with {cfg.net}: training it takes {size * copies / 1e9:,.0f} GB for its "
+                          f"weights alone, and this machine has {there / 1e9:,.0f}: make it narrower")
 
 
 def problem_of(arguments):
@@ -486,6 +517,17 @@ def find_cached_clips(cfg, model, rank, world, control):
     if held_out:
         lines.append("held out: " + ", ".join(held_out[:20]) + (" ..." if len(held_out) > 20 else ""))
     return clips, val_clips, caches[0].fingerprint, lines
+
+
+def summarize(model, bucket, device):
+    """`summary` of the model; ConfigError where a clip does not fit the memory even without gradients."""
+    try:
+        return summary(model, bucket.size, bucket.frames, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"out of memory with one clip of {bucket.frames} frames of {bucket.size}x{bucket.size}: set "
+                          "size or frames lower") from None
 
 
 def restore(state, model, average, optimizer, teacher, path):
