@@ -20,6 +20,7 @@ import shlex
 import shutil
 import sys
 import tokenize
+import traceback
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +33,8 @@ import checkpoint
 import data as datasets
 from config import ConfigError, check_workers
 from data import DataError
-from device import DeviceError, default_workers, describe, host_memory, pick_device, pick_precision, tune
+from device import (DeviceError, default_workers, describe, host_memory, is_out_of_memory, pick_device, pick_precision,
+                    tune)
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
@@ -109,6 +111,9 @@ class LatentCache:
             if file_crc(name) != crc:
                 return (f"latent cache {self.path}: {os.path.basename(name)} is damaged (its checksum does not match): "
                         f"remove shard_{i:05d}.json and run its latent_cache.py command again")
+            if kind == "latents.npy" and not is_finite(self.latents[i], self.dtype):
+                return (f"latent cache {self.path}: {os.path.basename(name)} holds latents that are not finite: build "
+                        "it again")
         return ""
 
     def check_alignment(self, model):
@@ -201,6 +206,11 @@ def read_ahead(iterator, depth):
                 raise DataError(f"the latent cache cannot be read: {error}") from None
             ready.append(thread.submit(next, iterator))
             yield item
+
+
+def is_finite(latents, dtype):
+    """Whether a shard's latents are, as they are stored; a bfloat16's 16 bits have all those of the exponent set."""
+    return all(((one & 0x7f80) != 0x7f80 if dtype == "bfloat16" else np.isfinite(one)).all() for one in latents)
 
 
 def shard_path(folder, i, kind):
@@ -374,7 +384,8 @@ def build_in(options, at_end):
     if not settings:
         say(f"warning: {NO_STUDENT}")
     if missing[rank::world]:
-        write_shards(options, teacher, device, clips, missing[rank::world], counts, disable=rank > 0)
+        write_shards(options, teacher, device, clips, missing[rank::world], counts, tuple(plan["latents"]),
+                     disable=rank > 0)
     gather(control, None)  # all ranks are done
     if rank == 0:
         for i in range(len(counts)):
@@ -422,8 +433,32 @@ def student_settings(plan):
     return ""
 
 
-def write_shards(options, teacher, device, clips, shards, counts, disable):
-    """Make and encode this rank's clips, shard by shard."""
+def encode(teacher, video, samples, shape, dtype):
+    """N T 3 H W in [0, 1] -> latents N T' C h w on the CPU, as they are stored: of this shape T' C h w, in this dtype,
+    finite. TeacherError, naming the clip, if the teacher gives something else, or raises whatever the user's program
+    may raise: its error is the cause of this one."""
+    def mistake(n, words):
+        origin = samples[n]["origin"]
+        return TeacherError(f"{words} (clip {n + 1} of a batch of {len(samples)}: {origin['file']} from frame "
+                            f"{origin['first']} on); the finished shards are kept: the same command goes on from there")
+    try:
+        latents = teacher.encode(video, shape)
+    except TeacherError as error:
+        raise mistake(error.clip, str(error)) from None
+    except Exception as error:
+        raise mistake(0, f"teacher {teacher.spec}: encode raised {type(error).__name__}: "
+                         f"{checkpoint.first_line(error)}"
+                         + ": set --batch-size lower" * is_out_of_memory(error)) from error
+    stored = latents.to(dtype).cpu()
+    for n, one in enumerate(stored):
+        if not one.isfinite().all():
+            raise mistake(n, f"teacher {teacher.spec}: its latents, up to {latents[n].abs().max().item():.4g}, are not "
+                             f"finite as {str(dtype).removeprefix('torch.')}: try --latent-dtype bfloat16")
+    return stored
+
+
+def write_shards(options, teacher, device, clips, shards, counts, shape, disable):
+    """Make and encode this rank's clips, shard by shard. shape: of a clip's latents, T' C h w."""
     pool, plan = len(clips.pool(options.frames)), []
     for i in shards:
         keys = [datasets.Key(*divmod(i * options.shard_clips + k, pool), options.size, options.frames)
@@ -442,12 +477,8 @@ def write_shards(options, teacher, device, clips, shards, counts, disable):
                     for note in (note for s in samples for note in s["notes"]):
                         tqdm.write(f"{note[0]}: {note[1]}")
                     video = torch.stack([s["video"].permute(0, 2, 3, 1) for s in samples])  # N T H W 3
-                    latents = teacher.encode(video.to(device).permute(0, 1, 4, 2, 3).float().div_(255))
-                    latents = latents.to(getattr(torch, options.latent_dtype)).cpu()
-                    if not latents.isfinite().all():
-                        raise TeacherError(f"teacher {teacher.spec}: its latents of {samples[0]['origin']['file']} are "
-                                           f"not finite as {options.latent_dtype}: try --latent-dtype bfloat16, "
-                                           "--precision fp32")
+                    latents = encode(teacher, video.to(device).permute(0, 1, 4, 2, 3).float().div_(255), samples, shape,
+                                     getattr(torch, options.latent_dtype))
                     raw = latents.view(torch.int16).numpy().view(np.uint16)
                     shard.write("clips", video.numpy())
                     shard.write("latents", raw if options.latent_dtype == "bfloat16" else latents.numpy())
@@ -511,6 +542,8 @@ def main():
     try:
         build(options)
     except (DataError, TeacherError, DeviceError, checkpoint.CheckpointError, InUse, OSError) as error:
+        if error.__cause__ is not None and isinstance(error, TeacherError):  # its author needs to know where
+            traceback.print_exception(error.__cause__)
         if not isinstance(error, InUse) or int(os.environ.get("RANK", 0)) == 0:  # all ranks raise this together
             print(f"latent_cache.py: {error}", file=sys.stderr)
         code = 2

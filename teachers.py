@@ -32,7 +32,9 @@ KINDS = "taehv:FILE, torchscript:FILE, python:FILE.py:FUNCTION or diffusers:CLAS
 
 
 class TeacherError(Exception):
-    """A teacher that cannot be used; the message says what and the way out."""
+    """A teacher that cannot be used; the message says what and the way out. `clip`: which of a batch it is about."""
+
+    clip = 0
 
 
 class Teacher:
@@ -62,25 +64,39 @@ class Teacher:
         return frames + (1 - frames) % time_factor
 
     @torch.no_grad()
-    def encode(self, video):
-        """N T 3 H W in [0, 1] -> latents N T' C h w, float32. TeacherError if what comes out is something else."""
+    def encode(self, video, shape=None):
+        """N T 3 H W in [0, 1] -> latents N T' C h w, float32, finite. shape: the T' C h w that are wanted, where that
+        is known. TeacherError if what comes out is something else."""
         latents = self._encode(video.to(self.device, self.dtype))
-        if not torch.is_tensor(latents) or latents.ndim != 5 or len(latents) != len(video):
-            shape = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
-            raise TeacherError(f"teacher {self.spec}: encode gave {shape} for a video of shape {tuple(video.shape)}; "
-                               "latents N T C h w are wanted")
-        return latents.float()
+        return self.checked(latents, f"encode, given a video of shape {tuple(video.shape)},",
+                            f"floating-point latents {(len(video), *shape)} are" if shape else
+                            "floating-point latents N T C h w are",
+                            lambda got: len(got) == 5 and got[0] == len(video) and shape in (None, got[1:]))
 
     @torch.no_grad()
     def decode(self, latents):
         """Latents as `encode` gives them -> video N T 3 H W in [0, 1], float32. TeacherError as above."""
         if self._decode is None:
             raise TeacherError(f"teacher {self.spec} has no decode")
-        video = self._decode(latents.to(self.device, self.dtype))
-        if not torch.is_tensor(video) or video.ndim != 5 or video.shape[2] != 3:
-            shape = tuple(video.shape) if torch.is_tensor(video) else type(video).__name__
-            raise TeacherError(f"teacher {self.spec}: decode gave {shape}; a video N T 3 H W is wanted")
-        return video.float().clamp(0, 1)
+        video = self._decode(latents.to(self.device, self.dtype, copy=True))  # it may work in place
+        return self.checked(video, f"decode, given latents of shape {tuple(latents.shape)},",
+                            "a floating-point video N T 3 H W is",
+                            lambda got: len(got) == 5 and got[0] == len(latents) and got[2] == 3).clamp_(0, 1)
+
+    def checked(self, output, call, wanted, fits):
+        """What a call gave, as float32 in memory of its own: a teacher may write to the same buffer again. TeacherError
+        unless its shape `fits`, and its numbers are real and finite."""
+        shape = tuple(output.shape) if torch.is_tensor(output) else ()
+        if not torch.is_tensor(output) or not output.is_floating_point() or not fits(shape) or 0 in shape:
+            kind = str(output.dtype).removeprefix("torch.") if torch.is_tensor(output) else type(output).__name__
+            raise TeacherError(f"teacher {self.spec}: {call} gave {kind} {shape or ''}".rstrip() + f"; {wanted} wanted")
+        output = output.detach().to(self.device, torch.float32, copy=True)
+        if not all(extreme.isfinite() for extreme in output.aminmax()):  # without a map of its size
+            error = TeacherError(f"teacher {self.spec}: {call} gave numbers that are not finite"
+                                 + ": try --precision fp32" * (self.dtype != torch.float32))
+            error.clip = next(n for n, one in enumerate(output) if not one.isfinite().all())
+            raise error
+        return output
 
 
 def is_spec(text):

@@ -1,4 +1,4 @@
-"""Videos of odd kinds, made by PyAV: which frames data.py gives of them, in the order and orientation that they have."""
+"""Videos of odd kinds, made by PyAV: data.py gives their frames in their order, upright; and files that change."""
 import json
 import os
 import shutil
@@ -169,7 +169,7 @@ def test_a_grey_video_is_not_taken_for_one_without_pictures(tmp_path, monkeypatc
 CHANGES = dict(  # what happens to a video of 10 frames after these were counted, and what is said of it
     grows=(lambda path, more: path.open("ab").write(more.read_bytes()), "the file was written to while it was read"),
     is_another=(lambda path, more: os.replace(shutil.copy(more, f"{path}2"), path), "was changed while it was read"),
-    shrinks=(lambda path, more: os.truncate(path, path.stat().st_size * 3 // 4), "of 10 frames could be read a second time"),
+    shrinks=(lambda path, more: os.truncate(path, path.stat().st_size * 3 // 4), "of 10 frames could be read a second"),
     is_gone=(lambda path, more: path.unlink(), "no such file or directory"),
     has_no_frames=(lambda path, more: os.truncate(path, 600), "no frame could be read"),
     stays=(lambda path, more: None, ""))
