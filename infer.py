@@ -32,7 +32,7 @@ import report
 from codec import TOKENS, InputError, Job, decode_file, open_codes, tile
 from compare import PeakMemory, factors
 from device import describe, pick_device, pick_precision, place, tune
-from inputs import MISTAKES, Failures, find_inputs
+from inputs import MISTAKES, Failures, find_inputs, remove_leftovers
 from latent_file import LATENTS
 from lock import locked
 from reconstruct import reconstruct, reconstruct_by_teacher
@@ -76,7 +76,7 @@ def run(options):
     if dtype == torch.float16 and device.type == "cpu":
         print("--precision fp16: a CPU emulates it; bf16 or fp32 take less time")
     sources, latent_files, refused, notes = find_inputs(options.inputs, options.num_samples, options.seed,
-                                                         options.max_pixels)
+                                                         options.max_pixels, options.out)
     for note in notes:
         print(note)
     memory = PeakMemory(device, alone=options.by_teacher or not options.teacher)
@@ -94,7 +94,7 @@ def run(options):
             raise TeacherError(f"teacher {spec} has no decode")
     if options.by_teacher:
         words, teacher_factors = teacher.name, factors(teacher)
-    os.makedirs(options.out, exist_ok=True)
+    remove_leftovers(options.out)
     print(f"{options.checkpoint}: {words}; {describe(device)}, {str(dtype).removeprefix('torch.')}")
     lpips, lpips_note = None, "LPIPS was not asked for"
     if options.lpips != "none" and sources:
@@ -167,7 +167,8 @@ def parse(arguments=None):
                         "published ones (say taew2_1), or a teacher, as for --teacher")
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
                         help=f"videos, images, folders of them, *{LATENTS}, *{TOKENS}")
-    parser.add_argument("--out", default="inference_results", help="folder to write to (default: %(default)s)")
+    parser.add_argument("--out", default="inference_results", help="folder to write to, by one command at a "
+                        "time (default: %(default)s); its videos and pictures are left out of an INPUT folder")
     parser.add_argument("--variant", help="what the weights are, where their shapes do not tell (say taecvx)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),

@@ -4,6 +4,7 @@ Used by infer.py.
 """
 import hashlib
 import os
+import re
 import traceback
 
 import checkpoint
@@ -33,9 +34,10 @@ def sample(sources, number, seed, max_pixels):
     return sorted(readable, key=lambda source: source.key), refused
 
 
-def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS):
+def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS, out=None):
     """([video and image sources], [latent and token files], [(path, reason)] refused in folders, [notes]). InputError
-    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see data.py."""
+    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see data.py.
+    out: the folder that is written to; its videos and pictures are left out of folders that are searched."""
     sources, latents, refused, notes, folders = [], [], [], [], 0
     for path in inputs:
         if path.endswith((LATENTS, TOKENS)):
@@ -44,6 +46,12 @@ def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS):
             latents.append(path)
             continue
         found = data.find_sources(path)
+        if out and os.path.isdir(path):
+            there, found = len(found), without_outputs(found, out)
+            if not found:
+                raise InputError(f"{path!r} holds nothing but what is written to --out {out}: choose another --out")
+            if len(found) < there:
+                notes.append(f"{path}: {there - len(found)} files that are outputs of --out {out} are left out")
         if number and (os.path.isdir(path) or len(found) > 1):
             there, folders = len(found), folders + 1
             found, bad = sample(found, number, seed, max_pixels)
@@ -61,6 +69,29 @@ def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS):
     if number and not folders:
         raise InputError(f"--num-samples {number}: none of the inputs is a folder")
     return sources, latents, refused, notes
+
+
+UNFINISHED = {"": r"(metrics\.json|summary_report\.html)\.part", "comparison_videos": r"\..+\.webm\.part\.webm",
+              "latent_visualizations": r".+_latents\.png\.part", "latents": rf".+{re.escape(LATENTS)}\.\d+\.tmp",
+              "tokens": rf".+{re.escape(TOKENS)}\.\d+\.tmp"}  # names of files by their folder under --out
+
+
+def without_outputs(sources, out):
+    """The sources without those in the folders under --out that videos and pictures are written to."""
+    own = tuple(os.path.join(os.path.realpath(os.path.join(out, part)), "")
+                for part in ("comparison_videos", "latent_visualizations"))
+    folders = {os.path.dirname(source.path) for source in sources}
+    there = {folder for folder in folders if os.path.join(os.path.realpath(folder), "").startswith(own)}
+    return [source for source in sources if os.path.dirname(source.path) not in there]
+
+
+def remove_leftovers(out):
+    """What a command that was killed half-way has left under --out, where no other may be writing."""
+    for part, pattern in UNFINISHED.items():
+        folder = os.path.join(out, part)
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            if re.fullmatch(pattern, name):
+                os.remove(os.path.join(folder, name))
 
 
 class Failures:

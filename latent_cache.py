@@ -41,6 +41,7 @@ from ranks import from_rank_0, gather, start_ranks
 from teachers import KINDS, TeacherError, load_teacher
 
 FORMAT = 1
+UNFINISHED = re.compile(r"(shard_\d+\.(clips\.npy|latents\.npy|json)|index\.json)\.\d+\.tmp")
 STORED = {"float16": np.float16, "bfloat16": np.uint16}
 NO_STUDENT = ("no student here speaks latents of this shape: a TAEHV joins 8, 16, 24 ... pixels and 1, 2, 4 or 8 "
               "frames into one")
@@ -243,6 +244,7 @@ class ShardWriter:
     def __init__(self, folder, i, count):
         self.folder, self.i, self.count = folder, i, count
         self.files, self.crc32, self.origins = {}, {}, []
+        self.open = contextlib.ExitStack()  # where one cannot be closed, on a full disk, the other is all the same
 
     def __enter__(self):
         return self
@@ -251,7 +253,8 @@ class ShardWriter:
         """Append N ... rows to clips or latents."""
         name = kind + ".npy"
         if name not in self.files:
-            self.files[name] = open(shard_path(self.folder, self.i, name) + ".tmp", "w+b")
+            temporary = f"{shard_path(self.folder, self.i, name)}.{os.getpid()}.tmp"
+            self.files[name] = self.open.enter_context(open(temporary, "w+b"))
             header = dict(descr=np.lib.format.dtype_to_descr(array.dtype), fortran_order=False,
                           shape=(self.count, *array.shape[1:]))
             np.lib.format.write_array_header_1_0(self.files[name], header)
@@ -263,18 +266,19 @@ class ShardWriter:
 
     def __exit__(self, error_type, *_):
         try:
-            for file in self.files.values():
-                file.flush()
-                os.fsync(file.fileno())
+            with self.open:
+                for file in self.files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+            if error_type is None:
+                for name, file in self.files.items():
+                    os.replace(file.name, shard_path(self.folder, self.i, name))
+                about = json.dumps({"clips": self.count, "crc32": self.crc32, "origins": self.origins})
+                checkpoint.write_atomically(shard_path(self.folder, self.i, "json"), about.encode())
         finally:
             for file in self.files.values():
-                file.close()
-        if error_type is not None:
-            return
-        for name in self.files:
-            os.replace(shard_path(self.folder, self.i, name + ".tmp"), shard_path(self.folder, self.i, name))
-        about = json.dumps({"clips": self.count, "crc32": self.crc32, "origins": self.origins})
-        checkpoint.write_atomically(shard_path(self.folder, self.i, "json"), about.encode())
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(file.name)
 
 
 def plan_cache(options, teacher, dtype, sources):
@@ -315,7 +319,7 @@ def prepare_folder(out, plan):
         elif set(os.listdir(out)) - {LOCK}:
             raise DataError(f"--out {out}: is not empty, and no cache: use another folder")
         for name in os.listdir(out):
-            if re.fullmatch(r"shard_\d+\..*tmp", name):  # what a killed run left behind
+            if UNFINISHED.fullmatch(name):  # what a killed run left behind
                 os.remove(os.path.join(out, name))
         wanted = plan["clips"] * (plan["frames"] * plan["size"] ** 2 * 3 + 2 * int(np.prod(plan["latents"])))
         wanted -= sum(os.path.getsize(os.path.join(out, n)) for n in os.listdir(out) if n.endswith(".npy"))

@@ -4,6 +4,7 @@
 height, width and number of frames of the video, and the tiles it was encoded in. This file works alone with numpy and
 torch.
 """
+import contextlib
 import json
 import os
 import tokenize
@@ -36,7 +37,8 @@ class LatentWriter:
     def __enter__(self):
         if self.path:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self.archive = zipfile.ZipFile(self.path + ".tmp", "w")
+            self.temporary = f"{self.path}.{os.getpid()}.tmp"
+            self.archive = zipfile.ZipFile(self.temporary, "w")
         return self
 
     def write(self, latents):
@@ -52,16 +54,18 @@ class LatentWriter:
     def __exit__(self, error_type, *_):
         if not self.path:
             return
-        if self.file is not None:
-            self.file.close()
-        if error_type is None:
-            with self.archive.open("about.npy", "w") as file:
-                np.lib.format.write_array(file, np.array(json.dumps(self.about)))
-        self.archive.close()
-        if error_type is None:
-            os.replace(self.path + ".tmp", self.path)
-        else:
-            os.remove(self.path + ".tmp")
+        try:
+            with self.archive:  # what a full disk leaves of it is closed too
+                if self.file is not None:
+                    self.file.close()
+                if error_type is None:
+                    with self.archive.open("about.npy", "w") as file:
+                        np.lib.format.write_array(file, np.array(json.dumps(self.about)))
+            if error_type is None:
+                os.replace(self.temporary, self.path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.temporary)
 
 
 class LatentReader:

@@ -215,7 +215,9 @@ def draw_latents(name, latents, numbers, total, options):
     path = f"latent_visualizations/{name}_latents.png"
     os.makedirs(os.path.join(options.out, "latent_visualizations"), exist_ok=True)
     picture = report.latent_picture(latents, numbers=numbers, total=total)
-    data.cv2.imwrite(os.path.join(options.out, path), picture[..., ::-1])
+    written, content = data.cv2.imencode(".png", picture[..., ::-1])
+    assert written
+    report.write_whole(os.path.join(options.out, path), content)  # OpenCV itself says nothing when the disk is full
     return path
 
 

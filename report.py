@@ -72,6 +72,8 @@ class VideoWriter:
         with _without_tag_warning():
             self._writer = cv2.VideoWriter(self._part, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*FOURCC), self.fps, size)
         if not self._writer.isOpened():
+            if os.path.exists(self._part):
+                os.remove(self._part)
             raise OSError(f"cannot write {path} ({width}x{height}, {self.fps:g} frames/s): is the folder writable, "
                           "and was OpenCV built with FFmpeg and VP8, as the pip wheels are?")
 
@@ -348,13 +350,18 @@ def _strict(value, where, lost):
     return value
 
 
-def _write(path, text):
-    """Writes through a temporary name, so that `path` is always whole."""
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.part", path)
+def write_whole(path, content):
+    """Writes a text or bytes through a temporary name: `path` is always whole. OSError leaves nothing behind."""
+    try:
+        with open(f"{path}.part", "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+    except OSError:  # a full disk
+        if os.path.exists(f"{path}.part"):
+            os.remove(f"{path}.part")
+        raise
 
 
 def _url(path):
@@ -460,7 +467,7 @@ def write_report(out_dir, rows, info, targets=None):
     clean_info = _strict(info, "", [])
     os.makedirs(out_dir, exist_ok=True)
     content = {"info": clean_info, "summary": summary, "rows": clean_rows}
-    _write(os.path.join(out_dir, "metrics.json"), json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(os.path.join(out_dir, "metrics.json"), json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     title = html.escape(f"Reconstructions by {clean_info.get('model', 'a video autoencoder')}")
     facts = "".join(f"<dt>{html.escape(what)}</dt><dd>{html.escape(str(value))}</dd>"
@@ -484,11 +491,12 @@ def write_report(out_dir, rows, info, targets=None):
     if clean_info.get("lpips_note"):
         legend += f'. {html.escape(clean_info["lpips_note"])}'
     path = os.path.join(out_dir, "summary_report.html")
-    _write(path, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-           f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-           f'<h1>{title}</h1><dl>{facts}</dl><h2>Summary</h2>'
-           f'{_table("inputs", quantities, [(f"{len(done)} of {len(rows)}", done, summary["targets"], met)])}'
-           f'<p class="soft">{legend}. '
-           f'<a href="metrics.json">metrics.json</a></p><h2>Inputs</h2>'
-           f'{_table("input", quantities, inputs)}{failures}{sections}</body></html>\n')
+    write_whole(
+        path, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+              f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
+              f'<h1>{title}</h1><dl>{facts}</dl><h2>Summary</h2>'
+              f'{_table("inputs", quantities, [(f"{len(done)} of {len(rows)}", done, summary["targets"], met)])}'
+              f'<p class="soft">{legend}. '
+              f'<a href="metrics.json">metrics.json</a></p><h2>Inputs</h2>'
+              f'{_table("input", quantities, inputs)}{failures}{sections}</body></html>\n')
     return path

@@ -2,7 +2,11 @@
 
 This file works alone with numpy and opencv-python.
 """
+import glob
 import os
+import re
+import shutil
+import time
 
 import cv2
 import numpy as np
@@ -15,20 +19,35 @@ def make_demo(folder, videos=24, frames=40, size=96, seed=0):
     """
     if os.path.isdir(folder):
         return
+    for other in glob.glob(f"{glob.escape(folder)}.*.tmp"):  # a killed process's: it takes seconds
+        if re.fullmatch(r".*\.\d+\.tmp", other) and time.time() - os.path.getmtime(other) > 600:
+            shutil.rmtree(other, ignore_errors=True)
     building = f"{folder}.{os.getpid()}.tmp"
+    try:
+        write_clips(building, videos, frames, size, seed)
+        os.rename(building, folder)
+    except OSError:
+        if not os.path.isdir(folder):  # or another process has made them meanwhile: they are the same
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_clips(folder, videos, frames, size, seed):
     for part, count in (("train", videos), ("val", videos // 4)):
-        os.makedirs(os.path.join(building, part), exist_ok=True)
+        os.makedirs(os.path.join(folder, part), exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng((seed, part == "val", i))
             clip = demo_clip(i % 3, frames, size, rng)
-            path = os.path.join(building, part, f"{('shapes', 'pan', 'fade')[i % 3]}_{i:02d}.mp4")
+            path = os.path.join(folder, part, f"{('shapes', 'pan', 'fade')[i % 3]}_{i:02d}.mp4")
             writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), 25, (size, size))
             if not writer.isOpened():
                 raise OSError(f"{path!r} cannot be written")
             for frame in clip:
                 writer.write(frame)
             writer.release()
-    os.rename(building, folder)
+            if cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT) != frames:  # OpenCV says nothing
+                raise OSError(f"{path!r} is not whole; is the disk full?")
 
 
 def demo_clip(kind, frames, size, rng):

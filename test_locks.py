@@ -1,10 +1,16 @@
-"""One command, one folder: who has it, who is refused, and what is left when a command was killed. Minutes: under one."""
+"""One command, one folder: who has it, who is refused, what is left when a command was killed. Minutes: under one."""
 
+import contextlib
 import errno
+import json
 import os
 import re
+import resource
+import shutil
 import signal
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +19,10 @@ import codec
 import config
 import infer
 import latent_cache
+import latent_file
 import lock
+import report
+import synthetic
 import train
 from conftest import FRAMES, SMALL_CACHE, log_of, mistake, write_clip
 from model_taehv import TAEHV
@@ -183,3 +192,149 @@ def test_a_second_infer_of_one_out_is_refused(small_infer, monkeypatch, capsys):
     assert sorted(os.listdir("inference_results")) == ["comparison_videos", "latent_visualizations", "metrics.json",
                                                        "summary_report.html"]
     assert small_infer("nowhere.mp4", "--out", "new") == 2 and not os.path.exists("new")
+
+
+# ---- what is left ----------------------------------------------------------------------------------------------------
+
+
+def kept(folder, elsewhere):
+    """Copies all that is in a folder at this moment: what kill -9 would leave there now."""
+    shutil.copytree(folder, elsewhere, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+
+
+def files(folder):
+    return sorted(os.path.relpath(os.path.join(place, name), folder) for place, _, names in os.walk(folder)
+                  for name in names)
+
+
+def test_the_next_infer_removes_what_a_killed_one_left_and_nothing_else(small_infer, monkeypatch):
+    clip = write_clip(os.path.abspath("a.mp4"), frames=4, height=32, width=32)
+
+    def decode(self, pieces, original=codec.Codec.decode):
+        for frame in original(self, pieces):
+            yield frame
+            kept("inference_results", "killed")  # half of three videos and of the latents
+
+    def replace(part, path, original=os.replace):
+        kept("inference_results", "killed")
+        original(part, path)
+
+    monkeypatch.setattr(codec.Codec, "decode", decode)
+    monkeypatch.setattr(os, "replace", replace)
+    assert small_infer(clip, "--save-latents") == 0
+    monkeypatch.undo()
+    os.chdir(os.path.dirname(clip))
+    whole, half = files("inference_results"), set(files("killed")) - set(files("inference_results"))
+    assert len(half) == 7 and all(re.search(r"\.part$|\.part\.webm$|\.\d+\.tmp$", name) for name in half), half
+    users = ["a.1.tmp", "latents/mine.tmp", "comparison_videos/a.part.webm", "tokens/a.tokens"]
+    for name in users:
+        os.makedirs(os.path.dirname(f"killed/{name}"), exist_ok=True)
+        open(f"killed/{name}", "w").close()
+    assert small_infer(clip, "--save-latents", "--out", "killed") == 0
+    assert files("killed") == sorted(whole + users)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 100, 9000])
+def test_a_full_disk_leaves_no_half_latents(size, tmp_path):
+    model, reader = SimpleNamespace(config={}), SimpleNamespace(fps=1, height=800, width=800)
+    path = str(tmp_path / "latents" / "a.latents.npz")
+    with pytest.raises(OSError, match="too large"), files_of_at_most(size):
+        with latent_file.LatentWriter(path, model, reader, frames=4, total=4) as writer:
+            for _ in range(4):
+                writer.write(torch.zeros(1, 1, 16, 5 if size < 9000 else 100, 100))
+    assert files(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing_unfinished_of_infers_files(small_infer, capsys, monkeypatch):
+    clip = write_clip(os.path.abspath("a.mp4"), frames=4, height=32, width=32)
+    with files_of_at_most(300):
+        assert small_infer(clip, "--save-latents") == 2
+    assert files("inference_results") == []
+    draw = report.latent_picture
+    with contextlib.ExitStack() as until:  # it is full when the videos are there
+        monkeypatch.setattr(report, "latent_picture",
+                            lambda *a, **k: (draw(*a, **k), until.enter_context(files_of_at_most(99)))[0])
+        assert small_infer(clip) == 2
+    assert "infer.py: [Errno 27] File too large" in capsys.readouterr().err
+    assert {os.path.dirname(name) for name in files("inference_results")} == {"comparison_videos"}, "whole videos"
+
+
+def test_a_cache_keeps_no_half_shards(clips, teacher, tmp_path, monkeypatch, capsys):
+    """Neither after a full disk nor of a builder that was killed."""
+    out = tmp_path / "cache"
+    asked = ["--teacher", f"taehv:{teacher}", "--data", clips, "--out", out, *SMALL_CACHE, "--clips", 2]
+    with files_of_at_most(20000):  # a shard has 73 kB of clips
+        monkeypatch.setattr(sys, "argv", ["latent_cache.py", *map(str, asked)])
+        with pytest.raises(SystemExit) as caught:
+            latent_cache.main()
+    assert caught.value.code == 2 and "latent_cache.py: [Errno 27] File too large" in capsys.readouterr().err
+    assert files(out) == ["index.json"]
+    half = [f"{name}.77.tmp" for name in ("shard_00000.clips.npy", "shard_00000.latents.npy", "shard_00000.json",
+                                          "index.json")]
+    for name in [*half, "shard_00000.notes.tmp", "mine.1.tmp"]:
+        (out / name).touch()
+    with pytest.raises(SystemExit) as caught:
+        latent_cache.main()
+    assert caught.value.code == 0 and not set(half) & set(files(out))
+    assert {"shard_00000.notes.tmp", "mine.1.tmp"} < set(files(out)), "the user's own"
+
+
+def test_the_demos_clips_are_made_by_two_at_once_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder, small = str(tmp_path / "demo"), dict(videos=4, frames=3, size=32)
+    for age, name in ((0, "demo.7.tmp"), (9999, "demo.8.tmp"), (9999, "demo.mine.tmp")):
+        os.mkdir(tmp_path / name)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with pytest.raises(OSError, match="is not whole; is the disk full"), files_of_at_most(2000):
+        synthetic.make_demo(folder, **small)
+    assert sorted(os.listdir(tmp_path)) == ["demo.7.tmp", "demo.mine.tmp"], "a killed one's is gone, one at work stays"
+
+    def rename(*names, original=os.rename):  # the other is quicker
+        monkeypatch.setattr(os, "rename", original)
+        monkeypatch.setattr(os, "getpid", lambda: 99)
+        synthetic.make_demo(folder, **small)
+        monkeypatch.undo()
+        original(*names)
+
+    monkeypatch.setattr(os, "rename", rename)
+    synthetic.make_demo(folder, **small)
+    assert sorted(os.listdir(tmp_path)) == ["demo", "demo.7.tmp", "demo.mine.tmp"] and len(files(folder)) == 5
+
+
+# ---- the output among the input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("out", ["videos/../videos/results", ".", "link"])
+def test_outputs_are_no_inputs_of_the_next_command(out, small_infer, capsys):
+    write_clip("videos/a.mp4", frames=4, height=32, width=32)
+    os.symlink("videos", "link")
+    for _ in range(2):
+        assert small_infer("." if out == "." else "videos", "--out", out) == 0
+        with open(f"{out}/metrics.json") as file:
+            assert [row["name"] for row in json.load(file)["rows"]] == ["a"]
+    assert re.search(r": 4 files that are outputs of --out \S+ are left out\n", capsys.readouterr().out)
+    assert small_infer(f"{out}/comparison_videos", "--out", out) == 2
+    assert "holds nothing but what is written to --out" in capsys.readouterr().err
+
+
+def test_a_cache_among_its_videos_and_a_run_among_its_own_are_no_inputs(here, teacher, tmp_path, monkeypatch):
+    write_clip(str(tmp_path / "a.mp4"), frames=12, height=32, width=32)
+    write_clip(str(tmp_path / "b.mp4"), frames=12, height=32, width=32)
+    asked = ["--teacher", f"taehv:{teacher}", "--data", tmp_path, "--out", tmp_path / "cache", *SMALL_CACHE]
+    monkeypatch.setattr(sys, "argv", ["latent_cache.py", *map(str, asked)])
+    with pytest.raises(SystemExit) as caught:
+        latent_cache.main()
+    assert caught.value.code == 0
+    settings = [*FRAMES, f"data={tmp_path}", "val_fraction=0.5", "val_every=1", "name=a"]
+    folder = here(*settings, "max_steps=1")
+    here(*settings, "max_steps=2")
+    assert log_of(folder).count("training: 1 files") == log_of(folder).count("validation: 1 files") == 2
