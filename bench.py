@@ -31,6 +31,7 @@ from bench_loader import loader
 from config import load_config
 from device import DeviceError, describe, pick_device, pick_precision, place, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
+from screen import guard_screen, nobody_reads, text_is_lost
 
 SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise
 
@@ -359,6 +360,8 @@ def parse(arguments=None):
 
 
 def main():
+    """Returns the exit code: 1 if the table was lost on a full disk, and --json was not given."""
+    guard_screen()
     options = parse()
     try:
         device = pick_device(options.device)
@@ -379,9 +382,13 @@ def main():
             waiting.clear()
             show(row, peak, rows[-1] if rows else None)
             rows.append(row)
+            if nobody_reads() and not options.json:
+                return 0
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(dict(machine=machine, peak=peak, rows=rows), file, indent=1)
+        return 0
+    return int(text_is_lost())
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from inputs import MISTAKES, Failures, find_inputs, remove_leftovers
 from latent_file import LATENTS
 from lock import locked
 from reconstruct import reconstruct, reconstruct_by_teacher
+from screen import guard_screen
 from teachers import KINDS, TeacherError, is_spec, load_teacher
 
 
@@ -220,9 +221,8 @@ def parse(arguments=None):
 
 
 def main():
+    guard_screen()
     options = parse()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         with locked(options.out, "choose another --out") as unlocked:
             if unlocked:

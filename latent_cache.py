@@ -38,6 +38,7 @@ from device import (DeviceError, default_workers, describe, host_memory, is_out_
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
+from screen import guard_screen
 from teachers import KINDS, TeacherError, load_teacher
 
 FORMAT = 1
@@ -542,6 +543,7 @@ def parse(arguments=None):
 
 
 def main():
+    guard_screen()
     options, code = parse(), 0
     try:
         build(options)

@@ -16,7 +16,8 @@ runs/NAME, where launch.log holds what it prints. Whenever GPUs are free, the fi
 a small one may overtake a large one. A task that fails leaves the others alone. Ctrl-C or SIGTERM: all save and end; a
 second, two seconds later or more, kills them. The same command again goes on, and passes over what is finished.
 
-Exit code: 0 all done; 1 a task failed, as the last line says; 2 a mistake in the file or command; 130 interrupted.
+Exit code: 0 all done; 1 a task failed, as the last line says, or a full disk took what --dry-run printed; 2 a mistake
+in the file or command; 130 interrupted.
 """
 import argparse
 import contextlib
@@ -36,6 +37,7 @@ import uuid
 
 import lock
 from config import PRESETS, Config, ConfigError, load_config, nearest
+from screen import guard_screen, text_is_lost
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 LINUX = sys.platform == "linux"
@@ -410,8 +412,7 @@ class Screen:
             lines = [f"{time.strftime('%H:%M:%S')} {row}" for row in rows]
             text = "\n".join([f"{'time':8} {header}"] * (not self.drawn) + lines) + "\n"
         self.drawn = len(lines)
-        with contextlib.suppress(OSError):  # a full disk, a closed terminal: training matters more
-            print(text, end="", flush=True)
+        print(text, end="", flush=True)
 
 
 def last_lines(task):
@@ -442,8 +443,7 @@ def report(tasks):
 
 def main(arguments=None, command=train_command):
     """Returns the exit code. `command` makes the command line of a Task."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    guard_screen()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"launch.py: {message}\n")  # without lines of usage before it
     parser.add_argument("tasks", metavar="tasks.json")
@@ -468,7 +468,7 @@ def main(arguments=None, command=train_command):
         if options.dry_run:
             for task in tasks:
                 print(f"{task.name}: {task.note or shlex.join(command(task))}")
-            return 0
+            return int(text_is_lost())
         for task in waiting:
             claim(task)
         if any(task.config.data == "demo" for task in waiting):

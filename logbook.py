@@ -18,13 +18,13 @@ class Logbook:
     def __init__(self, folder, rank):
         self.folder, self.rank, self.noted, self.complained = folder, rank, set(), False
         self.board = self.copy = None  # TensorBoard's writer; the run at Weights & Biases
+        self.drawn, self.missing = None, ""  # the newest step that has curves; why some before it have got lost
 
     def __call__(self, line, screen=True):
         if self.rank > 0:
             return
         if screen:
-            with contextlib.suppress(OSError):  # the terminal may be gone before SIGHUP is heard; train.log goes on
-                tqdm.write(line)
+            tqdm.write(line)
         self.write(line)
 
     def write(self, line):
@@ -38,9 +38,12 @@ class Logbook:
         try:
             yield
         except OSError as error:
-            if not self.complained:
-                self.complained = True
-                print(f"the log in {self.folder} cannot be written: {error}; the run goes on", file=sys.stderr)
+            self.complain(error)
+
+    def complain(self, error):
+        if not self.complained:
+            self.complained = True
+            print(f"the log in {self.folder} cannot be written: {error}; the run goes on", file=sys.stderr)
 
     def start(self, config, step):
         """Save the resolved configuration, open TensorBoard's file; curves past `step` are a stopped run's, and go."""
@@ -49,8 +52,8 @@ class Logbook:
         self("config: " + json.dumps(config), screen=False)
         with self.unharmed(), open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2)
-        with self.unharmed():
-            self.board = SummaryWriter(self.folder, purge_step=step + 1)
+        self.drawn = step
+        self.draw(step, lambda board: board.flush())
 
     def mirror(self, project, config, resumed):
         """Copy the curves to a project of Weights & Biases, by its own means; call it on rank 0, before `start`.
@@ -77,27 +80,63 @@ class Logbook:
                 self.noted.add(note)
                 self.write(f"data, rank {self.rank}, oddity {len(self.noted)}: {note[0]}: {note[1]}")
 
+    def draw(self, step, write):
+        """write(TensorBoard's writer), which is to draw something of this step. A full disk ends the writer's thread,
+        and that writer for good: what it held is lost, and another goes on as soon as there is room, in a file of its
+        own, for a record that was cut off hides what follows in the same one. Before `start`, and on other ranks than
+        the first, it does nothing."""
+        if self.drawn is None:
+            return
+        try:
+            if self.board is not None:
+                self.board.flush()  # raises what has ended the thread; its queue has long been empty
+        except OSError as error:
+            self.board, self.missing = None, str(error)
+            self.complain(error)
+        try:
+            if self.board is None:
+                self.board = self.new_board()
+                if self.missing:
+                    self(f"step {step}: TensorBoard's curves go on, in a new file; some before this step "
+                         f"are missing: {self.missing}")
+                    self.missing = ""
+            self.drawn = max(self.drawn, step)
+            write(self.board)
+        except OSError as error:
+            self.board, self.missing = None, str(error)
+            self.complain(error)
+
+    def new_board(self):
+        """TensorBoard's writer. OSError where there is no room for some curves: tried with another file, since the
+        writer would leave one more broken one behind, and its thread a traceback on the screen."""
+        trial = os.path.join(self.folder, "curves.tmp")
+        try:
+            with open(trial, "wb") as file:
+                file.write(bytes(1 << 16))
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(trial)
+        return SummaryWriter(self.folder, purge_step=self.drawn + 1)
+
     def scalars(self, step, group, **values):
         """Curves: group "train", loss=0.1 is drawn as train/loss; None is left out."""
-        if self.board is not None:
-            with self.unharmed():
-                for name, value in values.items():
-                    if value is None:
-                        continue
-                    self.board.add_scalar(f"{group}/{name}", value, step)
+        def write(board):
+            for name, value in values.items():
+                if value is not None:
+                    board.add_scalar(f"{group}/{name}", value, step)
+        self.draw(step, write)
 
     def pictures(self, step, shown):
         """[(original, reconstruction)], T 3 H W in [0, 1]: middle frames side by side, and the first clip moving."""
-        if self.board is None:
-            return
-        with self.unharmed():
+        def write(board):
             for i, (original, output) in enumerate(shown):
                 pair = torch.cat([original, output], -1)  # T 3 H 2W
-                self.board.add_image(f"val/clip_{i}", pair[len(pair) // 2], step)
+                board.add_image(f"val/clip_{i}", pair[len(pair) // 2], step)
                 if i == 0 and len(pair) > 1:
-                    self.moving_picture("val/video", pair, step)
+                    self.moving_picture(board, "val/video", pair, step)
+        self.draw(step, write)
 
-    def moving_picture(self, name, frames, step):
+    def moving_picture(self, board, name, frames, step):
         """T 3 H W in [0, 1] as an animated GIF; SummaryWriter.add_video would need moviepy."""
         from PIL import Image  # comes with tensorboard
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -106,7 +145,7 @@ class Logbook:
         images[0].save(buffer, "GIF", save_all=True, append_images=images[1:], duration=120, loop=0)
         picture = Summary.Image(height=frames.shape[-2], width=frames.shape[-1], colorspace=3,
                                 encoded_image_string=buffer.getvalue())
-        self.board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+        board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
 
     def close(self):
         if self.board is not None:

@@ -144,15 +144,11 @@ class StopSignal:
     def __init__(self):
         self.since = self.number = None  # when the first came, and which
         self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self.screens = [number for number in (1, 2) if os.isatty(number)]
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.receive)
 
     def receive(self, number, _):
-        if number == signal.SIGHUP:
-            for screen in self.screens:  # what is written to a terminal that is gone is an error
-                os.dup2(os.open(os.devnull, os.O_WRONLY), screen)
         if self.since is None:
             self.since, self.number = time.monotonic(), number
         elif time.monotonic() - self.since > 2:

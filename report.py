@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import threading
 import unicodedata
@@ -42,7 +43,8 @@ def _without_tag_warning():
             os.dup2(stderr, 2)
             os.close(stderr)
             held.seek(0)
-            os.write(2, b"".join(line for line in held if b"is not supported with codec id" not in line))
+            others = b"".join(line for line in held if b"is not supported with codec id" not in line)
+            print(others.decode(errors="replace"), end="", file=sys.stderr)
 
 
 class VideoWriter:

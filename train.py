@@ -32,6 +32,7 @@ from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks, stay_together)
+from screen import guard_screen
 from synthetic import make_demo
 from token_file import MAX_VOCABULARY
 from watch import Trend, describe_figures, describe_trend
@@ -601,10 +602,9 @@ def describe_validation(result):
 
 
 def main():
+    guard_screen()
     exit_with_usage(sys.argv[1:])
     sys.excepthook = end_at_once
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         code = train(load_config(sys.argv[1:]))
     except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError, InUse) as error:

@@ -1,0 +1,190 @@
+"""What a command writes to may go away, a screen or a disk for its curves: the work goes on, and ends as it would have."""
+
+import ast
+import errno
+import glob
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import logbook
+import report
+import screen
+import train
+from conftest import FRAMES, ROOT, log_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /dev/full as Linux has them")
+
+# ---- screens -----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys, warnings
+sys.path.insert(0, {root!r})
+from screen import guard_screen, nobody_reads, text_is_lost
+guard_screen()
+guard_screen()  # as where one command calls another's main()
+"""
+WORK = """
+with open("work", "w") as file:
+    for number in range(4):
+        print("a file's name: \\udcff" + "x" * 10_000)
+        print("to stderr", file=sys.stderr)
+        warnings.warn(str(number))
+    os.system("echo of another process; echo there too >&2")
+    file.write(f"done {file.fileno()}")
+print("last words", end="")
+sys.exit(3)
+"""
+
+
+def shell(folder, work, ending):
+    """Runs `work` after guard_screen(), the shell's `ending` behind it: (exit code, stdout, stderr) of the shell."""
+    (folder / "script.py").write_text(SCRIPT.format(root=ROOT) + work)
+    line = f'set -o pipefail; "{sys.executable}" script.py {ending}'
+    done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("ending", ["> /dev/full 2>&1", "2>&1 | head -c1", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_work_goes_on_without_a_screen_and_ends_with_its_own_code(tmp_path, ending):
+    assert shell(tmp_path, WORK, ending)[0] == 3, "Python's own is 120 where its last words find no room"
+    done, descriptor = (tmp_path / "work").read_text().split()
+    assert done == "done" and int(descriptor) > 2, "no file of the work's is what other processes take for the screen"
+
+
+@pytest.mark.parametrize("ending, expected", [("", (0, "text", "")), ("| true", (0, "", "")), ("> /dev/full", (
+    1, "", "script.py: not all of the output could be written: [Errno 28] No space left on device\n"))])
+def test_a_command_whose_product_is_text_tells_a_full_disk_from_a_reader_who_has_enough(tmp_path, ending, expected):
+    work = "print('text', end='')\n" + "while not nobody_reads():\n    print()\n" * ("|" in ending)
+    assert shell(tmp_path, f"{work}\nsys.exit(text_is_lost())", ending) == expected
+
+
+def test_a_disk_that_has_room_again_gets_what_comes_then(monkeypatch):
+    class Disk(io.RawIOBase):
+        full, content = False, b""
+
+        def writable(self):
+            return True
+
+        def write(self, content):
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.content += bytes(content)
+            return len(content)
+
+    disk = Disk()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(disk), "ascii"))
+    screen.guard_screen()
+
+    def say(word):
+        held = io.BytesIO()
+        print(word, flush=True)
+        return weakref.ref(held)
+
+    for word, disk.full in (("one", False), ("two", True), ("three", False)):
+        assert say(word)() is None, "an error that is kept keeps alive, by its frames, what they hold: data processes"
+    assert disk.content == b"one\nthree\n" and "No space left" in screen.flushed_stdout().lost
+    sys.stdout.detach().detach()  # or it closes what it writes to as it goes
+
+
+def test_each_command_guards_the_screen_first():
+    guarded = []
+    for path in set(glob.glob(os.path.join(ROOT, "*.py"))) - set(glob.glob(os.path.join(ROOT, "test_*.py"))):
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+        if "\nif __name__ ==" in source:
+            main, = (f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef) and f.name == "main")
+            steps = [step for step in main.body if not isinstance(getattr(step, "value", None), ast.Constant)]
+            assert ast.unparse(steps[0]) == "guard_screen()", path
+            guarded.append(os.path.basename(path))
+    assert {"train.py", "infer.py", "latent_cache.py", "launch.py", "bench.py"} <= set(guarded)
+
+
+def test_a_run_whose_screen_has_gone_saves_after_ctrl_c(here, at, clips, tmp_path, monkeypatch):
+    """`train.py 2>&1 | tee log`, where Ctrl-C reaches tee first. (`here` gives the signals' handlers back.)"""
+    reader, writer = os.pipe()
+    at({2: lambda: os.close(reader), 4: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open(writer, "w", closefd=False))  # noqa: SIM115 (closed by nobody)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which main() sets
+    monkeypatch.setattr(sys, "argv", ["train.py", *FRAMES, f"data={clips}", f"out_dir={tmp_path}", "max_steps=9",
+                                      "name=piped"])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            train.main()
+    finally:
+        os.close(writer)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert "stopped by a signal after step 4 of 9" in log_of(tmp_path / "piped")
+    assert (tmp_path / "piped" / "step_00000004.pt").exists()
+
+
+def test_a_video_is_written_where_stderr_takes_nothing(tmp_path):
+    """Its writer holds back what OpenCV prints, and prints the rest itself."""
+    screen_of_c, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 2)
+    try:
+        with report.VideoWriter(str(tmp_path / "a.webm"), 25, 32, 32) as video:
+            video.write(np.zeros((32, 32, 3), np.uint8))
+    finally:
+        os.dup2(screen_of_c, 2)
+        os.close(screen_of_c)
+        os.close(full)
+    assert (tmp_path / "a.webm").stat().st_size > 0
+
+
+# ---- curves ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_a_moment_of_full_disk_the_curves_go_on(tmp_path, capsys):
+    """Also where it is full as the run begins, which goes on from step 2 of an earlier one that had gone further."""
+    log = logbook.Logbook(str(tmp_path), 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def draw(*steps):
+        for step in steps:
+            log.scalars(step, "train", loss=step, other=1)
+            log.scalars(step, "val", psnr=step, missing=None)
+
+    def full(room, *steps):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        try:
+            draw(*steps)
+            if log.board:
+                with pytest.raises(OSError, match="File too large"):
+                    log.board.flush()  # its thread has met it now, or the test would end before
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    log.start({}, 0)
+    draw(1, 2, 3, 4)
+    log.close()
+    log = logbook.Logbook(str(tmp_path), 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        log.start({}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    draw(3, 4)
+    log.board.flush()
+    newest = max(glob.glob(str(tmp_path / "events*")), key=os.path.getmtime)
+    full(os.path.getsize(newest) + 20, 5, 6, 7)  # a record is cut off
+    draw(8, 9)
+    log.close()
+    assert len(list(tmp_path.glob("events*"))) == 3 and not (tmp_path / "curves.tmp").exists()
+    curves = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in curves.Scalars("train/loss")] == [(s, s) for s in (1, 2, 3, 4, 8, 9)]
+    assert [e.step for e in curves.Scalars("val/psnr")] == [1, 2, 3, 4, 8, 9]
+    told = [line[20:] for line in log_of(tmp_path).splitlines() if "missing" in line]
+    assert len(told) == 2 and "go on, in a new file; some before this step are missing: [Errno 27]" in told[1]
+    assert [line.split(":")[0] for line in told] == ["step 3", "step 8"]
+    assert capsys.readouterr().err.count("cannot be written: [Errno 27] File too large; the run goes on") == 1
