@@ -47,7 +47,8 @@ def paired_frames(codec, pieces, reader, frames, length):
 
 
 def frames_to_take(source, reader, options):
-    """(how many, [what is odd about it])."""
+    """(how many, [what is odd about it]). OSError for a size that no video can be written in."""
+    report.check_video_size(reader.width, reader.height, source.path)
     frames = 1 if source.is_image else data.count_frames(source.path, options.max_pixels)
     notes = [] if frames == reader.frames else [f"the container says {reader.frames} frames, {frames} can be read"]
     if options.max_frames and frames > options.max_frames:

@@ -28,6 +28,17 @@ import numpy as np
 FOURCC = "VP80"
 DARK, LIGHT, ALARM = (24, 24, 24), (232, 232, 232), (255, 0, 255)
 STDERR = threading.Lock()
+MAX_SIDE = 16382  # pixels: VP8 has 14 bits for a side, and sides are padded to even ones
+BITS_PER_PIXEL, LEAST_RATE = 3, 1100  # OpenCV asks the encoder for the first; under 1 kbit/s it writes a broken file
+
+
+def check_video_size(width, height, path):
+    """OSError, about `path`, for frames that VideoWriter cannot write: too long a side, or too few pixels."""
+    if max(width, height) > MAX_SIDE:
+        raise OSError(f"{path}: {width}x{height} pixels: the videos that are written have at most {MAX_SIDE} a side; "
+                      "scale it down")
+    if BITS_PER_PIXEL * 25 * width * height < LEAST_RATE:
+        raise OSError(f"{path}: {width}x{height} pixels are too few to write a video of")
 
 
 @contextlib.contextmanager
@@ -54,8 +65,9 @@ class VideoWriter:
     `.NAME.part.webm` beside it. An odd height or width grows by a repeated row or column (OpenCV would cut one off).
     `fps` (frames/s) outside 0.1 to 240, NaN or None, as broken containers report it, becomes 25, as does one too slow
     for so few pixels: `.fps` is the rate written, `.note` says so in words ("" where nothing was changed).
-    Raises ValueError for a path that isn't .webm or a frame of another size or type, OSError where the file cannot be
-    opened, or is empty or incomplete at the end (OpenCV itself says nothing when the disk is full).
+    Raises ValueError for a path that isn't .webm or a frame of another size or type, OSError for a size as in
+    `check_video_size`, and where the file cannot be opened, or is empty or incomplete at the end (OpenCV itself says
+    nothing when the disk is full).
     """
 
     def __init__(self, path, fps, width, height):
@@ -63,8 +75,8 @@ class VideoWriter:
         folder, name = os.path.split(self.path)
         if not name.endswith(".webm"):
             raise ValueError(f"a video must be written to a .webm file, got {path}")
-        # OpenCV asks the encoder for 3 bits a pixel; under 1 kbit/s in all it writes a broken file
-        usable = fps is not None and 0.1 <= fps <= 240 and 3 * fps * width * height >= 1100
+        check_video_size(width, height, path)
+        usable = fps is not None and 0.1 <= fps <= 240 and BITS_PER_PIXEL * fps * width * height >= LEAST_RATE
         self.fps = float(fps) if usable else 25.0
         self.note = "" if usable else f"videos are written at 25 frames/s, the source says {fps}"
         self.width, self.height, self.frames = width, height, 0
@@ -131,7 +143,8 @@ def side_by_side(frames, labels, max_width=3840, gain=4):
 
     frames: the original, the reconstruction and, if there is one, the teacher's; RGB uint8 H W 3 of one size.
     Panels stand in a row, or two by two where the row would be wider than `max_width` pixels, and are scaled down
-    where two are too wide as well. Small frames are enlarged by a whole factor, to about 240 pixels a panel.
+    where two are too wide as well, or too high for a video. Small frames are enlarged by a whole factor, to about 240
+    pixels a panel.
     Returns RGB uint8; its size depends only on H, W, the number of frames and `max_width`. Labels are ASCII.
     Raises ValueError where the frames differ in size or aren't uint8.
     """
@@ -142,8 +155,9 @@ def side_by_side(frames, labels, max_width=3840, gain=4):
     panels = [*frames, cv2.convertScaleAbs(cv2.absdiff(frames[0], frames[1]), alpha=gain)]
     factor = max(1, min(-(-240 // width), 1080 // height))
     columns = len(panels) if len(panels) * width * factor <= max_width else 2
-    factor = min(factor, max_width / (columns * width))
-    size = (round(width * factor), round(height * factor))
+    highest = MAX_SIDE / -(-len(panels) // columns) - max_width // 32  # of a panel, without its strip
+    factor = min(factor, max_width / (columns * width), highest / height)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
     how = cv2.INTER_NEAREST if factor >= 1 else cv2.INTER_AREA
     strip = max(22, size[0] // 32)
     return _grid([np.vstack([_strip(label, size[0], strip), cv2.resize(panel, size, interpolation=how)])

@@ -1,19 +1,24 @@
 """Files that are made to exhaust memory, to take for ever, or to open other files: refused in one line, before that."""
 
+import json
 import os
 import shutil
 import struct
+import sys
 import zlib
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import config
 import data
 import infer
 import latent_cache
+import report
 from conftest import FRAMES, log_of, mistake, write_clip
+from model_taehv import TAEHV
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,6 +127,29 @@ def test_every_command_passes_huge_files_over(here, tmp_path, monkeypatch, capsy
                              ([folder, "--max-pixels", 1023], "none of the 2 files can be read"),
                              ([folder, "--max-pixels", 0], "--max-pixels 0: at least 1 is wanted")):
         assert words in mistake(capsys, monkeypatch, infer, "x.pth", *arguments, "--precision", "fp32")
+
+
+def test_long_thin_pictures_work_as_far_as_a_video_can_hold_them(tmp_path, monkeypatch, capsys):
+    """A comparison of 8191x4 was scaled down to no height at all; 20000x4 was "is the folder writable?"."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(TAEHV(encoder_widths=(8,) * 4, decoder_widths=(16, 8, 8, 8)).state_dict(), "taehv.pth")
+    sizes = [(8191, 4), (4, 8191), (16383, 4), (2, 7)]
+    for width, height in sizes:
+        cv2.imwrite(f"{width}x{height}.png", np.zeros((height, width, 3), np.uint8))
+    sources, _ = data.probe(data.find_sources("."))
+    clips = data.TrainClips(sources)
+    assert {clips[data.Key(0, i, 16, 1)]["origin"]["file"] for i in range(4)} == {f"{w}x{h}.png" for w, h in sizes}
+    options = "--precision fp32 --lpips none --device cpu --out".split()
+    monkeypatch.setattr(sys, "argv", ["infer.py", "taehv.pth", ".", *options, "all"])
+    infer.main()
+    with open("all/metrics.json") as file:
+        failed = {os.path.basename(row["source"]): row.get("failed") for row in json.load(file)["rows"]}
+    assert failed["8191x4.png"] is None is failed["4x8191.png"] and "16383x4 pixels: " in failed["16383x4.png"]
+    capsys.readouterr()
+    assert "2x7 pixels are too few" in mistake(capsys, monkeypatch, infer, "taehv.pth", "2x7.png", *options, "few")
+    for shape in ((report.MAX_SIDE, 1, 3), (1, report.MAX_SIDE, 3)):
+        picture = report.side_by_side([np.zeros(shape, np.uint8)] * 3, ["a", "b", "c"], max_width=1920)
+        assert picture.shape[0] <= report.MAX_SIDE and picture.shape[1] <= 1920 + 2 * 4
 
 
 # ---- videos that are lists of others ---------------------------------------------------------------------------------
