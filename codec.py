@@ -24,6 +24,7 @@ from token_file import TokenReader
 
 TOKENS = ".tokens"
 LARGE = 1280 * 720  # pixels
+MAX_FRAMES = 10 ** 7  # that a file of latents or tokens may say it has
 
 
 class InputError(Exception):
@@ -161,18 +162,44 @@ class TokenSource:
         try:
             self.fps = float(reader.about["fps"])
             self.height, self.width, self.frames = (int(reader.about[k]) for k in ("height", "width", "frames"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: no tokens of a video ({error} in its header)") from None
-        self.reader, self.total, self.note = reader, model.latent_frames(padded_length(model, self.frames)), ""
+        padded = [side + -side % model.space_factor for side in (self.height, self.width)]
+        maps = [(size, padded[0] // stride, padded[1] // stride)
+                for size, stride in zip(model.codebook_sizes, model.code_strides)]
+        if min(self.height, self.width) < 1 or reader.maps != maps:
+            raise InputError(f"{path}: code maps (codes, height, width) {str(reader.maps)[:80]} are not those of a "
+                             f"{self.height}x{self.width} video ({str(maps)[:80]})")
+        self.total = check_frames(path, model, self.frames, min(reader.frames))
+        if max(reader.frames) != self.total:
+            raise InputError(f"{path}: {self.frames} frames take {self.total} latents, and it holds "
+                             f"{max(reader.frames)}")
+        self.reader, self.note = reader, ""
 
     def __iter__(self):
         for piece in self.reader:
             yield [torch.from_numpy(codes)[None] for codes in piece]
 
 
+def check_frames(path, model, frames, held):
+    """How many latents `frames` frames take; InputError, about `path`, if that is more than the `held` ones."""
+    if not 1 <= frames <= MAX_FRAMES:
+        raise InputError(f"{path}: says it has {frames} frames; 1 to {MAX_FRAMES} are possible")
+    needed = None if frames > held * model.time_factor else model.latent_frames(padded_length(model, frames))
+    if needed is None or needed > held:
+        raise InputError(f"{path}: says it has {frames} frames, and holds {held} latents, which are too few for them")
+    return needed
+
+
 def open_codes(path, model, model_hash, tiles):
     """What decode_file reads: fps, height, width, frames, total (latents), note, and iterating gives pieces."""
-    return TokenSource(path, model, model_hash) if path.endswith(TOKENS) else LatentReader(path, model, tiles)
+    if path.endswith(TOKENS):
+        reader = TokenSource(path, model, model_hash)
+    else:
+        reader = LatentReader(path, model, tiles)
+        check_frames(path, model, reader.frames, reader.total)
+    report.check_video_size(reader.width, reader.height, path)
+    return reader
 
 
 def decode_file(reader, name, job):
@@ -187,4 +214,8 @@ def decode_file(reader, name, job):
         for frame in tqdm(itertools.islice(frames, reader.frames), total=reader.frames, desc=name[:30], unit="frame",
                           dynamic_ncols=True):
             writer.write(to_uint8(frame, reader.height, reader.width))
+        if writer.frames < reader.frames:
+            raise InputError(f"{name}: only {writer.frames} of {reader.frames} frames came out")
+    if writer.note:
+        tqdm.write(f"{name}: {writer.note}")
     return path

@@ -6,6 +6,7 @@ torch.
 """
 import contextlib
 import json
+import math
 import os
 import tokenize
 import zipfile
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 LATENTS = ".latents.npz"
+# Bytes of `about`; how many times its size a file may be when unpacked (as written, it is not packed).
+MAX_ABOUT, MAX_RATIO = 1 << 22, 100
 
 
 class LatentFileError(Exception):
@@ -76,14 +79,24 @@ class LatentReader:
         self.path = path
         try:
             self.archive = zipfile.ZipFile(path)
-            if self.archive.testzip() is not None:
-                raise LatentFileError(f"{path}: damaged (a checksum does not match)")
+            parts = [self.archive.getinfo(name) for name in ("about.npy", "latents.npy")]
+            if parts[0].file_size > MAX_ABOUT or parts[1].file_size > MAX_RATIO * os.path.getsize(path):
+                raise LatentFileError(f"{path}: {sum(part.file_size for part in parts)} bytes in a file of "
+                                      f"{os.path.getsize(path)}: these are no latents")
+            for part in parts:
+                with self.archive.open(part) as file:
+                    while file.read(1 << 20):  # to its end, where its checksum is compared
+                        pass
             with self.archive.open("about.npy") as file:
                 about = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
             with self.archive.open("latents.npy") as file:
                 self.shape, dtype = self.header(file)
+                if parts[1].file_size - file.tell() != dtype.itemsize * math.prod(self.shape):
+                    raise ValueError(f"{parts[1].file_size} bytes for latents {self.shape}")
             self.fps, self.height, self.width = float(about["fps"]), int(about["height"]), int(about["width"])
             self.frames, made_by = int(about["frames"]), about["model_config"]
+            if min(self.frames, self.height, self.width, *self.shape) < 1:
+                raise ValueError(f"{self.frames} frames of {self.height}x{self.width}, latents {self.shape}")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, zipfile.BadZipFile, RuntimeError,
                 NotImplementedError, MemoryError, tokenize.TokenError) as error:  # the last by NumPy, of a header
             raise LatentFileError(f"{path}: no file of latents, or damaged ({error})") from None

@@ -1,10 +1,12 @@
 """Files that are made to exhaust memory, to take for ever, or to open other files: refused in one line, before that."""
 
 import json
+import math
 import os
 import shutil
 import struct
 import sys
+import zipfile
 import zlib
 
 import cv2
@@ -12,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
+import codec
 import config
 import data
 import infer
 import latent_cache
+import latent_file
 import report
+import token_file
 from conftest import FRAMES, log_of, mistake, write_clip
 from model_taehv import TAEHV
 
@@ -150,6 +156,82 @@ def test_long_thin_pictures_work_as_far_as_a_video_can_hold_them(tmp_path, monke
     for shape in ((report.MAX_SIDE, 1, 3), (1, report.MAX_SIDE, 3)):
         picture = report.side_by_side([np.zeros(shape, np.uint8)] * 3, ["a", "b", "c"], max_width=1920)
         assert picture.shape[0] <= report.MAX_SIDE and picture.shape[1] <= 1920 + 2 * 4
+
+
+# ---- files of latents and tokens -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taehv(tmp_path):
+    model = TAEHV(encoder_widths=(8,) * 4, decoder_widths=(16, 8, 8, 8))
+    torch.save(model.state_dict(), tmp_path / "taehv.pth")
+    return model
+
+
+def write_latents(path, model, number=3, header=(), packed=zipfile.ZIP_STORED, **about):
+    """An honest one: 9 frames of 16x24, which take three latents."""
+    about = dict(dict(model_config=model.config, fps=25.0, height=16, width=24, frames=9, tiles=""), **about)
+    header = dict(dict(descr="<f4", fortran_order=False, shape=(number, 16, 2, 3)), **dict(header))
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        with archive.open("latents.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(number * 16 * 2 * 3 * 4))
+        with archive.open("about.npy", "w") as file:
+            np.lib.format.write_array(file, np.array(json.dumps(about)))
+    return str(path)
+
+
+def test_latents_with_forged_numbers_are_refused_at_once(taehv, tmp_path):
+    path = tmp_path / "a.latents.npz"
+    assert codec.open_codes(write_latents(path, taehv), taehv, "", "").frames == 9
+    for forged, words in (
+        (dict(frames=10 ** 9), "says it has 1000000000 frames"), (dict(frames=-1), "-1 frames"),
+        (dict(frames=10), "10 frames, and holds 3 latents, which are too few"), (dict(frames=0), "0 frames"),
+        (dict(number=0), r"latents \(0, 16, 2, 3\)"), (dict(header=dict(shape=(10 ** 15, 16, 2, 3))), "bytes for"),
+        (dict(height=10 ** 6, width=10 ** 6), "are not this model's"), (dict(header=dict(descr="<c8")), "bytes for"),
+        (dict(header=dict(descr="|O")), "layout"), (dict(header=dict(fortran_order=True)), "layout"),
+        (dict(number=9000, packed=zipfile.ZIP_DEFLATED), "these are no latents"),
+        (dict(variant="x" * 2 ** 21), "these are no latents"), (dict(header=dict(shape=(1, 16, 2, 3))), "bytes for"),
+    ):
+        with pytest.raises((latent_file.LatentFileError, codec.InputError), match=words):
+            codec.open_codes(write_latents(path, taehv, **forged), taehv, "", "")
+
+
+def test_tokens_with_forged_numbers_are_refused_at_once(tmp_path):
+    model = checkpoint.build_model("vqgan", dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
+                                                 resolution=32, z_channels=8, embed_dim=8, n_embed=16))
+    path = str(tmp_path / "a.tokens")
+
+    def read(vocabulary=(16,), shape=(8, 12), number=8, **about):
+        about = dict(dict(model="x", fps=25.0, height=16, width=24, frames=8), **about)
+        with token_file.TokenWriter(path, about, vocabulary) as writer:
+            for _ in range(number):
+                writer.write([np.zeros((1, *shape), np.int64) for _ in vocabulary])
+        return codec.open_codes(path, model, "x", "")
+
+    assert read().total == 8
+    for forged, words in (
+        (dict(frames=10 ** 9), "says it has 1000000000 frames"), (dict(frames=-1), "-1 frames"),
+        (dict(frames=math.inf), "no tokens of a video"), (dict(frames=9), "9 frames, and holds 8 latents"),
+        (dict(frames=7), "7 frames take 7 latents, and it holds 8"), (dict(number=0), "code maps"),
+        (dict(height=10 ** 6, width=10 ** 6), "1000000x1000000"), (dict(height=0, width=0), "0x0"),
+        (dict(vocabulary=(1024,)), "code maps"), (dict(vocabulary=(16, 16)), "code maps"),
+        (dict(shape=(500, 600)), "code maps"),
+    ):
+        with pytest.raises(codec.InputError, match=words):
+            read(**forged)
+
+
+def test_infer_says_what_is_odd_about_a_rate(taehv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_latents("a.latents.npz", taehv, fps=1e300)
+    options = "--precision fp32 --lpips none --device cpu".split()
+    monkeypatch.setattr(sys, "argv", ["infer.py", "taehv.pth", "a.latents.npz", *options])
+    infer.main()
+    assert "a: videos are written at 25 frames/s, the source says 1e+300" in capsys.readouterr().out.replace("\n", "")
+    write_latents("a.latents.npz", taehv, frames=13)
+    error = mistake(capsys, monkeypatch, infer, "taehv.pth", "a.latents.npz", *options, "--out", "b")
+    assert "13 frames, and holds 3 latents" in error and not os.path.exists("b")
 
 
 # ---- videos that are lists of others ---------------------------------------------------------------------------------
