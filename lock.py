@@ -7,8 +7,8 @@ It is flock(2) on FOLDER/.lock, a file that is removed at the end. What is writt
 killed process has left means nothing, since its lock is gone. Folders on network file systems are locked at the server,
 for all machines (NFS, where Linux makes of it a lock on all bytes of the file; SMB; Lustre with `flock`), or for the
 processes of one machine only, which cannot be noticed here (NFS with `nolock` or `local_lock`, Lustre with
-`localflock`), or not at all, which is said (Lustre with `noflock`). A server gives a lock back some time after the whole
-machine that had it has died: NFS 4 by Linux after 90 seconds.
+`localflock`), or not at all, which is said (Lustre with `noflock`). When the whole machine that had it has died, a
+server gives a lock back some time later: NFS 4 by Linux after 90 seconds.
 This file works alone, with Python's library only.
 """
 import contextlib
