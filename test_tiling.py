@@ -310,7 +310,7 @@ def test_infer_names_tiles_that_do_not_fit(tmp_path, capsys, monkeypatch):
     write_clip("./a.mp4", frames=2)
     for arguments, words in (
         (("--tile", 100), "spatial_tile_size must be a multiple of 32, got 100"),
-        (("--tile", -32), "got -32"),
+        (("--tile", -32), "--tile -32: 0 to 16384 is wanted"),
         (("--tile-frames", 6), "temporal_tile_size must be a multiple of 4, got 6"),
         (("--tile-overlap", 0.7), "from 0 to 0.5, got 0.7"),
     ):
