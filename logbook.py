@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -116,7 +117,22 @@ class Logbook:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(trial)
+        self.rename_files_of_the_future()
         return SummaryWriter(self.folder, purge_step=self.drawn + 1)
+
+    def rename_files_of_the_future(self):
+        """TensorBoard reads files in the order of their names, in which the time comes first, and each drops the steps
+        that it goes on from. After the clock was set back a new file would come before an old one, and lose all its
+        curves. So those of the future get names that come just before the new one, in their own order."""
+        now = int(time.time())
+        late = [name for name in os.listdir(self.folder)
+                if (found := re.match(r"events\.out\.tfevents\.(\d+)", name)) and int(found[1]) > now]
+        for name in late:  # - is before the . that follows the time in other names
+            os.rename(os.path.join(self.folder, name),
+                      os.path.join(self.folder, name.replace("tfevents.", f"tfevents.{now:010d}-", 1)))
+        if late:
+            self("the clock was set back: TensorBoard's files of the future are renamed, so that their curves come "
+                 "before the new ones; start a TensorBoard that shows them again")
 
     def scalars(self, step, group, **values):
         """Curves: group "train", loss=0.1 is drawn as train/loss; None is left out."""

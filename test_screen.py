@@ -5,10 +5,12 @@ import errno
 import glob
 import io
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
 import weakref
 
 import numpy as np
@@ -19,7 +21,7 @@ import logbook
 import report
 import screen
 import train
-from conftest import FRAMES, ROOT, log_of
+from conftest import FRAMES, ROOT, log_of, state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /dev/full as Linux has them")
 
@@ -188,3 +190,18 @@ def test_after_a_moment_of_full_disk_the_curves_go_on(tmp_path, capsys):
     assert len(told) == 2 and "go on, in a new file; some before this step are missing: [Errno 27]" in told[1]
     assert [line.split(":")[0] for line in told] == ["step 3", "step 8"]
     assert capsys.readouterr().err.count("cannot be written: [Errno 27] File too large; the run goes on") == 1
+
+
+def test_a_clock_that_jumps_costs_no_curve_and_no_step(here, at, monkeypatch):
+    """Forward and back while the run goes on, and back before each time that it is resumed."""
+    now, ahead, day = time.time, [2], 86400
+    monkeypatch.setattr(time, "time", lambda: now() + day * ahead[0])
+    at({2: lambda: ahead.append(ahead.pop() + 5), 3: lambda: ahead.append(ahead.pop() - 4)})
+    for steps in (4, 6, 8):
+        folder = here(*FRAMES, "save_every=1", f"max_steps={steps}", "max_minutes=20", "name=clock")
+        ahead[0] -= 2
+    assert "done: 8 steps" in log_of(folder) and state_of(folder, 8)["samples"] == 16
+    curves = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in curves.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(list(folder.glob("events*"))) == 3
+    assert len(re.findall("files of the future are renamed", log_of(folder))) == 2
