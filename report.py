@@ -297,7 +297,8 @@ video { display: block; width: 100%; max-height: 80vh; background: #000 }
 
 def in_words(targets):
     """{"psnr": 25.0, ...} -> "PSNR ≥ 25, ..."."""
-    return ", ".join(f"{HEADINGS[key]} {'≥' if AT_LEAST[key] else '≤'} {target:g}" for key, target in targets.items())
+    return ", ".join(f"{HEADINGS[key]} {'≥' if AT_LEAST[key] else '≤'} {target:g}"
+                     for key, target in targets.items())
 
 
 def judge(targets, values):

@@ -33,7 +33,8 @@ def tokenizer(clips, tmp_path_factory):
     """The folder of a VQGAN's run: EMA codebook, discriminator from step 2 on, two ranks."""
     folder = tmp_path_factory.mktemp("tokenizer")
     output = run(TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "val_fraction=0.3", "max_steps=6",
-                 "val_every=3", "save_every=3", "gan_start=2", "gan_ramp=2", "name=two", "gan_norm=group", ranks=2, cwd=folder)
+                 "val_every=3", "save_every=3", "gan_start=2", "gan_ramp=2", "name=two", "gan_norm=group", ranks=2,
+                 cwd=folder)
     return folder, output
 
 

@@ -716,8 +716,8 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
     run(CACHE, "--teacher", f"taehv:{path}", "--data", clips, "--out", tmp_path / "c", *SMALL, cwd=tmp_path)
     os.remove(path)
     (tmp_path / "diffusers.py").write_text("raise ImportError('diffusers is not to be imported')\n")
-    common = [TRAIN, *DISTILL, *NARROW, f"latent_cache={tmp_path / 'c'}", "perceptual_weight=0.1", "perceptual_net=alex",
-              "seraena_weight=0.1"]
+    common = [TRAIN, *DISTILL, *NARROW, f"latent_cache={tmp_path / 'c'}", "perceptual_weight=0.1",
+              "perceptual_net=alex", "seraena_weight=0.1"]
     output = run(*common, "max_steps=6", "name=whole", "val_every=6", "save_every=3", ranks=2, cwd=tmp_path)
     assert "psnr from the teacher's" in output and "held out: " in output
     held_out = next(line for line in output.splitlines() if line.startswith("held out: "))[10:].split(", ")

@@ -92,7 +92,8 @@ def test_scrambled_settings_are_refused_in_one_line():
     ("buckets=16x70000:1:1", "buckets: '16x70000:1:1': frames at most 65536 is wanted"),
     ("size=16384 frames=65536 workers=64", "size=16384 frames=65536 .*the batches alone take .* GB, and this machine"),
     ("model=vqgan net.num_res_blocks=1000000000", "net.num_res_blocks=1000000000: at most 128 is wanted"),
-    (f"model=dcae net.width_list={'65536,' * 6}", "training it takes .* GB for its weights alone, and this machine has"),
+    (f"model=dcae net.width_list={'65536,' * 6}",
+     "training it takes .* GB for its weights alone, and this machine has"),
     ("model=vqgan net.quantizer=fsq net.levels=(1000,1000,1000)", "1000000000 codes; at most 1048576 are wanted")])
 def test_what_is_beyond_any_machine_is_refused_at_once(settings, words):
     assert re.search(words, train.problem_of(["taehv", *settings.split()]))

@@ -1,4 +1,4 @@
-"""What a command writes to may go away, a screen or a disk for its curves: the work goes on, and ends as it would have."""
+"""What a command writes to may go away, a screen or a disk for its curves: the work goes on, and ends as it would."""
 
 import ast
 import errno
