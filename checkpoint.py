@@ -4,11 +4,11 @@ A run folder holds step_00001000.pt (everything a run needs to go on), best.pt (
 best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json.
 Nothing is loaded that could run code: all loading is weights_only.
 """
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import io
-import json
 import os
 import pickle
 import re
@@ -18,18 +18,24 @@ import zipfile
 from types import SimpleNamespace
 
 import torch
+from torch.nn.modules import module as registration
 
+import model_vqgan
+from config import ConfigError, check_net, tuples
 from model_dcae import DCAE, load_dcae
-from model_taehv import TAEHV, VARIANTS, adapt_state_dict, find_weights, load_taehv, look_alikes, put_weights
+from model_taehv import (TAEHV, VARIANTS, adapt_state_dict, arguments_of, find_weights, look_alikes, put_weights,
+                         read_weights)
 from model_vq_latents import VQLatents
 from model_vqgan import VQGAN, load_vqgan
 from model_vqvae import VQVAE2, VqVae2, load_vqvae
+from untrusted import SETTINGS, check_weights, read_json
 
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
 LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt)\.(\d+\.)+tmp")  # see write_atomically
 # What contents that are not as expected raise.
-MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError)
+MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError,
+             ZeroDivisionError)
 
 
 class CheckpointError(Exception):
@@ -47,6 +53,14 @@ def build_model(name, config):
     """A model from its name and the dict that its `config` attribute gave. ValueError for arguments that do not fit."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+    try:
+        check_net({key: tuples(value) for key, value in config.items()})
+    except ConfigError as error:
+        raise ValueError(f"model {name}: {error}") from None
+    for part in (config, config.get("taehv") or {}):  # TAEHV itself reads files that are named so
+        variant = part.get("variant")
+        if part.get("checkpoint_path") is not None or variant not in VARIANTS and os.path.isfile(variant or ""):
+            raise ValueError(f"model {name}: settings that name another file of weights, which is not read")
     try:
         return MODELS[name](**config)
     except TypeError as error:
@@ -119,18 +133,43 @@ def load_model(path, variant=None, **overrides):
         path = find_weights(path)  # a file, or published weights by name
     except (ValueError, OSError) as error:
         raise CheckpointError(f"checkpoint: {error}") from None
-    if not path.endswith((".safetensors", ".ckpt")):
-        state = read(path)
-        if "model_config" in state:
-            return load_own(path, state, variant, overrides)
     try:
-        return load_foreign(path, variant, overrides)
+        state = read_foreign(path)
+        with no_larger_than(path):
+            if "model_config" in state:
+                return load_own(path, state, variant, overrides)
+            return load_foreign(path, state, variant, overrides)
     except ImportError:
         raise CheckpointError(f"checkpoint: {path!r} needs a package: pip install safetensors") from None
-    except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+    except (*MISSHAPEN, OSError) as error:
         raise CheckpointError(f"checkpoint: {path!r}: {first_line(error)}") from None
     except safetensors_errors() as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no safetensors file: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def no_larger_than(path):
+    """Within, ValueError for a model with more numbers than twice this file's bytes, or more layers than could have
+    names in it, as soon as the first that is too much is registered: what a file asks for is not taken from memory."""
+    size = os.path.getsize(path)
+    left = {"numbers": 2 * size + (1 << 20), "layers": size // 256 + 10_000}
+
+    def take(what, number, module):
+        left[what] -= number
+        if left[what] < 0:
+            raise ValueError(f"it asks for more {what} ({type(module).__name__}) than the file can hold weights for")
+
+    def take_tensor(module, _, tensor):
+        take("numbers", 0 if tensor is None else tensor.numel(), module)
+
+    handles = (registration.register_module_parameter_registration_hook(take_tensor),
+               registration.register_module_buffer_registration_hook(take_tensor),
+               registration.register_module_module_registration_hook(lambda module, *_: take("layers", 1, module)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_own(path, state, variant, overrides):
@@ -146,49 +185,56 @@ def load_own(path, state, variant, overrides):
         weights = state["ema"]
         model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
         words = f"{state['model_name']}{' (' + arguments['variant'] + ')' if 'variant' in arguments else ''}"
-        return model.eval(), f"{words}, step {state['step']}"
+        return model.eval(), f"{words}, step {int(state['step'])}"
     except MISSHAPEN as error:
         raise CheckpointError(f"checkpoint: {path!r} does not fit its own model: {first_line(error)}") from None
 
 
-def load_foreign(path, variant, overrides):
+def load_foreign(path, state, variant, overrides):
     """From weights alone: the family is told by their names, but for .ckpt, which is taming's VQGAN or OptVQ."""
-    beside, about = os.path.join(os.path.dirname(path), "config.json"), {}
-    if os.path.basename(path) == "model.pth" and os.path.isfile(beside):  # model.pth of a run folder of ours
-        with open(beside, encoding="utf-8") as file:
-            about = json.load(file)
-    if about.get("model") == "vq_latents":
-        model = build_model("vq_latents", {**model_config(SimpleNamespace(**about)), **overrides})
-        model.load_state_dict(read(path))
-        return model.eval(), f"vq_latents ({model.taehv.variant})"
-    if about.get("model") == "taehv":  # its shape may be its own
+    about = settings_beside(path)
+    if about.get("model") in ("vq_latents", "taehv"):  # their shapes may be their own
         arguments = model_config(SimpleNamespace(**about))
+        if about["model"] == "vq_latents":
+            model = build_model("vq_latents", {**arguments, **overrides})
+            model.load_state_dict(state)
+            return model.eval(), f"vq_latents ({model.taehv.variant})"
         model = build_model("taehv", {**arguments, **({"variant": variant} if variant else {}), **overrides})
-        put_weights(model, read(path), path)
+        put_weights(model, state, path)
         return model.eval(), f"weights of variant {model.variant}"
     if path.endswith(".ckpt"):
-        return load_vqgan(path, **overrides)
-    names = " ".join(tensor_names(path))
+        return load_vqgan(state, **overrides)
+    inner = state.get("state_dict", state)
+    names = " ".join(map(str, inner)) if isinstance(inner, dict) else ""
     if "quantize." in names:
-        return load_vqgan(path, **{**about.get("net", {}), **overrides})
+        return load_vqgan(state, **{**about.get("net", {}), **overrides})
     if "codebooks.0." in names or "blocks_tempo" in names:
-        return load_vqvae(path, **{**about.get("net", {}), **overrides})
+        return load_vqvae(state, **{**about.get("net", {}), **overrides})
     if "encoder.project_out." in names:
-        return load_dcae(path), "Video DC-AE"
-    model = load_taehv(path, variant or about.get("variant"), **overrides)
+        return load_dcae(state), "Video DC-AE"
+    model = build_model("taehv", {**arguments_of(state, path, variant or about.get("variant")), **overrides})
+    put_weights(model, state, path)
     others = look_alikes(model.variant)
     doubt = f" (by name or default: {', '.join(others)} look alike)" if others and not variant else ""
-    return model, f"weights of variant {model.variant}{doubt}"
+    return model.eval(), f"weights of variant {model.variant}{doubt}"
 
 
-def tensor_names(path):
-    if path.endswith(".safetensors"):
-        from safetensors import safe_open
-        with safe_open(path, "pt") as file:
-            return list(file.keys())
-    state = read(path)
-    state = state.get("state_dict", state)
-    return [str(name) for name in state] if isinstance(state, dict) else []
+def settings_beside(path):
+    """The settings of the run that the model.pth of a run folder is of, or {}. ValueError if they are damaged."""
+    beside = os.path.join(os.path.dirname(path), "config.json")
+    if os.path.basename(path) != "model.pth" or not os.path.isfile(beside):
+        return {}
+    try:
+        about = read_json(beside, SETTINGS)
+    except ValueError as error:
+        raise ValueError(f"{beside} beside it cannot be read as JSON: {first_line(error)}") from None
+    if not isinstance(about, dict) or about.get("model") not in list(MODELS):  # another program's
+        return {}
+    if missing := [key for key in ("variant", "patch_size", "latent_channels", "net") if key not in about]:
+        raise ValueError(f"{beside} beside it has no {missing[0]!r}, as a run's has")
+    if not isinstance(about["net"], dict):
+        raise ValueError(f"{beside} beside it: its net is no object")
+    return about
 
 
 def safetensors_errors():
@@ -222,22 +268,30 @@ def first_line(error):
 def read(path):
     """The dict in a .pt or .pth file, on the CPU. CheckpointError if it is damaged, holds code, or is no dict."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # PyTorch does not look at the checksums that it writes
-                broken = archive.testzip()
-            if broken is not None:
-                raise CheckpointError(f"checkpoint: {path!r} is damaged ({broken} does not match its checksum)")
+        check_weights(path)
         with warnings.catch_warnings():  # of files in old formats
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"checkpoint: {path!r} is no file of weights, or holds code: it is not run") from None
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError,
-            AttributeError, NotImplementedError, AssertionError, OverflowError, struct.error) as error:
+    except (*MISSHAPEN, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError, struct.error) as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint: {path!r} holds a {type(state).__name__}, not weights")
     return state
+
+
+def read_foreign(path):
+    """Likewise of a .safetensors file, or of a .ckpt, which may hold objects of the program that wrote it."""
+    if path.endswith(".safetensors"):
+        return read_weights(path)
+    if not path.endswith(".ckpt"):
+        return read(path)
+    try:
+        check_weights(path)
+    except (*MISSHAPEN, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, struct.error) as error:
+        raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
+    return model_vqgan.read_weights(path)
 
 
 def checkpoints(folder):

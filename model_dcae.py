@@ -490,6 +490,8 @@ def recognise(state_dict):
     latent_channels = state_dict["encoder.project_out.main.op_list.0.conv.weight"].shape[0]
     places = {tuple(name.split(".")[i] for i in (0, 2, 4)) for name in state_dict if ".stages." in name}
     stages = len({stage for _, stage, _ in places})
+    if stages > 32:
+        raise ValueError(f"no Video DC-AE weights: {stages} stages")
 
     def depths(half):  # each stage but the last has one more layer, which changes the size
         counts = [sum(place[:2] == (half, str(i)) for place in places) for i in range(stages)]

@@ -988,6 +988,8 @@ def find_weights(path):
     path = str(path)
     if os.path.isfile(path):
         return path
+    if os.path.exists(path):
+        raise ValueError(f"{path!r} is not a regular file")
     if path in PUBLISHED:
         return published_weights(path)
     name = os.path.basename(path).removesuffix(".pth")

@@ -466,7 +466,10 @@ def recognise(weights):
                 n_hid=len(weights["encoder.blocks_spatial.input.weight"]), n_init=n_init, sequence_length=frames,
                 vocab_size=len(weights["vq_vae.embedding.weight"]),
                 n_blk_per_group=count(r"encoder\.blocks_spatial\.spatial_1\.block_(\d+)\."))
-        steps = [count(rf"encoders\.{i}\.layers\.(\d+)\.0\.weight") for i in range(count(r"encoders\.(\d+)\."))]
+        levels = count(r"encoders\.(\d+)\.")
+        if levels > 32:
+            raise ValueError(f"no VQ-VAE-2 weights: {levels} levels")
+        steps = [count(rf"encoders\.{i}\.layers\.(\d+)\.0\.weight") for i in range(levels)]
         first = steps[0] if steps else 0
         stack = f"encoders.0.layers.{first + 2}.stack."
         found = dict(hidden_channels=len(weights[f"encoders.0.layers.{first}.weight"]), nb_levels=len(steps),

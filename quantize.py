@@ -171,7 +171,9 @@ class Quantizer(nn.Module):
         super().__init__()
         self.dim, self.num_codes, self.codes_per_position = dim, num_codes, codes_per_position
         self.deferred, self.before_reduce = deferred, None
-        self.register_buffer("counts", torch.zeros(codes_per_position, num_codes), persistent=False)
+        # Registered before its memory is touched: what builds a stranger's model looks at sizes there.
+        self.register_buffer("counts", torch.empty(codes_per_position, num_codes), persistent=False)
+        self.counts.zero_()
 
     def forward(self, z):
         """z: N C H W or N C T H W with C = dim. Returns (quantized, info): see the top of this file."""
@@ -411,7 +413,8 @@ class EMAQuantizer(TableQuantizer):
     def __init__(self, n_embed, dim, beta=0.25, decay=0.99, eps=1e-5, **options):
         super().__init__(n_embed, dim, beta, decay, **options)
         self.eps = eps
-        self.register_buffer("sums", torch.zeros(n_embed, dim), persistent=False)
+        self.register_buffer("sums", torch.empty(n_embed, dim), persistent=False)
+        self.sums.zero_()
         self.make_tables(torch.randn(n_embed, dim), torch.full((n_embed,), self.start_size))
 
     def make_tables(self, weight, sizes):

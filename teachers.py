@@ -21,12 +21,14 @@ import importlib.util
 import json
 import os
 import warnings
+import zipfile
 
 import torch
 import torch.nn.functional as F
 
 import checkpoint
 from model_taehv import check_cogvideox_frames
+from untrusted import check_archive, open_regular
 
 KINDS = "taehv:FILE, torchscript:FILE, python:FILE.py:FUNCTION or diffusers:CLASS:FOLDER"
 
@@ -132,8 +134,10 @@ def load_torchscript(spec, path):
     try:
         with warnings.catch_warnings():  # that torch.jit is deprecated
             warnings.simplefilter("ignore")
+            with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+                check_archive(archive, os.path.getsize(path))
             model = torch.jit.load(path, map_location="cpu")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise TeacherError(f"teacher {spec}: no TorchScript file ({checkpoint.first_line(error)})") from None
     if not hasattr(model, "encode"):
         raise TeacherError(f"teacher {spec}: its module has no encode: export it with @torch.jit.export")

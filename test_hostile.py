@@ -1,9 +1,15 @@
 """Files that are made to exhaust memory, to take for ever, or to open other files: refused in one line, before that."""
 
+import contextlib
+import io
 import json
 import math
 import os
+import pickle
+import re
+import resource
 import shutil
+import signal
 import struct
 import sys
 import zipfile
@@ -22,6 +28,7 @@ import infer
 import latent_cache
 import latent_file
 import report
+import teachers
 import token_file
 from conftest import FRAMES, log_of, mistake, write_clip
 from model_taehv import TAEHV
@@ -272,3 +279,190 @@ def test_a_name_is_no_pattern_and_no_address(tmp_path, monkeypatch):
         sources, refused = data.probe(data.find_sources(given))
         frames = {source.key: len(list(data.VideoReader(source.path))) for source in sources}
         assert not refused and {frames[name] for name in names} == {3} and len(frames) >= 8, frames
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def little():
+    """Ten seconds, and half a gigabyte more than there is now."""
+    def too_long(*_):
+        raise AssertionError("it takes too long")
+
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    signal.signal(signal.SIGALRM, too_long)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (now + 2 ** 29, before[1]))
+        signal.alarm(10)
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refusal(path, load=checkpoint.load_model):
+    with little(), pytest.raises(checkpoint.CheckpointError) as caught:
+        load(str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+    return str(caught.value)
+
+
+class Stored:
+    """Stands for a storage of so many float32 numbers, in a pickle."""
+
+    def __init__(self, numbers, key="0"):
+        self.about = "storage", torch.FloatStorage, key, "cpu", numbers
+
+
+class Tensor:
+    def __init__(self, shape, strides, stored):
+        self.arguments = stored, 0, shape, strides, False, {}
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+def pickled(content):
+    file = io.BytesIO()
+    pickler = pickle._Pickler(file, 2)
+    pickler.persistent_id = lambda part: part.about if isinstance(part, Stored) else None
+    pickler.dump(content)
+    return file.getvalue()
+
+
+def write_weights(path, content, packed=zipfile.ZIP_STORED, data=bytes(64), **parts):
+    with zipfile.ZipFile(path, "w", packed) as archive:
+        for name, part in {"data.pkl": content, "byteorder": b"little", "version": b"3\n", "data/0": data}.items():
+            archive.writestr(f"archive/{name}", part)
+    return path
+
+
+def write_old_weights(path, content):
+    with open(path, "wb") as file:
+        for part in (0x1950a86a20f9469cfc6c, 1001, {}):
+            pickle.dump(part, file, 2)
+        file.write(content + pickle.dumps(["0"], 2) + struct.pack("<q", 16) + bytes(64))
+    return path
+
+
+NAME, PAIR = b"\x80\x02}X\1\0\0\0a", b"s."  # around a value: the pickle of {"a": value}
+
+
+@pytest.mark.parametrize("content, words", [
+    (pickled({"a": Tensor((10 ** 9,), (1,), Stored(10 ** 9))}), "part 0 is said to have 4000000000 bytes"),
+    (pickled({"a": Tensor((100,), (1,), Stored(100))}), "part 0 is said to have 400 bytes, and has 64|in a file of"),
+    (pickled({"a": Tensor((10 ** 9,), (1,), Stored(16))}), "a tensor of 1000000000 in a file of"),
+    (pickled({"a": Tensor((10 ** 9,), (0,), Stored(16))}), "a tensor of 1000000000 in a file of"),
+    (pickled({i: Tensor((10 ** 6,), (0,), Stored(16)) for i in range(9)}), "a tensor of 1000000 in a file of"),
+    (pickled({"a": Tensor((-1,), (1,), Stored(16))}), "a size that is no number"),
+    (NAME + b"cbuiltins\nbytearray\n\x8a\x05" + (10 ** 10).to_bytes(5, "little") + b"\x85R" + PAIR,
+     "it has bytearray called"),
+    (NAME + b"ctorch\nTensor\n\x8a\x05" + (10 ** 10).to_bytes(5, "little") + b"\x85R" + PAIR, "it has Tensor called"),
+    (NAME + b"ctorch.storage\nUntypedStorage\nJ\xff\xff\xff\x7f\x85R" + PAIR, "it has UntypedStorage called"),
+    (b"\x80\x02})" + b"\x85" * 150_000 + b"K\1" + PAIR, "keys that are no names"),  # its hash ends Python
+    (NAME + b"cbuiltins\nset\n])" + b"\x85" * 150_000 + b"a\x85R" + PAIR, "keys that are no names"),
+    (pickled({k * (2 ** 61 - 1): None for k in range(1, 1002)}), "keys that are no names"),  # all have one hash
+    (NAME + b"c_codecs\nencode\nX\1\0\0\0aX\x08\0\0\0punycode\x86R" + PAIR, "bytes in punycode"),
+    (NAME + b"]" * 2 ** 22 + PAIR, "data.pkl has more than 4 MiB"),
+    (b"\x80\x02]" + b"]" * 30_000 + b"a" * 30_000 + b".", "holds a list"),
+    (b"\x80\x02" + b"}X\1\0\0\0a" * 30_000 + b"N" + b"s" * 30_000 + b".", "no TAEHV weights"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_weights_that_ask_for_more_than_they_hold_are_refused_at_once(tmp_path, content, words):
+    """Both formats, and .ckpt; some of these ended Python, or took all memory, or hours."""
+    assert re.search(words, refusal(write_weights(tmp_path / "a.pth", content)))
+    if len(content) < 20_000:
+        for path in (write_old_weights(tmp_path / "old.pth", content), write_weights(tmp_path / "a.ckpt", content)):
+            assert re.search(words, refusal(path))
+
+
+def test_archives_that_unpack_to_gigabytes_are_refused_at_once(tmp_path):
+    content = pickled({"a": Tensor((2 ** 25,), (1,), Stored(2 ** 25))})
+    path = write_weights(tmp_path / "a.pth", content, zipfile.ZIP_DEFLATED, bytes(2 ** 27))
+    assert os.path.getsize(path) < 2 ** 18 and "would unpack to 134217" in refusal(path)
+    os.rename(path, tmp_path / "a.ckpt")
+    assert "would unpack to 134217" in refusal(tmp_path / "a.ckpt")
+    with pytest.raises(teachers.TeacherError, match="would unpack to 134217"), little():
+        teachers.load_teacher(f"torchscript:{tmp_path / 'a.ckpt'}")
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        for _ in range(2):
+            archive.writestr("a/data.pkl", pickled({}))
+    assert "parts of the same name" in refusal(path)
+
+
+def test_safetensors_that_ask_for_more_than_they_hold_are_refused_at_once(tmp_path):
+    pytest.importorskip("safetensors")
+    one = dict(dtype="F32", shape=[1], data_offsets=[0, 4])
+    names = ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight",
+             "encoder.conv_out.weight", "quantize.embedding.weight")
+    empty = {name: dict(dtype="F32", shape=[2 ** 20, 3, 0, 0][:4 if "in" in name else 2], data_offsets=[0, 0])
+             for name in names}
+    for header, length in (({}, 2 ** 60), ({}, 2 ** 30), ({"a": dict(one, shape=[10 ** 9] * 3)}, 0), (empty, 0),
+                           ({"a": dict(one, shape=[10 ** 9], data_offsets=[0, 4 * 10 ** 9])}, 0),
+                           ({"a": one, "b": one}, 0)):
+        text = json.dumps(header).encode()
+        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length or len(text)) + text + bytes(4))
+        refusal(tmp_path / "a.safetensors")
+
+
+SMALL = dict(ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=8, embed_dim=8,
+             n_embed=16)
+
+
+@pytest.mark.parametrize("name, settings", [
+    ("vqgan", dict(SMALL, ch=32 * 200)), ("vqgan", dict(SMALL, ch=32 * 20_000)),
+    ("vqgan", dict(SMALL, num_res_blocks=10 ** 6)), ("vqgan", dict(SMALL, n_embed=10 ** 9)),
+    ("vqgan", dict(SMALL, n_embed=3 * 10 ** 7, quantizer="ema")),
+    ("vqgan", dict(SMALL, quantizer="fsq", embed_dim=3, levels=(1000, 100, 1000))),
+    ("vqgan", dict(SMALL, quantizer="rvq", depth=10 ** 6)),
+    ("vqvae2", dict(nb_levels=10 ** 5, scaling_rates=[2] * 10 ** 5)), ("vqvae2", dict(nb_res_layers=10 ** 6)),
+    ("vqvae_video", dict(vocab_size=10 ** 8)), ("taehv", dict(encoder_widths=(20_000,) * 4)),
+    ("taehv", dict(patch_size=100)), ("vq_latents", dict(blocks=10 ** 6)),
+    ("dcae", dict(width_list=(128,) * 6, encoder_depth_list=(10 ** 6,) * 6, decoder_depth_list=(1,) * 6)),
+])
+def test_a_checkpoint_that_asks_for_a_model_larger_than_itself_is_refused_at_once(tmp_path, name, settings):
+    torch.save(dict(model_name=name, model_config=settings, ema={"a": torch.zeros(1)}, step=1), tmp_path / "a.pt")
+    words = "than the file can hold weights for|can't allocate memory|net.* at most|net.levels"
+    assert re.search(words, refusal(tmp_path / "a.pt"))
+
+
+def test_weights_whose_shapes_ask_for_a_larger_model_are_refused_at_once(tmp_path):
+    thin = {"encoder.conv_in.weight": (3200, 3), "encoder.down.0.block.0.conv1.weight": (3200,),
+            "quant_conv.weight": (4,), "encoder.conv_out.weight": (4,), "quantize.embedding.weight": (16, 4)}
+    for suffix in ("ckpt", "pth"):
+        torch.save({"state_dict": {k: torch.zeros(shape) for k, shape in thin.items()}}, tmp_path / f"a.{suffix}")
+        assert "than the file can hold weights for" in refusal(tmp_path / f"a.{suffix}")
+    last = "encoder.project_out.main.op_list.0.conv.weight"
+    for names in ([f"codebooks.0.{i}" for i in range(9)] + [f"encoders.{i}.x" for i in range(9000)],
+                  [last] + [f"encoder.stages.{i}.x.x" for i in range(9000)]):
+        torch.save(dict.fromkeys(names, torch.zeros(1)), tmp_path / "a.pth")  # which took minutes
+        assert re.search("9000 (levels|stages)", refusal(tmp_path / "a.pth"))
+
+
+def test_settings_beside_weights_are_believed_no_more_than_the_weights(taehv, tmp_path):
+    path, settings = tmp_path / "model.pth", dict(model="taehv", variant="", patch_size=0, latent_channels=0, net={})
+    torch.save(taehv.state_dict(), path)
+    honest = dict(settings, net=dict(encoder_widths=[8] * 4, decoder_widths=[16, 8, 8, 8]))
+    for about in (honest, [], None, 7, {}, {"model": {}}, {"model": "of another program"}):
+        (tmp_path / "config.json").write_text(json.dumps(about))
+        assert checkpoint.load_model(path)[0].decoder_widths == (16, 8, 8, 8)
+    os.symlink("/dev/zero", tmp_path / "zero")
+    for text, words in ((json.dumps(dict(settings, net=dict(encoder_widths=[3000] * 4))), "can hold weights for"),
+                        (json.dumps(dict(settings, net=[1])), "its net is no object"),
+                        ('{"model": "taehv"}', "has no 'variant'"), ("{", "cannot be read as JSON"),
+                        ("[" * 10 ** 5, "nested too deeply"), (" " * (2 ** 20 + 1), "more than 1 MiB"),
+                        (json.dumps(dict(settings, variant=str(path))), "another file of weights"),
+                        (json.dumps(dict(settings, net=dict(checkpoint_path="taew2_1"))), "another file of weights")):
+        (tmp_path / "config.json").write_text(text)
+        assert words in refusal(path)
+
+
+def test_a_checkpoint_opens_no_other_file(taehv, tmp_path):
+    """TAEHV(path) reads that file."""
+    other = str(tmp_path / "taehv.pth")
+    for settings in (dict(variant=other), dict(checkpoint_path=other), dict(checkpoint_path="taew2_1")):
+        for name, config in (("taehv", settings), ("vq_latents", dict(taehv=settings))):
+            torch.save(dict(model_name=name, model_config=config, ema=taehv.state_dict(), step=1), tmp_path / "a.pt")
+            assert "another file of weights, which is not read" in refusal(tmp_path / "a.pt")
