@@ -6,6 +6,7 @@ Nothing is loaded that could run code: all loading is weights_only.
 """
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import inspect
 import io
@@ -32,7 +33,7 @@ from untrusted import SETTINGS, check_weights, read_json
 
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
-LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt)\.(\d+\.)+tmp")  # see write_atomically
+LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt|probe)\.(\d+\.)+tmp")  # see write_atomically
 # What contents that are not as expected raise.
 MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError,
              ZeroDivisionError)
@@ -297,7 +298,12 @@ def read_foreign(path):
 def checkpoints(folder):
     """Paths of the step files in a run folder, newest first."""
     names = [n for n in (os.listdir(folder) if os.path.isdir(folder) else []) if STEP_FILE.fullmatch(n)]
-    return [os.path.join(folder, n) for n in sorted(names, key=lambda n: int(STEP_FILE.fullmatch(n)[1]), reverse=True)]
+    return [os.path.join(folder, n) for n in sorted(names, key=step_of, reverse=True)]
+
+
+def step_of(path):
+    """The step of a step file, by its name."""
+    return int(STEP_FILE.fullmatch(os.path.basename(path))[1])
 
 
 def newest_checkpoint(folder):
@@ -331,10 +337,53 @@ def write_atomically(path, data):
         raise
 
 
-def save(state, path):
+def probe(folder):
+    """OSError if no small file can be written and flushed there."""
+    path = os.path.join(folder, "probe")
+    write_atomically(path, os.urandom(1 << 16))  # which no file system compresses
+    os.remove(path)
+
+
+def is_full(error):
+    """Whether an OSError says that the disk is full, or this user's part of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def save(state, path, make_room=lambda: False):
+    """OSError leaves nothing behind. While the disk is full and make_room() returns True, it is tried again."""
     buffer = io.BytesIO()  # written by plain file calls, which fail with a plain OSError when the disk is full
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
+    while True:
+        try:
+            return write_atomically(path, buffer.getbuffer())
+        except OSError as error:
+            if not is_full(error) or not make_room():
+                raise
+
+
+def drop_oldest(folder, step, log=print):
+    """Remove the oldest checkpoint of a run to make room for what is saved at `step`, but never the newest good one.
+    Returns whether that could be done."""
+    newest, _ = newest_checkpoint(folder)
+    others = [path for path in checkpoints(folder) if newest and path != newest]
+    if not others:
+        return False
+    try:
+        os.remove(others[-1])
+        remove_rank_files(folder, but=step)
+    except OSError:
+        return False
+    log(f"the disk is full: {others[-1]} was removed to make room")
+    return True
+
+
+def remove_rank_files(folder, but=None):
+    """Those of steps that have no step file, except of one step. OSError."""
+    kept = {os.path.basename(path).removesuffix(".pt") for path in checkpoints(folder)}
+    for name in os.listdir(folder):
+        match = RANK_FILE.fullmatch(name)
+        if match and name.split(".")[0] not in kept and int(match[1]) != but:
+            os.remove(os.path.join(folder, name))
 
 
 def remove_leftovers(folder):
@@ -344,36 +393,34 @@ def remove_leftovers(folder):
             os.remove(os.path.join(folder, name))
 
 
-def save_run(folder, state, keep_last):
-    """Save a run's state as its newest checkpoint and its averaged weights as model.pth; drop all but `keep_last`.
-
-    Returns an error message, or "" if all went well: a full disk must not end a run.
-    """
+def save_run(folder, state, keep_last, log=print):
+    """Save a run's state as its newest checkpoint and its averaged weights as model.pth; drop all but `keep_last`, on a
+    full disk some of them before. Returns why it could not be saved, or "": a full disk must not end a run."""
+    step = state["step"]
     try:
         remove_leftovers(folder)
-        save(state, os.path.join(folder, f"step_{state['step']:08d}.pt"))
-        save(state["ema"], os.path.join(folder, "model.pth"))
+        for what, name in ((state, f"step_{step:08d}.pt"), (state["ema"], "model.pth")):
+            save(what, os.path.join(folder, name), lambda: drop_oldest(folder, step, log))
+    except OSError as error:
+        return f"{error}"
+    try:
         for path in checkpoints(folder)[keep_last:]:
             os.remove(path)
-        kept = {os.path.basename(path).removesuffix(".pt") for path in checkpoints(folder)}
-        for name in os.listdir(folder):
-            if RANK_FILE.fullmatch(name) and name.split(".")[0] not in kept:
-                os.remove(os.path.join(folder, name))
-    except OSError as error:
-        return f"the checkpoint of step {state['step']} could not be saved: {error}; the run goes on"
+        remove_rank_files(folder)
+    except OSError as error:  # saved it is
+        log(f"warning: older checkpoints are not removed: {error}")
     return ""
 
 
 def save_rank(folder, step, rank, state):
     """Save what one rank alone holds (its replayed samples), beside the step file and before it: step_00001000.rank3.
-    Nothing is written for None. Returns an error message, or ""."""
-    if state is None:
-        return ""
-    try:
-        save(state, os.path.join(folder, f"step_{step:08d}.rank{rank}"))
-    except OSError as error:
-        return f"the checkpoint of step {step} could not be saved: {error}; the run goes on"
-    return ""
+    Nothing is written for None. Returns the OSError that prevents it, or None."""
+    if state is not None:
+        try:
+            save(state, os.path.join(folder, f"step_{step:08d}.rank{rank}"))
+        except OSError as error:
+            return error
+    return None
 
 
 def read_rank(path, rank):
@@ -385,12 +432,13 @@ def read_rank(path, rank):
         return None, str(error)
 
 
-def save_best(folder, state):
-    """Save the weights that validated best; returns an error message, or ""."""
+def save_best(folder, state, log=print):
+    """Save the weights that validated best, on a full disk in the place of older checkpoints; returns why they could
+    not be saved, or ""."""
     try:
-        save(state, os.path.join(folder, "best.pt"))
+        save(state, os.path.join(folder, "best.pt"), lambda: drop_oldest(folder, state["step"], log))
     except OSError as error:
-        return f"best.pt of step {state['step']} could not be saved: {error}; the run goes on"
+        return f"{error}"
     return ""
 
 

@@ -46,7 +46,7 @@ LINES = [re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d " + words) for words in (  
     rf"step (?P<step>\d{{1,12}}): loss (?P<loss>{NUMBER})(?:.*, (?P<speed>{NUMBER}) clips/s)?",
     rf"step \d+: validation psnr (?P<psnr>{NUMBER}) dB",
     r"resumed from .* at step (?P<step>\d{1,12})$",
-    r"(?P<ending>done|nothing to do|stopped by a signal)\b")]
+    r"(?P<ending>done\b|nothing to do\b|stopped by a signal\b|not saved: .*)")]
 
 
 @dataclasses.dataclass
@@ -176,10 +176,15 @@ def finished(task):
     try:
         with open(os.path.join(task.folder, "config.json"), encoding="utf-8") as file:
             same = as_asked(json.load(file), json.loads(json.dumps(dataclasses.asdict(task.config))))
-        names = [re.fullmatch(r"step_(\d{8,12})\.pt", name) for name in os.listdir(task.folder)]
     except (OSError, ValueError, RecursionError, KeyError, TypeError):  # no such folder, or no settings of a run
         return False
-    return task.config.resume == "auto" and same and any(n and int(n[1]) >= task.config.max_steps for n in names)
+    return task.config.resume == "auto" and same and saved_step(task.folder) >= task.config.max_steps
+
+
+def saved_step(folder):
+    """That of its newest checkpoint, by the files' names; 0 for none."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return max([int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,12})\.pt", name))], default=0)
 
 
 def as_asked(found, asked):
@@ -311,12 +316,24 @@ def finish(task, stopping):
     follow(task)
     task.log.close()
     code, ending, task.devices, task.note = task.process.returncode, task.seen["ending"], (), ""
-    if ending.startswith("stopped") or code == 130 or stopping and not ending:  # 130: Ctrl-C
+    full = code and not ending and no_room(task.folder)  # then train.log says nothing
+    if ending.startswith("not saved") or full:
+        task.state, task.note = "failed", plain(ending) or f"exit code {code}, and its disk is full"
+        task.seen["step"] = saved_step(task.folder)
+    elif ending.startswith("stopped") or code == 130 or stopping and not ending:  # 130: Ctrl-C
         task.state = "stopped"
     elif code:
         task.state, task.note = "failed", f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
     else:
         task.state = "done"
+
+
+def no_room(folder):
+    """Whether its disk has no room for some lines of text."""
+    try:
+        return shutil.disk_usage(folder).free < 1 << 16
+    except OSError:
+        return False
 
 
 def run_all(tasks, devices, on_gpus, command):
@@ -417,9 +434,12 @@ class Screen:
 
 def last_lines(task):
     """The end of what it printed, without progress bars and torchrun's own report."""
-    with open(os.path.join(task.folder, "launch.log"), "rb") as file:
-        file.seek(max(task.log_start, file.seek(0, os.SEEK_END) - (1 << 16)))
-        lines = [line.rstrip("\r").split("\r")[-1] for line in file.read().decode("utf-8", "replace").split("\n")]
+    try:
+        with open(os.path.join(task.folder, "launch.log"), "rb") as file:
+            file.seek(max(task.log_start, file.seek(0, os.SEEK_END) - (1 << 16)))
+            lines = [line.rstrip("\r").split("\r")[-1] for line in file.read().decode("utf-8", "replace").split("\n")]
+    except OSError as error:  # removed with its folder
+        return [str(error)]
     report = next((i for i, line in enumerate(lines) if "failed (exitcode:" in line), len(lines))
     return [plain(line) for line in lines[:report] if line.strip()][-12:]
 

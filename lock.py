@@ -12,6 +12,7 @@ server gives a lock back some time later: NFS 4 by Linux after 90 seconds.
 This file works alone, with Python's library only.
 """
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -28,13 +29,13 @@ NAME = ".lock"
 AGAIN = 0.2  # seconds between two attempts
 # Under torchrun: how many seconds ranks of before have to end in, and the locks of a machine that has died.
 DYING, LOST = 10, 120
-HELD = set()  # this process's descriptors
+HELD = {}  # this process's descriptors: the paths of their lock files
 
 
 def let_go():
     """In a forked child: it must not keep a folder locked when this process is gone."""
     while HELD:
-        os.close(HELD.pop())
+        os.close(HELD.popitem()[0])
 
 
 if hasattr(os, "register_at_fork"):
@@ -54,27 +55,40 @@ def locked(folder, way_out):
     user can do instead. OSError if the folder cannot be made or written to.
     """
     path, made = os.path.join(folder, NAME), not os.path.isdir(folder)
-    handle, problem = open_and_lock(folder, path, way_out)
-    HELD.add(handle)
+    handle, problem = open_and_lock(folder, path, f": wait for its end, or {way_out}", patient="RANK" in os.environ)
+    HELD[handle] = path
     try:
-        with contextlib.suppress(OSError):  # a full disk: the lock counts, not its words
-            os.truncate(handle, 0)
-            os.write(handle, own_words().encode(errors="backslashreplace"))
         yield f"{folder} cannot be locked ({problem}): start no other command that writes there" if problem else ""
     finally:
         if handle in HELD:  # not so in a forked child
             with contextlib.suppress(OSError):  # the folder or the disk may be gone
                 if is_at(handle, path):
                     os.remove(path)
-            HELD.remove(handle)
+            del HELD[handle]
             os.close(handle)
             if made:
                 with contextlib.suppress(OSError):  # not empty, as it should be
                     os.rmdir(folder)
 
 
-def open_and_lock(folder, path, way_out):
-    """(descriptor of the lock file, "" or why there is no lock on it)."""
+def holds(folder):
+    """Whether a folder that this process has locked is still there, with that lock. OSError if nobody can say."""
+    path = os.path.join(folder, NAME)
+    return any(is_at(handle, path) for handle, held in HELD.items() if held == path)
+
+
+def hold_again(folder):
+    """Makes and locks anew a folder that this process had locked, and that was removed. InUse if another process has it
+    meanwhile. OSError."""
+    path = os.path.join(folder, NAME)
+    new, _ = open_and_lock(folder, path, ", and was removed before", patient=False)
+    os.dup2(new, next(handle for handle, held in HELD.items() if held == path), inheritable=False)
+    os.close(new)
+
+
+def open_and_lock(folder, path, advice, patient):
+    """(descriptor of the lock file, with this process's words in it; "" or why there is no lock on it). InUse, its
+    message with `advice` at its end. `patient`: after some seconds only."""
     began, told, removed = time.monotonic(), False, 0
     while True:
         os.makedirs(folder, exist_ok=True)
@@ -89,6 +103,9 @@ def open_and_lock(folder, path, way_out):
         try:
             problem = lock(handle)
             if is_at(handle, path):
+                with contextlib.suppress(OSError):  # a full disk: the lock counts, not its words
+                    os.truncate(handle, 0)
+                    os.write(handle, own_words().encode(errors="backslashreplace"))
                 return handle, problem
         except BlockingIOError:
             other = words_in(handle)
@@ -96,11 +113,11 @@ def open_and_lock(folder, path, way_out):
         if not other:  # who had it has removed it just now
             continue
         limit = AGAIN  # once more, since the other may have got it just now, and not have written its words
-        if "RANK" in os.environ:
+        if patient:
             limit = DYING if f" on {socket.gethostname()} " in other else LOST
         waited = time.monotonic() - began
         if waited >= limit:
-            raise InUse(f"{folder} is in use by {other}: wait for its end, or {way_out}")
+            raise InUse(f"{folder} is in use by {other}{advice}")
         if limit > AGAIN and not told:
             print(f"{folder} is in use by {other}: waiting up to {limit} seconds for its end", file=sys.stderr)
             told = True
@@ -141,7 +158,9 @@ def is_at(handle, path):
     """Whether the open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # ESTALE: another machine has removed it, on NFS
+            raise
         return False
 
 

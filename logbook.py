@@ -18,7 +18,7 @@ class Logbook:
 
     def __init__(self, folder, rank):
         self.folder, self.rank, self.noted, self.complained = folder, rank, set(), False
-        self.board = self.copy = None  # TensorBoard's writer; the run at Weights & Biases
+        self.board = self.copy = self.config = None  # TensorBoard's writer; the run at Weights & Biases; its settings
         self.drawn, self.missing = None, ""  # the newest step that has curves; why some before it have got lost
 
     def __call__(self, line, screen=True):
@@ -50,11 +50,23 @@ class Logbook:
         """Save the resolved configuration, open TensorBoard's file; curves past `step` are a stopped run's, and go."""
         if self.rank > 0:
             return
-        self("config: " + json.dumps(config), screen=False)
-        with self.unharmed(), open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2)
-        self.drawn = step
+        self.config, self.drawn = config, step
+        self.write_config()
         self.draw(step, lambda board: board.flush())
+
+    def write_config(self):
+        self("config: " + json.dumps(self.config), screen=False)
+        with self.unharmed(), open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
+            json.dump(self.config, file, indent=2)
+
+    def start_again(self):
+        """In a folder that was removed and is made again, on rank 0: new files from here on."""
+        self(f"warning: {self.folder} was removed, and with it what was saved; it is made again")
+        self.write_config()
+        if self.board is not None:
+            with self.unharmed():
+                self.board.close()
+            self.board, self.missing = None, "their folder was removed"
 
     def mirror(self, project, config, resumed):
         """Copy the curves to a project of Weights & Biases, by its own means; call it on rank 0, before `start`.

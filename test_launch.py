@@ -1,5 +1,6 @@
 """Several tasks at once: queueing, the table, a crash, signals, and mistakes in the file. Minutes: under one."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are l
 
 # What test tasks run instead of torchrun. The first word of the task's name says what it does.
 FAKE = """
-import os, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 def note(words):
     with open("events", "a") as file:
         file.write(f"{name} {words}\\n")
@@ -46,6 +47,9 @@ note(f"start {os.environ.get('CUDA_VISIBLE_DEVICES')}")
 if kind == "crash":
     print("10%|#  |\\r20%|## |")
     print("the reason of the crash")
+    sys.exit(3)
+if kind == "removes":
+    shutil.rmtree("runs")
     sys.exit(3)
 if kind == "leaves":
     rank = subprocess.Popen(["sleep", "1000"], start_new_session=True)
@@ -274,6 +278,45 @@ def test_the_tasks_of_a_killed_launch_end_and_nobody_joins_their_folder_before(t
     wait(lambda: not alive(listening))
     process.communicate()
     assert "stubborn is in use" in end(begin(tmp_path, [task("stubborn")], "--slots", "1"), 2)
+
+
+NOT_SAVED = "not saved: [Errno 28] No space left on device; on disk: step 4 (runs/a)"
+
+
+@pytest.mark.parametrize("code, line, room, stopping, state, note, step", [
+    (1, NOT_SAVED, True, False, "failed", NOT_SAVED, 4),
+    (1, NOT_SAVED, True, True, "failed", NOT_SAVED, 4),
+    (1, "", False, False, "failed", "exit code 1, and its disk is full", 4),
+    (1, "", False, True, "failed", "exit code 1, and its disk is full", 4),
+    (1, "", True, False, "failed", "exit code 1", "9"),
+    (1, "", True, True, "stopped", "", "9"),
+    (0, "done: 9 steps", False, False, "done", "", "9")], ids=str)
+def test_a_task_that_could_not_save_has_failed(code, line, room, stopping, state, note, step, tmp_path, monkeypatch):
+    """With the step that is on disk. On a full disk train.log may say nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "no_room", lambda folder: not room)
+    (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [task("a", max_steps=9)]}))
+    one = launch.read_tasks("tasks.json")[0]
+    launch.claim(one)
+    launch.start(one, ["0"], False, lambda task: [sys.executable, "-c", f"raise SystemExit({code})"])
+    for name in ("step_00000004.pt", "step_00000002.pt", "best.pt"):
+        (tmp_path / "runs" / "a" / name).touch()
+    stamp = "2026-01-02 03:04:05"
+    (tmp_path / "runs" / "a" / "train.log").write_text(f"{stamp} step 9: loss 1.0\n{stamp} {line}\n")
+    (tmp_path / "runs" / "a" / "config.json").write_text(
+        json.dumps({**dataclasses.asdict(one.config), "variant": "taehv"}))
+    assert one.process.wait(60) == code
+    launch.finish(one, stopping)
+    assert (one.state, one.note, one.seen["step"]) == (state, note, step)
+    assert not launch.finished(one)
+    (tmp_path / "runs" / "a" / "step_00000009.pt").touch()
+    assert launch.finished(one)
+
+
+def test_a_task_whose_folder_was_removed_is_reported(tmp_path):
+    output = end(begin(tmp_path, [task("removes")], "--slots", "1"), 1)
+    assert "removes: exit code 3; the end of runs/removes/launch.log:\n    [Errno 2] No such file" in output
+    assert "failed: removes" in output and "Traceback" not in output
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

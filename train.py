@@ -32,6 +32,7 @@ from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks, stay_together)
+from saving import NotSaved, Saver
 from screen import guard_screen
 from synthetic import make_demo
 from token_file import MAX_VOCABULARY
@@ -40,7 +41,7 @@ from watch import Trend, describe_figures, describe_trend
 
 def train(cfg):
     """One run, from the settings to its last checkpoint. Returns the exit code. ConfigError, DeviceError, DataError,
-    CheckpointError or InUse say in one line what is wrong; all ranks raise the same."""
+    CheckpointError, InUse or NotSaved say in one line what is wrong; all ranks raise the same."""
     with contextlib.ExitStack() as at_end:  # however the run ends, it lets its folder go
         return run(cfg, at_end)
 
@@ -131,7 +132,10 @@ def run(cfg, at_end):
         f"{str(dtype).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}")
     if dtype == torch.bfloat16 and device.type == "cpu" and cfg.model == "dcae":
         log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips; leave precision at auto")
-    for line in found + [f"warning: {unlocked}"] * bool(unlocked):
+    saver = Saver(folder, cfg.keep_last, control, log)
+    lack = saver.lack_of_room(model.state_dict(), average.state_dict(), average.state_dict(), objective.state(),
+                              parameters, parameters)  # of files: the average twice, AdamW's two means
+    for line in filter(None, [*found, unlocked and f"warning: {unlocked}", lack]):
         log(line)
     if resume_from:
         log(f"resumed from {resume_from} at step {step}"
@@ -168,26 +172,18 @@ def run(cfg, at_end):
         return agree(control, out_of_memory, stop, clock.total() >= time_limit, trouble)
 
     def save():
-        """Every rank calls this. Returns what went wrong, or an empty string."""
-        problem = checkpoint.save_rank(folder, step, rank, objective.rank_state())
-        states, problems = zip(*gather(control, (checkpoint.random_state(device), problem)))
-        if rank > 0:
-            return ""
-        if any(problems):
-            log(next(filter(None, problems)))
-            return next(filter(None, problems))
-        problem = checkpoint.save_run(folder, dict(
+        """Every rank calls this. Returns, on every rank, why the run could not be saved, or an empty string."""
+        return saver.run(step, objective.rank_state(), checkpoint.random_state(device), lambda states: dict(
             model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
             best_by=objective.best_by(), seconds=clock.total(), pieces=pieces, tally=tally.cpu(), world=world,
-            random=list(states), teacher=teacher, model=model.state_dict(), ema=average.state_dict(),
-            optimizer=optimizer.state_dict(), trend=trend.state(), objective=objective.state()), cfg.keep_last)
-        log(problem or f"step {step}: saved {folder}/step_{step:08d}.pt")
-        return problem
+            random=states, teacher=teacher, model=model.state_dict(), ema=average.state_dict(),
+            optimizer=optimizer.state_dict(), trend=trend.state(), objective=objective.state()))
 
     def give_up(reason, way_out):
         gradients.begin()  # the statistics as they were before this step, if it is not done
-        saved = "the run is not saved" if save() else "the run is saved"
-        raise ConfigError(f"{reason} at step {step}; {saved}. {way_out}")
+        if unsaved := save():
+            raise NotSaved(f"{reason} at step {step}; {saver.not_saved(unsaved)}. {way_out}")
+        raise ConfigError(f"{reason} at step {step}; the run is saved. {way_out}")
 
     # ---- the loop -------------------------------------------------------------------------------------------------
     stop = StopSignal()
@@ -273,16 +269,17 @@ def run(cfg, at_end):
             if objective.score(result) > best:
                 best = objective.score(result)
                 if rank == 0:
-                    problem = checkpoint.save_best(folder, dict(
-                        model_name=cfg.model, model_config=model.config, step=step, val=result,
-                        ema=average.state_dict()))
-                    if problem:
-                        log(problem)
+                    saver.best(dict(model_name=cfg.model, model_config=model.config, step=step, val=result,
+                                    ema=average.state_dict()))
         if step % cfg.save_every == 0 or last or stopping:
             with clock.stopped():
-                save()
+                unsaved = save()
+            if unsaved and not last and not stopping:
+                log(f"the checkpoint of step {step} could not be saved: {unsaved}; the run goes on; {saver.on_disk}")
     bar.close()
     log.close()
+    if unsaved:
+        raise NotSaved(saver.not_saved(unsaved))
     if stopping and not last:
         again = "resume=auto" if cfg.resume == "none" else "the same command"
         cause = "torchrun was killed: stopped" if stop.orphaned() else "stopped by a signal"
@@ -301,6 +298,7 @@ def take_folder(cfg, folder, at_end):
     try:
         unlocked = at_end.enter_context(locked(folder, "choose another name="))
         checkpoint.remove_leftovers(folder)
+        checkpoint.probe(folder)
     except OSError as error:
         raise ConfigError(f"out_dir={cfg.out_dir}: {folder} cannot be made or written to ({error.strerror})") from None
     return unlocked
@@ -607,10 +605,10 @@ def main():
     sys.excepthook = end_at_once
     try:
         code = train(load_config(sys.argv[1:]))
-    except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError, InUse) as error:
+    except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError, InUse, NotSaved) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise these together
             print(f"train.py: {error}", file=sys.stderr)
-        code = 2
+        code = 1 if isinstance(error, NotSaved) else 2
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
