@@ -31,7 +31,7 @@ from bench_loader import loader
 from config import load_config
 from device import DeviceError, describe, pick_device, pick_precision, place, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
-from screen import guard_screen, nobody_reads, text_is_lost
+from screen import guard_screen, nobody_reads, one_line, text_is_lost
 
 SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise
 
@@ -310,7 +310,7 @@ def show(row, peak, before):
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"bench.py: {message}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"bench.py: {one_line(message)}\n")  # without lines of usage before it
     parser.add_argument("sections", nargs="*", metavar="SECTION",
                         help=f"{', '.join(SECTIONS)} (default: all but quality)")
     parser.add_argument("--families", nargs="+", default=list(families()), metavar="NAME",
@@ -366,7 +366,7 @@ def main():
     try:
         device = pick_device(options.device)
     except DeviceError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        print(f"bench.py: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     tune(device)
     peak = alone(peaks, options)

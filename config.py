@@ -392,8 +392,8 @@ def check(config):
         raise ConfigError("precision=fp16: training would need loss scaling, which is not here; bf16 and fp32 work")
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
-            value = getattr(config, key)
-            raise ConfigError(f"{key}={value}{nearest(str(value), choices)}: one of {', '.join(choices)} is wanted")
+            value, words = getattr(config, key), [str(choice) for choice in choices]
+            raise ConfigError(f"{key}={value}{nearest(str(value), words)}: one of {', '.join(words)} is wanted")
     for field in dataclasses.fields(config):
         if field.type is float and not math.isfinite(value := getattr(config, field.name)):
             raise ConfigError(f"{field.name}={value}: a finite number is wanted")

@@ -72,7 +72,8 @@ def default_workers(device):
 
 
 def tune(device):
-    """Process-wide settings that pay: TF32 and cuDNN's search on a GPU, an allocator that keeps its pages on a CPU."""
+    """Process-wide settings that pay: TF32 and cuDNN's search on a GPU; on a CPU an allocator that keeps its pages, and
+    no more memory than there is."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -80,6 +81,7 @@ def tune(device):
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread, however many cores there are
             torch.set_num_threads(cores_per_rank())
         keep_freed_blocks(1 << 30)
+        limit_memory(host_memory())
 
 
 def keep_freed_blocks(largest):
@@ -89,6 +91,14 @@ def keep_freed_blocks(largest):
         libc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
         libc.malloc_trim(0)
+
+
+def limit_memory(most):
+    """Let this process have no more bytes than that. Linux otherwise grants what the machine does not have, and kills a
+    process when it is used; so an allocation fails, which is an error of one line, or a step in smaller parts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if sys.platform == "linux" and not 0 <= soft <= most:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 @functools.cache  # finding out reads the interpreter's file

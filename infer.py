@@ -36,7 +36,7 @@ from inputs import MISTAKES, Failures, find_inputs, remove_leftovers
 from latent_file import LATENTS
 from lock import locked
 from reconstruct import reconstruct, reconstruct_by_teacher
-from screen import guard_screen
+from screen import guard_screen, one_line
 from teachers import KINDS, TeacherError, is_spec, load_teacher
 
 
@@ -163,7 +163,7 @@ def run(options):
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"infer.py: {message}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"infer.py: {one_line(message)}\n")  # without lines of usage before it
     parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), weights (.pth, .safetensors), the name of "
                         "published ones (say taew2_1), or a teacher, as for --teacher")
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
@@ -229,7 +229,7 @@ def main():
                 print(unlocked)
             code = run(options)
     except MISTAKES as error:
-        print(f"infer.py: {error}", file=sys.stderr)
+        print(f"infer.py: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

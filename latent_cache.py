@@ -38,7 +38,7 @@ from device import (DeviceError, default_workers, describe, host_memory, is_out_
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
-from screen import guard_screen
+from screen import guard_screen, one_line
 from teachers import KINDS, TeacherError, load_teacher
 
 FORMAT = 1
@@ -494,7 +494,7 @@ def write_shards(options, teacher, device, clips, shards, counts, shape, disable
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"latent_cache.py: {message}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"latent_cache.py: {one_line(message)}\n")  # without lines of usage before it
     parser.add_argument("--teacher", required=True, metavar="SPEC", help=KINDS)
     parser.add_argument("--data", required=True, help="folder, file or annotation .json, as train.py's data=")
     parser.add_argument("--data-root", default="", help="folder that an annotation's paths are relative to")
@@ -551,7 +551,7 @@ def main():
         if error.__cause__ is not None and isinstance(error, TeacherError):  # its author needs to know where
             traceback.print_exception(error.__cause__)
         if not isinstance(error, InUse) or int(os.environ.get("RANK", 0)) == 0:  # all ranks raise this together
-            print(f"latent_cache.py: {error}", file=sys.stderr)
+            print(f"latent_cache.py: {one_line(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)

@@ -37,7 +37,7 @@ import uuid
 
 import lock
 from config import PRESETS, Config, ConfigError, load_config, nearest
-from screen import guard_screen, text_is_lost
+from screen import guard_screen, one_line, text_is_lost
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 LINUX = sys.platform == "linux"
@@ -441,12 +441,7 @@ def last_lines(task):
     except OSError as error:  # removed with its folder
         return [str(error)]
     report = next((i for i, line in enumerate(lines) if "failed (exitcode:" in line), len(lines))
-    return [plain(line) for line in lines[:report] if line.strip()][-12:]
-
-
-def plain(text):
-    """Without control characters, of bounded length."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:400])
+    return [one_line(line, 400) for line in lines[:report] if line.strip()][-12:]
 
 
 def report(tasks):
@@ -465,7 +460,7 @@ def main(arguments=None, command=train_command):
     """Returns the exit code. `command` makes the command line of a Task."""
     guard_screen()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"launch.py: {message}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"launch.py: {one_line(message)}\n")  # without lines of usage before it
     parser.add_argument("tasks", metavar="tasks.json")
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--gpus", metavar="LIST", help="GPUs to use (default: all)")
@@ -495,7 +490,7 @@ def main(arguments=None, command=train_command):
             from synthetic import make_demo  # here, as it needs OpenCV
             make_demo("demo_data")  # before two tasks make it at once
     except (ConfigError, OSError) as error:
-        print(f"launch.py: {plain(str(error))}", file=sys.stderr)
+        print(f"launch.py: {one_line(str(error), 400)}", file=sys.stderr)
         return 2
     interrupted = run_all(tasks, devices, on_gpus, command)
     report(tasks)

@@ -373,12 +373,18 @@ class DCAE(nn.Module):
 
 def check_lists(widths, encoder_depths, decoder_depths, latent_channels):
     """ValueError for widths and depths that make no network, naming the first that does not fit."""
+    for name, values in (("width_list", widths), ("encoder_depth_list", encoder_depths),
+                         ("decoder_depth_list", decoder_depths), ("latent_channels", [latent_channels])):
+        if not isinstance(values, (tuple, list)) or any(type(value) is not int or value < 0 for value in values):
+            raise ValueError(f"{name}: whole numbers are wanted, got {values}")
     stages = len(widths)
     if stages < 6 or not stages == len(encoder_depths) == len(decoder_depths):
         raise ValueError(f"a DCAE takes six or more widths and as many depths, got {stages} widths, "
                          f"{len(encoder_depths)} encoder depths and {len(decoder_depths)} decoder depths")
     if min(*encoder_depths, *decoder_depths) < 1:
         raise ValueError(f"each stage takes one block at least, got {encoder_depths} and {decoder_depths}")
+    if min(*widths, latent_channels) < 1:
+        raise ValueError(f"each stage takes one channel at least, got {widths} and latent_channels={latent_channels}")
     for i, width in enumerate(widths):
         if i >= CONV_STAGES and width % HEAD:
             raise ValueError(f"width {width} of stage {i} has attention: take a multiple of {HEAD}")

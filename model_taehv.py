@@ -397,6 +397,9 @@ class TAEHV(nn.Module):
         self.patch_size = patch_size or row_patch
         self.latent_channels = latent_channels or row_channels
         self.image_channels = 3
+        for name, value in (("patch_size", self.patch_size), ("latent_channels", self.latent_channels)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}: a whole number from 1 on is wanted")
         pooling = strides(encoder_time_downscale, "encoder_time_downscale") or row_pooling
         growth = strides(decoder_time_upscale, "decoder_time_upscale") or row_growth
         space = strides(decoder_space_upscale, "decoder_space_upscale") or (2, 2, 2)
@@ -411,7 +414,8 @@ class TAEHV(nn.Module):
         self.activation = activation or relative.get("activation", "relu")
         if self.activation not in ("relu", "leaky_relu"):
             raise ValueError(f"unknown activation {self.activation!r}; there are 'relu' and 'leaky_relu'")
-        self.output_range = tuple(output_range or relative.get("output_range", (0, 1)))
+        self.output_range = output_range or relative.get("output_range", (0, 1))
+        self.output_range = tuple(self.output_range) if isinstance(self.output_range, list) else self.output_range
         if self.output_range not in ((0, 1), (-1, 1)):
             raise ValueError(f"output_range {self.output_range}: (0, 1) or (-1, 1) is wanted")
         mean, deviation = relative.get("mean"), relative.get("deviation")
@@ -895,6 +899,7 @@ def strides(value, name):
     """(True, True, False) or (2, 2, 1) or two values for the last two stages -> three strides; None stays None."""
     if value is None:
         return None
+    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     value = tuple(2 if v is True else 1 if v is False else v for v in value)
     value = (1, *value) if len(value) == 2 else value
     if len(value) != 3 or any(v not in (1, 2) for v in value):

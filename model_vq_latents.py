@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_taehv import TAEHV
-from quantize import make_quantizer, stays_float32
+from quantize import check_arguments, make_quantizer, stays_float32
 
 
 class Rectifier(nn.Module):
@@ -52,6 +52,7 @@ class VQLatents(nn.Module):
 
     def __init__(self, taehv=None, quantizer="ema", n_embed=4096, beta=0.25, width=64, blocks=2, **quantizer_options):
         super().__init__()
+        check_arguments(VQLatents, locals())
         self.taehv = TAEHV(**(taehv or {})).requires_grad_(False)
         if self.taehv.frames_to_trim != self.taehv.time_factor - 1:
             raise ValueError("a preview decoder gives back too few frames for a tokenizer")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quantize import TokenizerStream, make_quantizer
+from quantize import TokenizerStream, check_arguments, make_quantizer
 
 FOREIGN = ("loss.", "discriminator.", "colorize", "quantize.started", "quantize.usage_count")  # training's
 INERT = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "typing")  # packages, see `read_weights`
@@ -162,9 +162,10 @@ class VQGAN(nn.Module):
     def __init__(self, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256,
                  z_channels=256, embed_dim=256, n_embed=1024, quantizer="vq", beta=0.25, **quantizer_options):
         super().__init__()
+        check_arguments(VQGAN, locals())
         self.space_factor, self.time_factor = 2 ** (len(ch_mult) - 1), 1
         self.latent_channels, self.image_channels = embed_dim, 3
-        if ch % 32 or min(ch_mult) < 1:
+        if ch % 32 or min(ch_mult, default=0) < 1:
             raise ValueError("ch must be a multiple of 32 (GroupNorm has 32 groups) and ch_mult positive, got "
                              f"ch={ch}, ch_mult={tuple(ch_mult)}")
         if resolution % self.space_factor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quantize import EMAQuantizer, SinkhornQuantizer, TokenizerStream, VectorQuantizer
+from quantize import EMAQuantizer, SinkhornQuantizer, TokenizerStream, VectorQuantizer, check_arguments
 
 
 def recomputed(block, x):
@@ -239,6 +239,7 @@ class VQVAE2(Tokenizer):
     def __init__(self, hidden_channels=128, res_channels=32, nb_res_layers=2, nb_levels=3, embed_dim=64, nb_entries=512,
                  scaling_rates=(8, 4, 2), quantizer="ema", beta=0.25, **quantizer_options):
         super().__init__()
+        check_arguments(VQVAE2, locals())
         rates = list(scaling_rates)
         if len(rates) != nb_levels or any(rate < 2 or rate & (rate - 1) for rate in rates):
             raise ValueError(f"scaling_rates must be nb_levels={nb_levels} powers of two, got {rates}")
@@ -385,6 +386,7 @@ class VqVae2(Tokenizer):
     def __init__(self, group_count=4, n_hid=64, n_init=512, vocab_size=8192, n_blk_per_group=1, sequence_length=16,
                  commitment_cost=0.25, decay=0.99, **quantizer_options):
         super().__init__()
+        check_arguments(VqVae2, locals())
         width = group_count * n_hid
         if n_init % width or n_hid % 4:
             raise ValueError(f"n_init={n_init} must be a multiple of group_count * n_hid = {width} (the convolution "

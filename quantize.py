@@ -26,6 +26,7 @@ SinkhornQuantizer's, asks `before_reduce` first). Several micro-batches then cou
 communicates or learns, so ranks may evaluate different numbers of batches.
 """
 import contextlib
+import inspect
 import math
 
 import torch
@@ -154,6 +155,26 @@ def gather_rows(rows, share):
     marked = torch.stack(everyone, 1).flatten(0, 1)
     marked = marked[marked[:, -1].argsort(descending=True, stable=True)]
     return marked[:, :-1], marked[:, -1].sum()
+
+
+def check_arguments(cls, given):
+    """ValueError for an argument of a constructor that is of another kind than its default: whole numbers are 1 or more
+    (0 or more where the default is 0), other numbers finite and 0 or more, and tuples hold whole numbers from 0 on.
+    What has no default is a whole number; what has None is not looked at. given: the constructor's locals()."""
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        default, value = parameter.default, given.get(name)
+        if name in ("self", "n_in") or parameter.kind == parameter.VAR_KEYWORD or default is None:
+            continue
+        least = 0 if default == 0 else 1
+        kind = int if default is parameter.empty else type(default)
+        fits, words = {
+            bool: (isinstance(value, bool), "true or false is"), str: (isinstance(value, str), "a word is"),
+            int: (type(value) is int and value >= least, f"a whole number from {least} on is"),
+            float: (type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 on is"),
+            tuple: (isinstance(value, (tuple, list)) and all(type(v) is int and v >= 0 for v in value),
+                    "whole numbers like 1,2,4 are")}[kind]
+        if not fits:
+            raise ValueError(f"{name}={value!r}: {words} wanted")
 
 
 def straight_through(rows, quantized):
@@ -326,6 +347,7 @@ class TableQuantizer(StartingQuantizer):
 
     def __init__(self, n_embed, dim, beta=0.25, decay=0.99, kmeans_init=False, restart_below=0.0, seed=0, chunk=CHUNK,
                  deferred=False):
+        check_arguments(TableQuantizer, locals())
         super().__init__(dim, n_embed, 1, kmeans_init, seed, chunk, deferred)
         self.beta, self.decay, self.restart_below = beta, decay, restart_below
         self.start_size = 2.0 * restart_below or 1.0
@@ -380,6 +402,7 @@ class VectorQuantizer(TableQuantizer):
     """
 
     def __init__(self, n_embed, dim, beta=0.25, legacy=True, **options):
+        check_arguments(VectorQuantizer, locals())
         super().__init__(n_embed, dim, beta, **options)
         self.legacy = legacy
         self.embedding = nn.Embedding(n_embed, dim)
@@ -411,6 +434,7 @@ class EMAQuantizer(TableQuantizer):
     """
 
     def __init__(self, n_embed, dim, beta=0.25, decay=0.99, eps=1e-5, **options):
+        check_arguments(EMAQuantizer, locals())
         super().__init__(n_embed, dim, beta, decay, **options)
         self.eps = eps
         self.register_buffer("sums", torch.empty(n_embed, dim), persistent=False)
@@ -468,6 +492,7 @@ class SinkhornQuantizer(StartingQuantizer):
     def __init__(self, n_embed, dim, beta=0.25, num_head=1, epsilon=10.0, n_iters=5, normalize_mode="all",
                  use_prob=False, use_proj=True, loss_q_type="l2", across_ranks=True, eval_nearest=False,
                  kmeans_init=False, seed=0, chunk=CHUNK, deferred=False):
+        check_arguments(SinkhornQuantizer, locals())
         if dim % num_head:
             raise ValueError(f"dim {dim} cannot be cut into num_head {num_head} equal pieces")
         if normalize_mode not in ("all", "dim", "null") or loss_q_type not in ("l2", "l1", "ce"):
@@ -604,6 +629,7 @@ class ResidualQuantizer(Quantizer):
     """
 
     def __init__(self, depth, n_embed, dim, shared=False, kind="vq", deferred=False, **options):
+        check_arguments(ResidualQuantizer, locals())
         kinds = {"vq": VectorQuantizer, "ema": EMAQuantizer, "sinkhorn": SinkhornQuantizer}
         if kind not in kinds or options.get("num_head", 1) != 1:
             raise ValueError(f"kind {kind!r} must be one of {', '.join(kinds)}, with num_head 1")
@@ -653,6 +679,7 @@ class FSQ(Quantizer):
     """
 
     def __init__(self, levels=(8, 5, 5, 5), dim=None, deferred=False):
+        check_arguments(FSQ, locals())
         if not levels or min(levels) < 3:
             raise ValueError(f"levels {tuple(levels)} must all be 3 or more: of 2 one is dead (only z below -3.8 takes "
                              "it: 0.001 of 1 bit, for z of unit deviation)")

@@ -71,6 +71,12 @@ def guard_screen():
                                             line_buffering=stream.line_buffering, write_through=stream.write_through))
 
 
+def one_line(text, most=4000):
+    """A message without line breaks and other control characters, as values and names of files may hold them, of a
+    bounded length."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+
+
 def nobody_reads():
     """True if the reader of stdout has gone: `| head -1` has what it wants."""
     return flushed_stdout().unread

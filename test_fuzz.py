@@ -1,6 +1,8 @@
 """Files and words of strangers, scrambled: one clear line each, no hang, no other error."""
 
+import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -9,18 +11,24 @@ import random
 import re
 import shutil
 import signal
+import sys
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import config
 import data
+import fuzz
+import infer
 import latent_cache
 import latent_file
 import train
-from conftest import FRAMES, state_of
+from conftest import BATCH_NORM, COMMON, FRAMES, NARROW, SERAENA, mistake, state_of, write_clip
 from model_taehv import TAEHV
+from screen import one_line
 
 ODD = [None, True, -1, 0, 3, 2**70, 0.5, math.nan, math.inf, "", "x", "\0", "../x", "\ud800", "x" * 9999, [], {}, [[1]]]
 
@@ -97,6 +105,37 @@ def test_scrambled_settings_are_refused_in_one_line():
     ("model=vqgan net.quantizer=fsq net.levels=(1000,1000,1000)", "1000000000 codes; at most 1048576 are wanted")])
 def test_what_is_beyond_any_machine_is_refused_at_once(settings, words):
     assert re.search(words, train.problem_of(["taehv", *settings.split()]))
+
+
+@pytest.mark.parametrize("settings, words", [
+    ("gan_dims=7", "gan_dims=7: one of 2, 3 is wanted"),
+    ("model=vqgan net.beta=1,2", r"beta=\(1, 2\): a number from 0 on is wanted"),
+    ("model=vqgan net.chunk=32,32", r"chunk=\(32, 32\): a whole number from 1 on is wanted"),
+    ("model=vqvae_video net.decay=1.5,2.5", r"decay=\(1.5, 2.5\): a number from 0 on is wanted"),
+    ("model=vqvae2 net.kmeans_init=3", "kmeans_init=3: true or false is wanted"),
+    ("model=vqgan net.ch_mult=2", "ch_mult=2: whole numbers like 1,2,4 are wanted"),
+    ("net.patch_size=1.5", "patch_size=1.5: a whole number from 1 on is wanted"),
+    ("net.encoder_time_downscale=2", r"encoder_time_downscale takes three booleans or strides of 1 and 2, got \(2,\)"),
+    ("model=dcae net.width_list=3", "width_list: whole numbers are wanted, got 3")])
+def test_values_of_another_kind_are_named(settings, words):
+    assert re.search(words, train.problem_of(["taehv", *settings.split()]))
+
+
+@pytest.mark.any_precision
+def test_a_message_is_one_line_whatever_the_value_holds(monkeypatch, capsys):
+    for module, arguments in ((train, ["name=a\nb"]), (infer, ["a", "b\n\x1b[2J"]), (infer, ["a", "b", "--fid", "\n"]),
+                              (train, ["out_dir=" + "x" * 9999])):
+        assert len(mistake(capsys, monkeypatch, module, *arguments)) < 5000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that grants memory that there is not")
+def test_what_does_not_fit_the_memory_is_refused(bases, tmp_path):
+    """On a machine that says it has 4 GB."""
+    arguments = [*bases["vqgan"], "net.ch_mult=64,1,2,64,4"]
+    for call, given, words in ((fuzz.train_with, arguments, "training it takes .* and this machine has 4:"),
+                               (fuzz.allocate, [fuzz.MEMORY], "True")):
+        outcome, text = fuzz.attempt("memory", call, *given, folder=tmp_path)
+        assert outcome == "refused" and re.search(words, text), text
 
 
 def test_scrambled_annotations_are_refused_in_one_line(tmp_path):
@@ -179,3 +218,258 @@ def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
         seen.append(answers(read, data.DataError))
         small[name].write_bytes(before)
     assert seen.count("refused") > 150 and answers(read, data.DataError) == "read"
+
+
+# ---- everything that can be set: each in a process of its own --------------------------------------------------------
+# FUZZ_ROUNDS=20 python -m pytest -s test_fuzz.py: as many rounds over all settings, options and readers, and the table.
+
+
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 0))
+BASES = {
+    "taehv": ["taehv", "size=16", "frames=4", "batch_size=1", *COMMON, *NARROW],
+    "seraena": SERAENA,
+    "vqgan": [*FRAMES, "size=32", "gan_weight=0.5"],
+    "vqvae2": BATCH_NORM,
+    "vqvae_video": ["vqvae_video", "size=16", "frames=4", "batch_size=1", *COMMON, *"net.group_count=2 net.n_hid=8 "
+                    "net.n_init=16 net.vocab_size=16 net.sequence_length=2".split()],
+    "dcae": ["dcae_small", "size=32", "frames=4", "batch_size=1", *COMMON, "net.width_list=32,32,32,32,32,32",
+             "net.latent_channels=32"],
+    "vq_latents": ["vq_latents", "latent_cache=CACHE", "init_from=TEACHER", "size=32", "frames=12", "batch_size=2",
+                   *COMMON, "net.n_embed=16"],
+    "distill": ["taehv_distill", "latent_cache=CACHE", "size=32", "frames=12", "batch_size=1", *COMMON, *NARROW],
+}
+AMOUNTS = "batch_size accumulation frames size buckets val_size val_clips val_clips_per_video workers net".split()
+
+
+def attempts(cases, every):
+    """Attempts each `every`-th of the cases ((kind, call, arguments, keywords) by a function of a random generator);
+    with FUZZ_ROUNDS, all, in that many rounds."""
+    failed = []
+    for i in range(max(1, ROUNDS)):
+        rng = random.Random(i)
+        for kind, call, arguments, keywords in itertools.islice(cases(rng), None, None, 1 if ROUNDS else every):
+            outcome, text = fuzz.attempt(kind, call, *arguments, **keywords)
+            if ROUNDS:
+                print(kind, outcome, arguments[-4:], text[:200], flush=True)
+            if outcome not in ("refused", "run"):
+                failed.append(f"{kind}: {outcome}: {arguments!r:.2000}\n{text[-3000:]}")
+                print(failed[-1], flush=True)
+    print(fuzz.table(), flush=True)
+    assert not failed, "\n\n".join(failed)
+
+
+@pytest.fixture
+def places(clips, cache, teacher, tmp_path):
+    """Paths that may be given as values."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.json").write_text("{}")
+    return [clips, cache, teacher, f"{tmp_path}/empty", f"{tmp_path}/text.json", f"{tmp_path}/missing",
+            os.path.join(clips, "sub0", "clip0.mp4"), os.path.join(cache, "index.json"), f"{cache}\0"]
+
+
+@pytest.fixture
+def bases(clips, cache, teacher, tmp_path):
+    """Small runs of two steps, of each model."""
+    return {name: [word.replace("CACHE", cache).replace("TEACHER", teacher) for word in words]
+            + ["max_steps=2", f"data={clips}", f"out_dir={tmp_path}/runs"] for name, words in BASES.items()}
+
+
+def test_any_text_for_any_setting_is_read_or_refused():
+    """Each setting with each odd value, and its bounds."""
+    def read(words):
+        try:
+            config.parse_buckets(config.load_config(["taehv", words]))
+        except config.ConfigError as error:
+            raise config.ConfigError(one_line(str(error))) from None  # as train.py prints it
+
+    seen, rng = [], random.Random(0)
+    for field in dataclasses.fields(config.Config):
+        key = "net.ch" if field.name == "net" else field.name
+        for text in [*fuzz.NUMBERS, *fuzz.TEXTS, *fuzz.LISTS, *(fuzz.setting(field, rng, []) for _ in range(20))]:
+            seen.append(answers(functools.partial(read, f"{key}={text}"), config.ConfigError))
+    assert min(seen.count("read"), seen.count("refused")) > 1000
+
+
+@pytest.mark.any_precision
+def test_any_setting_trains_or_is_refused(bases, places, tmp_path):
+    """Each setting in a run of some model, alone or with another."""
+    fields = dataclasses.fields(config.Config)
+
+    def cases(rng):
+        for field in fields:
+            chosen = [field, *rng.sample(fields, rng.choice([0, 0, 1, 2]))]
+            words = [f"{f.name}={fuzz.setting(f, rng, places)}" for f in chosen if f.name != "net"]
+            name = rng.choice([*bases])
+            arguments = [*bases[name], "val_fraction=0.3", "val_every=1", f"name=r{rng.random()}", *words]
+            long = any(word.partition("=")[0] in AMOUNTS for word in words)
+            yield f"settings, {name}", fuzz.train_with, arguments, dict(folder=tmp_path, long=long)
+
+    attempts(cases, 8)
+
+
+@pytest.mark.any_precision
+def test_any_argument_of_any_model_trains_or_is_refused(bases, tmp_path):
+    def cases(rng):
+        for name, model in (("taehv", "taehv"), ("vqgan", "vqgan"), ("vqvae2", "vqvae2"), ("dcae", "dcae"),
+                            ("vqvae_video", "vqvae_video"), ("vq_latents", "vq_latents")):
+            takes = fuzz.model_arguments(model)
+            for key in takes:
+                chosen = [key, *rng.sample([*takes], rng.choice([0, 0, 1]))]
+                words = [f"net.{k}={fuzz.argument(takes[k], rng)}" for k in chosen]
+                arguments = [*bases[name], f"name=r{rng.random()}", *words]
+                yield f"model, {name}", fuzz.train_with, arguments, dict(folder=tmp_path, long=True)
+
+    assert {config.load_config(words[:1]).model for words in bases.values()} == {*checkpoint.MODELS}
+    attempts(cases, 8)
+
+
+@pytest.fixture
+def written(here, clips, tmp_path, monkeypatch):
+    """Runs of a narrow TAEHV and of a VQGAN, and files of latents and tokens by them; their folder."""
+    for settings in ([*BASES["taehv"], "name=taehv"], [*FRAMES, "name=vqgan"]):
+        here(*settings, "max_steps=2", "save_every=1", f"out_dir={tmp_path}/runs")
+    for name, flag in (("taehv", "--save-latents"), ("vqgan", "--save-tokens")):
+        more = [flag, "--out", f"{tmp_path}/{name}", *"--lpips none --precision fp32 --max-frames 4".split()]
+        words = ["infer.py", f"{tmp_path}/runs/{name}", f"{clips}/sub0/clip0.mp4", *more]
+        monkeypatch.setattr("sys.argv", words)
+        infer.main()
+    return tmp_path
+
+
+@pytest.fixture
+def command_lines(written, clips):
+    """{command: {argument: its words}} of small tasks."""
+    overrides = dict(word.split("=", 1) for word in BASES["taehv"][1:] if not word.startswith("net."))
+    tasks = {"tasks": [{"name": "a", "preset": "taehv", "gpus": 1, "overrides": {**overrides, "data": clips}}]}
+    (written / "tasks.json").write_text(json.dumps(tasks))
+    latent_cache = f"--data {clips} --out NEW --clips 2 --size 16 --frames 4 --workers 0 --precision fp32".split()
+    codec = "--families taehv --sizes 16x16 --frames 4 --repeat 1 --precision fp32".split()
+    return {"infer": {"checkpoint": ["runs/taehv"], "inputs": [f"{clips}/sub0/clip0.mp4"],
+                      "": "--out o --lpips none --precision fp32 --max-frames 4".split()},
+            "latent_cache": {"": ["--teacher", "taehv:runs/taehv/model.pth", *latent_cache]},
+            "launch": {"tasks": ["tasks.json"], "": ["--dry-run", "--slots", "1"]},
+            "bench": {"sections": ["codec"], "": codec}}
+
+
+@pytest.mark.any_precision
+def test_any_option_of_any_command_works_or_is_refused(command_lines, places, tmp_path):
+    assert {*command_lines} == {*fuzz.commands()}
+
+    def cases(rng):
+        for name, line in command_lines.items():
+            for action in (actions := fuzz.options_of(name)):
+                words = dict(line)
+                for a in [action, *rng.sample(actions, rng.choice([0, 0, 1]))]:
+                    words[a.dest] = fuzz.option(a, rng, places)
+                words = [word.replace("NEW", f"c{rng.random()}") for part in words.values() for word in part]
+                yield f"options, {name}", fuzz.run_command, [name, *words], dict(folder=tmp_path)
+
+    attempts(cases, 8)
+
+
+def as_bytes(state):
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def readers(written, command_lines, cache, clips, teacher):
+    """[(what, path, its contents as a tree or None, how to write that, who reads it)]"""
+    from safetensors.torch import save
+
+    infer = ["infer", "--out", "o", "--lpips", "none", "--precision", "fp32", "--max-frames", "4"]
+    runs, small = f"{written}/runs", [*BASES["taehv"], "max_steps=3", f"out_dir={written}/runs"]
+    of_taehv, of_vqgan = [*infer, f"{runs}/taehv"], [*infer, f"{runs}/vqgan"]
+    of_launch = ["launch", "tasks.json", "--dry-run", "--slots", "1"]
+    for suffix in ("mp4", "mkv", "avi", "mov"):
+        write_clip(f"{written}/v/a.{suffix}", frames=4)
+    shutil.copy(written / "taehv/comparison_videos/clip0_original.webm", written / "v/a.webm")
+    image = np.random.default_rng(0).integers(0, 255, (32, 40, 3), np.uint8)
+    for name in ("png", "jpg", "webp", "bmp"):
+        cv2.imencode(f".{name}", image)[1].tofile(f"{written}/{name}.png")
+    listed = [f"{clips}/sub0/clip0.mp4", f"{clips}/sub1/clip1.mp4"]
+    texts = {"a.json": json.dumps({"list": [{"path": path, "caption": "b"} for path in listed]}),
+             "a.csv": "path,caption\n" + "".join(f"{path},b\n" for path in listed)}
+    for name, text in texts.items():
+        (written / name).write_text(text)
+    weights = checkpoint.read(f"{runs}/taehv/model.pth")
+    (written / "w.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
+    vqgan = checkpoint.read(f"{runs}/vqgan/model.pth")
+    (written / "w.ckpt").write_bytes(as_bytes({"state_dict": vqgan, "epoch": 1}))
+    shutil.copytree(f"{runs}/taehv", f"{runs}/a")
+    shutil.copytree(cache, f"{written}/cache")
+    script = torch.jit.script(Scripted())
+    torch.jit.save(script, f"{written}/t.pt")
+    step = checkpoint.read(f"{runs}/taehv/step_00000002.pt")
+    config_tree = json.loads((written / "runs/taehv/config.json").read_text())
+    cached = [*BASES["distill"][:1], f"latent_cache={written}/cache", *BASES["distill"][2:], "max_steps=1",
+              f"out_dir={runs}", "name=cached"]
+    build = ["latent_cache", *(word.replace("NEW", "c") for word in command_lines["latent_cache"][""])]
+
+    def text(tree):
+        return json.dumps(tree).encode()
+
+    return [
+        *((f"video, {suffix}", f"v/a.{suffix}", None, None, [*of_taehv, f"v/a.{suffix}"])
+          for suffix in ("mp4", "mkv", "avi", "mov", "webm")),
+        ("video, train.py", "v/a.mp4", None, None, [*small, "data=v/a.mp4", "name=v", "resume=auto"]),
+        *((f"image, {name}", f"{name}.png", None, None, [*of_taehv, f"{name}.png"])
+          for name in ("png", "jpg", "webp", "bmp")),
+        ("annotation", "a.json", json.loads(texts["a.json"]), text, [*small, "data=a.json", "name=j"]),
+        ("table", "a.csv", None, None, [*small, "data=a.csv", "name=t"]),
+        ("latents", "taehv/latents/clip0.latents.npz", None, None, [*of_taehv, "taehv/latents/clip0.latents.npz"]),
+        ("tokens", "vqgan/tokens/clip0.tokens", None, None, [*of_vqgan, "vqgan/tokens/clip0.tokens"]),
+        ("checkpoint, infer.py", "runs/taehv/step_00000002.pt", step, as_bytes, [*of_taehv, listed[0]]),
+        ("checkpoint, train.py", "runs/taehv/step_00000002.pt", step, as_bytes,
+         [*small, f"data={clips}", "name=taehv"]),
+        ("checkpoint, init_from", "runs/taehv/step_00000002.pt", step, as_bytes,
+         [*small, f"data={clips}", "name=i", "init_from=runs/taehv/step_00000002.pt"]),
+        ("weights, .pth", "runs/taehv/model.pth", weights, as_bytes, [*infer, "runs/taehv/model.pth", listed[0]]),
+        ("weights, .safetensors", "w.safetensors", None, None, [*infer, "w.safetensors", listed[0]]),
+        ("weights, .ckpt", "w.ckpt", {"state_dict": vqgan, "epoch": 1}, as_bytes, [*infer, "w.ckpt", listed[0]]),
+        ("weights, tokenizer", "runs/vqgan/model.pth", vqgan, as_bytes, [*infer, "runs/vqgan/model.pth", listed[0]]),
+        ("settings beside weights", "runs/taehv/config.json", config_tree, text,
+         [*infer, "runs/taehv/model.pth", listed[0]]),
+        ("settings of a run, train.py", "runs/taehv/config.json", config_tree, text,
+         ["runs/taehv/config.json", "max_steps=3", f"out_dir={runs}"]),
+        ("settings of a run, launch.py", "runs/a/config.json", config_tree, text, of_launch),
+        ("train.log, launch.py", "runs/a/train.log", None, None, of_launch),
+        ("tasks", "tasks.json", json.loads((written / "tasks.json").read_text()), text, of_launch),
+        ("cache, index", "cache/index.json", json.loads((written / "cache/index.json").read_text()), text, cached),
+        ("cache, origins", "cache/shard_00000.json", json.loads((written / "cache/shard_00000.json").read_text()), text,
+         cached),
+        ("cache, latents", "cache/shard_00001.latents.npy", None, None, cached),
+        ("cache, building on", "c/index.json", None, None, build),
+        ("teacher, torchscript", "t.pt", None, None,
+         ["latent_cache", "--teacher", "torchscript:t.pt", *build[3:], "--out", "s"]),
+    ]
+
+
+class Scripted(torch.nn.Module):
+    """A teacher."""
+
+    @torch.jit.export
+    def encode(self, video: torch.Tensor):
+        return video[:, :1, :, ::8, ::8]
+
+
+@pytest.mark.any_precision
+def test_any_file_is_read_or_refused(readers, written):
+    """Files of each kind, whose bytes are scrambled, or in whose contents something is odd, as their readers' commands
+    take them."""
+    outcome, text = fuzz.attempt("files, whole", fuzz.run_command, *readers[-2][-1], folder=written)
+    assert outcome == "run", text  # there is a cache to go on with
+    originals = {path: (written / path).read_bytes() for _, path, *_ in readers}
+
+    def cases(rng):
+        for what, path, tree, write, arguments in readers:
+            odd = tree is not None and rng.random() < 0.7
+            content = write(with_something_odd(tree, rng)) if odd else scrambled(originals[path], rng)
+            call = fuzz.run_command if arguments[0] in fuzz.commands() else fuzz.train_with
+            if arguments[0] == "latent_cache":
+                shutil.rmtree(written / "s", ignore_errors=True)
+            (written / path).write_bytes(content)
+            yield f"files: {what}", call, arguments, dict(folder=written)
+            (written / path).write_bytes(originals[path])
+
+    attempts(cases, 8)

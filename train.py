@@ -33,7 +33,7 @@ from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks, stay_together)
 from saving import NotSaved, Saver
-from screen import guard_screen
+from screen import guard_screen, one_line
 from synthetic import make_demo
 from token_file import MAX_VOCABULARY
 from watch import Trend, describe_figures, describe_trend
@@ -348,6 +348,7 @@ def make_fresh_model(cfg, buckets):
         raise ConfigError(str(error)) from None
     except (*checkpoint.MISSHAPEN, ZeroDivisionError) as error:  # net.ch=-1, net.ch_mult=2
         raise ConfigError(f"model {cfg.model} with {cfg.net} cannot be built: {checkpoint.first_line(error)}") from None
+    check_weights(cfg, model)
     if max(getattr(model, "codebook_sizes", [0])) > MAX_VOCABULARY:
         raise ConfigError(f"model {cfg.model} with {cfg.net}: {max(model.codebook_sizes)} codes; at most "
                           f"{MAX_VOCABULARY} are wanted, as files of tokens hold them")
@@ -607,7 +608,7 @@ def main():
         code = train(load_config(sys.argv[1:]))
     except (ConfigError, DeviceError, datasets.DataError, checkpoint.CheckpointError, InUse, NotSaved) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise these together
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"train.py: {one_line(str(error))}", file=sys.stderr)
         code = 1 if isinstance(error, NotSaved) else 2
     if dist.is_initialized():
         dist.destroy_process_group()
