@@ -310,7 +310,7 @@ def show(row, peak, before):
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"bench.py: {one_line(message)}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"bench.py: {one_line(message)}\n")  # without lines of usage
     parser.add_argument("sections", nargs="*", metavar="SECTION",
                         help=f"{', '.join(SECTIONS)} (default: all but quality)")
     parser.add_argument("--families", nargs="+", default=list(families()), metavar="NAME",

@@ -163,7 +163,7 @@ def run(options):
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"infer.py: {one_line(message)}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"infer.py: {one_line(message)}\n")  # without lines of usage
     parser.add_argument("checkpoint", help="run folder, checkpoint (.pt), weights (.pth, .safetensors), the name of "
                         "published ones (say taew2_1), or a teacher, as for --teacher")
     parser.add_argument("inputs", nargs="+", metavar="INPUT",

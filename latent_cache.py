@@ -494,7 +494,7 @@ def write_shards(options, teacher, device, clips, shards, counts, shape, disable
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"latent_cache.py: {one_line(message)}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"latent_cache.py: {one_line(message)}\n")  # without lines of usage
     parser.add_argument("--teacher", required=True, metavar="SPEC", help=KINDS)
     parser.add_argument("--data", required=True, help="folder, file or annotation .json, as train.py's data=")
     parser.add_argument("--data-root", default="", help="folder that an annotation's paths are relative to")

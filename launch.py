@@ -460,7 +460,7 @@ def main(arguments=None, command=train_command):
     """Returns the exit code. `command` makes the command line of a Task."""
     guard_screen()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"launch.py: {one_line(message)}\n")  # without lines of usage before it
+    parser.error = lambda message: parser.exit(2, f"launch.py: {one_line(message)}\n")  # without lines of usage
     parser.add_argument("tasks", metavar="tasks.json")
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--gpus", metavar="LIST", help="GPUs to use (default: all)")
