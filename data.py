@@ -36,7 +36,7 @@ if not os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS", "").endswith(OWN_OPTIONS)
     os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "|".join(
         filter(None, [os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS"), OWN_OPTIONS]))
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a damaged stream prints a line per block otherwise
-os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "FATAL")  # or a line for a damaged image, besides our own
 import cv2
 import numpy as np
 import torch
