@@ -16,6 +16,8 @@ import os
 import re
 import sys
 
+from untrusted import SETTINGS, read_json
+
 
 @dataclasses.dataclass
 class Config:
@@ -259,11 +261,10 @@ def load_config(arguments):
 def read_settings(path, kinds):
     """{key: value} of a JSON file of settings, as a run leaves in config.json; what it lacks has the default."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            values = json.load(file)
+        values = read_json(path, SETTINGS)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; a preset or a run's config.json is wanted") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+    except ValueError as error:  # not UTF-8, not JSON, nested too deeply, too long
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f'{path}: an object of settings like {{"lr": 1e-4}} is wanted')

@@ -45,6 +45,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 100_000_000  # in an image or a frame: a file of 3 MB can hold one that takes 6 GB of memory
+MAX_LIST = 1 << 28  # bytes of an annotation, which may hold captions
 MAX_REPLACEMENTS = 50  # unreadable files in a row before a sample gives up
 try:
     MALLOPT = ctypes.CDLL(None).mallopt
@@ -122,9 +123,20 @@ def find_sources(data, data_root="", only_images=False):
     return [Source(data, os.path.basename(data))]
 
 
+def check_list(path):
+    """DataError for a list that is no regular file, or too long to be held in memory many times over, as JSON is."""
+    try:
+        size = check_regular(path)
+    except DataError as error:
+        raise DataError(f"data: {path!r}: {error}") from None
+    if size > MAX_LIST and not path.lower().endswith(".csv"):
+        raise DataError(f"data: {path!r} has more than {MAX_LIST >> 20} MiB: a table .csv takes less memory")
+
+
 def read_annotation(path):
     """The paths in an annotation file, each once, in order."""
     try:
+        check_list(path)
         with open(path, encoding="utf-8") as file:
             entries = json.load(file)["list"]
         paths = [entry["path"] for entry in entries]
@@ -139,6 +151,7 @@ def read_annotation(path):
 def read_table(path):
     """The paths in the column "path" of a CSV file (commas, UTF-8), each once, in order; other columns are ignored."""
     try:
+        check_list(path)
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             columns = rows.fieldnames or []
@@ -228,8 +241,8 @@ def check_size(width, height, max_pixels):
         raise DataError(f"{width}x{height} pixels, and max_pixels is {max_pixels}: raise it, or scale the file down")
 
 
-def check_file(path):
-    """DataError if there is nothing to read. Asked each time: to open what has become a pipe would take for ever."""
+def check_regular(path):
+    """Its size in bytes. DataError for what is no regular file: to open a FIFO would take for ever."""
     try:
         info = os.stat(path)
     except OSError as error:
@@ -238,7 +251,12 @@ def check_file(path):
         raise DataError("its name is none that a file can have") from None
     if not stat.S_ISREG(info.st_mode):
         raise DataError("not a regular file")
-    if info.st_size == 0:
+    return info.st_size
+
+
+def check_file(path):
+    """DataError if there is nothing to read. Asked each time: it may have become a FIFO."""
+    if check_regular(path) == 0:
         raise DataError("empty file")
 
 

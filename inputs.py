@@ -42,7 +42,7 @@ def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS, out=None):
     for path in inputs:
         if path.endswith((LATENTS, TOKENS)):
             if not os.path.isfile(path):
-                raise InputError(f"{path!r} does not exist")
+                raise InputError(f"{path!r} {'is not a regular file' if os.path.exists(path) else 'does not exist'}")
             latents.append(path)
             continue
         found = data.find_sources(path)

@@ -40,8 +40,11 @@ from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
 from screen import guard_screen, one_line
 from teachers import KINDS, TeacherError, load_teacher
+from untrusted import SETTINGS, open_regular, read_json
 
 FORMAT = 1
+MAX_INDEX, MAX_ORIGINS = 1 << 26, 1 << 28  # bytes: of 300 000 shards; of the origins of a million clips
+ARRAYS = "clips.npy", "latents.npy"
 UNFINISHED = re.compile(r"(shard_\d+\.(clips\.npy|latents\.npy|json)|index\.json)\.\d+\.tmp")
 STORED = {"float16": np.float16, "bfloat16": np.uint16}
 NO_STUDENT = ("no student here speaks latents of this shape: a TAEHV joins 8, 16, 24 ... pixels and 1, 2, 4 or 8 "
@@ -63,8 +66,7 @@ class LatentCache:
     def __init__(self, path):
         self.path = path
         try:
-            with open(os.path.join(path, "index.json"), encoding="utf-8") as file:
-                index = json.load(file)
+            index = read_json(os.path.join(path, "index.json"), MAX_INDEX)
             if index["format"] != FORMAT:
                 raise DataError(f"latent cache {path}: format {index['format']}, this program reads {FORMAT}: build "
                                 "it again")
@@ -77,13 +79,15 @@ class LatentCache:
             self.latent_shape = tuple(int(n) for n in index["latents"])
             self.dtype = index["latent_dtype"]
             self.checksums = [(int(s["clips"]), dict(s["crc32"])) for s in index["shards"]]
+            if odd := {kind for _, crcs in self.checksums for kind in crcs} - {*ARRAYS, "json"}:
+                raise ValueError(f"a shard has no part {min(odd)!r}")
             self.starts = np.cumsum([0, *(n for n, _ in self.checksums)])
             self.clips, self.latents, self.origins = [], [], []
             for i, (count, _) in enumerate(self.checksums):
                 self.clips.append(self.open(i, "clips", (count, self.frames, self.size, self.size, 3), np.uint8))
                 self.latents.append(self.open(i, "latents", (count, *self.latent_shape), STORED[self.dtype]))
-                with open(shard_path(path, i, "json"), encoding="utf-8") as file:
-                    self.origins += json.load(file)["origins"]
+                most = SETTINGS + os.path.getsize(shard_path(path, i, "clips.npy"))  # pictures are larger than words
+                self.origins += read_json(shard_path(path, i, "json"), min(most, MAX_ORIGINS))["origins"]
             self.fingerprint = str(self.teacher["fingerprint"])
             self.files = [str(origin["file"]) for origin in self.origins]
         except FileNotFoundError as error:
@@ -307,8 +311,7 @@ def prepare_folder(out, plan):
     try:
         os.makedirs(out, exist_ok=True)
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                old = json.load(file)
+            old = read_json(path, MAX_INDEX)
             free = ("complete", "clips", "shards", "teacher")
             pairs = [(k, old.get(k), plan[k]) for k in plan if k not in free]
             for k in ("fingerprint", "precision"):
@@ -336,7 +339,10 @@ def prepare_folder(out, plan):
 def open_array(path):
     """A .npy file in place, without reading it. OSError or ValueError if that cannot be."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        with open_regular(path) as file:
+            if np.lib.format.read_magic(file) != (1, 0):  # of later ones NumPy takes headers of 4 GB
+                raise ValueError(f"{path}: not of version 1 of .npy files")
+        return np.lib.format.open_memmap(path, mode="r")
     except tokenize.TokenError as error:  # what NumPy makes of some damaged headers
         raise ValueError(f"{path}: damaged header ({error})") from None
 
@@ -344,11 +350,10 @@ def open_array(path):
 def shard_is_done(out, i, count):
     """Whether the shard is there, whole, with `count` clips."""
     try:
-        with open(shard_path(out, i, "json"), encoding="utf-8") as file:
-            about = json.load(file)
-        arrays = [open_array(shard_path(out, i, kind)) for kind in about["crc32"]]
-        return about["clips"] == count and len(arrays) == 2 and all(len(a) == count for a in arrays)
-    except (OSError, ValueError, KeyError, TypeError):
+        about = read_json(shard_path(out, i, "json"), MAX_ORIGINS)
+        arrays = [open_array(shard_path(out, i, kind)) for kind in ARRAYS]
+        return about["clips"] == count and set(about["crc32"]) == set(ARRAYS) and all(len(a) == count for a in arrays)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False
 
 
@@ -394,8 +399,7 @@ def build_in(options, at_end):
     gather(control, None)  # all ranks are done
     if rank == 0:
         for i in range(len(counts)):
-            with open(shard_path(options.out, i, "json"), encoding="utf-8") as file:
-                about = json.load(file)
+            about = read_json(shard_path(options.out, i, "json"), MAX_ORIGINS)
             crc32 = {**about["crc32"], "json": file_crc(shard_path(options.out, i, "json"))}
             plan["shards"].append({"clips": about["clips"], "crc32": crc32})
         write_index(options.out, {**plan, "complete": True})

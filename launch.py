@@ -38,6 +38,7 @@ import uuid
 import lock
 from config import PRESETS, Config, ConfigError, load_config, nearest
 from screen import guard_screen, one_line, text_is_lost
+from untrusted import SETTINGS, read_json
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 LINUX = sys.platform == "linux"
@@ -73,13 +74,9 @@ class Task:
 
 def read_tasks(path):
     """[Task, ...] of a JSON file; ConfigError, naming the task, for whatever is wrong with it."""
-    with open(path, "rb") as file:
-        raw = file.read((1 << 20) + 1)
-    if len(raw) > 1 << 20:
-        raise ConfigError(f"{path}: more than 1 MiB is no file of tasks")
     try:
-        content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+        content = read_json(path, SETTINGS, object_pairs_hook=without_repeats)
+    except ValueError as error:  # not UTF-8, not JSON, nested too deeply, too long
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("tasks", []), list):
         raise ConfigError(f'{path}: {{"tasks": [...]}} is wanted; see --help')
@@ -174,9 +171,9 @@ def finished(task):
     """True if its folder holds the checkpoint of the last step of exactly these settings: train.py would say "nothing
     to do". Whatever else is there train.py has to judge."""
     try:
-        with open(os.path.join(task.folder, "config.json"), encoding="utf-8") as file:
-            same = as_asked(json.load(file), json.loads(json.dumps(dataclasses.asdict(task.config))))
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):  # no such folder, or no settings of a run
+        found = read_json(os.path.join(task.folder, "config.json"), SETTINGS)
+        same = as_asked(found, json.loads(json.dumps(dataclasses.asdict(task.config))))
+    except (OSError, ValueError, KeyError, TypeError):  # no such folder, or no settings of a run
         return False
     return task.config.resume == "auto" and same and saved_step(task.folder) >= task.config.max_steps
 

@@ -1,6 +1,7 @@
 """Files that are made to exhaust memory, to take for ever, or to open other files: refused in one line, before that."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import struct
 import sys
 import zipfile
@@ -25,8 +27,10 @@ import codec
 import config
 import data
 import infer
+import inputs
 import latent_cache
 import latent_file
+import launch
 import report
 import teachers
 import token_file
@@ -452,7 +456,7 @@ def test_settings_beside_weights_are_believed_no_more_than_the_weights(taehv, tm
     for text, words in ((json.dumps(dict(settings, net=dict(encoder_widths=[3000] * 4))), "can hold weights for"),
                         (json.dumps(dict(settings, net=[1])), "its net is no object"),
                         ('{"model": "taehv"}', "has no 'variant'"), ("{", "cannot be read as JSON"),
-                        ("[" * 10 ** 5, "nested too deeply"), (" " * (2 ** 20 + 1), "more than 1 MiB"),
+                        ("[" * 10 ** 5, "maximum recursion"), (" " * (2 ** 20 + 1), "more than 1 MiB"),
                         (json.dumps(dict(settings, variant=str(path))), "another file of weights"),
                         (json.dumps(dict(settings, net=dict(checkpoint_path="taew2_1"))), "another file of weights")):
         (tmp_path / "config.json").write_text(text)
@@ -466,3 +470,132 @@ def test_a_checkpoint_opens_no_other_file(taehv, tmp_path):
         for name, config in (("taehv", settings), ("vq_latents", dict(taehv=settings))):
             torch.save(dict(model_name=name, model_config=config, ema=taehv.state_dict(), step=1), tmp_path / "a.pt")
             assert "another file of weights, which is not read" in refusal(tmp_path / "a.pt")
+
+
+# ---- files that are none, and lists of files -------------------------------------------------------------------------
+
+
+def odd_files(folder, name):
+    """The path, as a FIFO that nobody writes to, as an endless device, and as a socket."""
+    path = folder / name
+    for kind in ("fifo", "device", "socket"):
+        path.unlink(missing_ok=True)
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "device":
+            os.symlink("/dev/zero", path)
+        else:
+            os.mknod(path, stat.S_IFSOCK | 0o600)
+        yield path
+
+
+READERS = {
+    "a.pth": checkpoint.load_model, "a.ckpt": checkpoint.load_model, "a.safetensors": checkpoint.load_model,
+    "step_00000001.pt": lambda path: checkpoint.load_model(os.path.dirname(path)), "resume.pt": checkpoint.read,
+    "t.pt": lambda path: teachers.load_teacher(f"torchscript:{path}"),
+    "t.py": lambda path: teachers.load_teacher(f"python:{path}:f"),
+    "a.json": data.find_sources, "a.csv": data.find_sources, "config.json": lambda path: config.load_config([path]),
+    "tasks.json": launch.read_tasks, "a.latents.npz": lambda path: inputs.find_inputs([path]),
+    "a.tokens": lambda path: inputs.find_inputs([path]), "a.mp4": lambda path: inputs.find_inputs([path]),
+    "index.json": lambda path: latent_cache.prepare_folder(os.path.dirname(path), {}),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, name):
+    """A FIFO was waited for without end, /dev/zero filled the memory."""
+    for path in odd_files(tmp_path, name):
+        with little(), pytest.raises((*inputs.MISTAKES, config.ConfigError)) as caught:
+            READERS[name](str(path))
+        assert "\n" not in str(caught.value)
+    for path in odd_files(tmp_path, "step_00000001.rank0"):
+        with little():
+            state, problem = checkpoint.read_rank(str(tmp_path / "step_00000001.pt"), 0)
+        assert state is None and "step_00000001.rank0" in problem
+
+
+@pytest.fixture
+def forged(cache, tmp_path):
+    """A copy of a cache, and a function that changes its index and sets the checksum right."""
+    shutil.copytree(cache, tmp_path / "cache")
+
+    def change(path, value):
+        index = json.loads((tmp_path / "cache" / "index.json").read_text())
+        index.pop("crc32")
+        *path, last = path
+        functools.reduce(lambda part, key: part[key], path, index)[last] = value
+        latent_cache.write_index(str(tmp_path / "cache"), index)
+
+    change.folder = tmp_path / "cache"
+    return change
+
+
+def cache_refusal(folder):
+    with little(), pytest.raises(data.DataError) as caught:
+        if problem := latent_cache.LatentCache(str(folder)).problem():
+            raise data.DataError(problem)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
+    return str(caught.value)
+
+
+def test_parts_of_a_cache_that_are_no_files_are_refused_at_once(forged):
+    for name in ("index.json", "shard_00000.json", "shard_00000.clips.npy", "shard_00001.latents.npy"):
+        content = (forged.folder / name).read_bytes()
+        for path in odd_files(forged.folder, name):
+            assert "damaged, or no cache" in cache_refusal(forged.folder)
+            with little():
+                assert name.startswith("index") or not latent_cache.shard_is_done(str(forged.folder), int(name[10]), 4)
+        path.unlink()
+        path.write_bytes(content)
+    assert latent_cache.LatentCache(str(forged.folder)).problem() == ""
+
+
+@pytest.mark.parametrize("path, value, words", [
+    (["shards", 0, "clips"], 10 ** 12, "clips of shape"), (["shards", 0, "clips"], -4, "clips of shape"),
+    (["size"], 10 ** 9, "clips of shape"), (["frames"], 10 ** 30, "clips of shape"),
+    (["latents"], [10 ** 6, 10 ** 6, 1, 1], "latents of shape"), (["latents"], [0, 16, 4, 4], "latents of shape"),
+    (["shards", 0, "crc32"], {"x/../../../../etc/passwd": 0}, "has no part 'x/../../../../etc/passwd'"),
+    (["shards"], [dict(clips=4, crc32={})] * 10 ** 4, "shard_00003.clips.npy is missing"),
+    (["shards"], [dict(clips=10 ** 7, crc32={})], "clips of shape"), (["latent_dtype"], "object", "KeyError"),
+])
+def test_an_index_is_believed_no_more_than_its_shards(forged, path, value, words):
+    forged(path, value)
+    if words.startswith("shard_"):
+        forged(["shards"], json.loads((forged.folder / "index.json").read_text())["shards"][:3] + value)
+        words = "clips of shape|is missing"
+    assert re.search(re.escape(words) if "|" not in words else words, cache_refusal(forged.folder))
+
+
+def test_shards_with_forged_headers_are_refused_at_once(forged):
+    name, arrays = forged.folder / "shard_00000.clips.npy", io.BytesIO()
+    np.savez_compressed(arrays, a=np.zeros(2 ** 22, np.uint8))
+
+    def header(**about):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, dict(dict(descr="|u1", fortran_order=False, shape=(1,)), **about))
+        return file.getvalue() + bytes(64)
+
+    for content in (header(shape=(10 ** 12,)), header(shape=(10 ** 30,)), header(descr="|O"), arrays.getvalue(),
+                    header(descr=[("x" * 9, "|u1")] * 1), pickle.dumps([]), b"\x93NUMPY\2\0\xff\xff\xff\xff",
+                    header(shape=(4, 12, 32, 32, 3), descr="|V100000")):
+        name.write_bytes(content)
+        assert "damaged, or no cache" in cache_refusal(forged.folder)
+        assert not latent_cache.shard_is_done(str(forged.folder), 0, 4)
+
+
+def test_lists_that_are_too_long_or_deep_are_refused_at_once(tmp_path, forged):
+    for name, most in (("a.json", data.MAX_LIST), ("config.json", 1 << 20), ("tasks.json", 1 << 20)):
+        for deep in (True, False):
+            (tmp_path / name).write_text("[" * 10 ** 5 if deep else "")
+            if not deep:
+                os.truncate(tmp_path / name, most + 1)
+            with little(), pytest.raises((data.DataError, config.ConfigError)) as caught:
+                READERS[name](str(tmp_path / name))
+            assert ("maximum recursion" if deep else f"more than {most >> 20} MiB") in str(caught.value)
+    for name, most in (("shard_00000.json", 2 ** 20 + os.path.getsize(forged.folder / "shard_00000.clips.npy")),
+                       ("index.json", latent_cache.MAX_INDEX)):
+        (forged.folder / name).write_text("[" * 10 ** 5)
+        assert "maximum recursion" in cache_refusal(forged.folder)
+        os.truncate(forged.folder / name, most + 1)
+        assert "more than" in cache_refusal(forged.folder)
+

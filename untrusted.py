@@ -7,6 +7,7 @@
 OSError for what cannot be read, ValueError (of a pickle: many others too) for what is forged. Works alone.
 """
 import collections
+import errno
 import io
 import json
 import math
@@ -15,7 +16,6 @@ import pickle
 import stat
 import zipfile
 
-LISTS = 1 << 28         # bytes of a list of files, which may have captions
 SETTINGS = 1 << 20      # bytes of a file of settings
 MAX_PICKLE = 1 << 22    # bytes: the state of a run with 1700 tensors takes 160 KB
 MAX_ODD_KEYS = 1000     # keys of dicts that are no texts or small numbers: these can be made to collide
@@ -29,7 +29,7 @@ def open_regular(path):
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(None, "not a regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return file
 
 
@@ -46,8 +46,8 @@ def read_json(path, most, **how):
     """The contents of a JSON file of up to `most` bytes; **how is json.loads's."""
     try:
         return json.loads(read_text(path, most), **how)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    except RecursionError as error:  # nested too deeply
+        raise ValueError(str(error)) from None
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------
