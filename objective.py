@@ -169,6 +169,10 @@ class Objective:
         """The loss without what discriminators demand, a scalar on the device. totals: the step's, as in `names`."""
         return totals @ self.without_demands
 
+    def describe_loss(self):
+        """What `steady_loss` is made of: losses of different words do not compare."""
+        return ", ".join([self.cfg.pixel_loss, *(f"{weight:g} x {name}" for name, weight in self.weights.items())])
+
     def codes_used(self):
         """{"codebook_use", "perplexity"} of all ranks' codes since the last call, means over the codebooks; or {}."""
         if not self.code_counts:

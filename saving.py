@@ -16,24 +16,26 @@ class NotSaved(Exception):
 
 
 class Saver:
-    """Saves to a folder that rank 0 has locked. log: a Logbook."""
+    """Saves to a folder that rank 0 has locked. log: a Logbook; trend: the run's, which knows the sound checkpoint."""
 
-    def __init__(self, folder, keep_last, control, log):
-        self.folder, self.keep_last, self.control, self.log = folder, keep_last, control, log
+    def __init__(self, folder, keep_last, control, log, trend):
+        self.folder, self.keep_last, self.control, self.log, self.trend = folder, keep_last, control, log, trend
         self.on_disk = ""  # what was there when a checkpoint could not be saved, in words
 
     def run(self, step, rank_state, random_state, make_state):
         """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
         holds, or None; make_state([random_state of each rank]): what rank 0 saves. Returns, on every rank, why the run
         could not be saved, or ""."""
+        sound = self.trend.judge(step)
         problem = from_rank_0(self.control, self.find_folder) or self.save_ranks(step, rank_state)
         if not problem:
             states = gather(self.control, random_state)
-            problem = from_rank_0(self.control, lambda: checkpoint.save_run(self.folder, make_state(states),
-                                                                            self.keep_last, self.log))
+            problem = from_rank_0(self.control, lambda: checkpoint.save_run(
+                self.folder, make_state(states), self.keep_last, self.log, sound[0], self.trend.sound[0]))
         if problem:
             self.on_disk = from_rank_0(self.control, self.look)
         else:
+            self.trend.sound = sound
             self.log(f"step {step}: saved {self.folder}/step_{step:08d}.pt")
         return problem
 
@@ -56,15 +58,16 @@ class Saver:
             if not errors:
                 return ""
             if not all(map(checkpoint.is_full, errors)) or not from_rank_0(
-                    self.control, lambda: checkpoint.drop_oldest(self.folder, step, self.log)):
+                    self.control, lambda: checkpoint.drop_oldest(self.folder, step, self.log, self.trend.sound[0])):
                 return str(errors[0])
             state = state if error else None
 
     def best(self, state):
-        """On rank 0: save the weights that validated best."""
-        problem = self.find_folder() or checkpoint.save_best(self.folder, state, self.log)
+        """On rank 0: save the weights that validated best. Returns whether that could be done."""
+        problem = self.find_folder() or checkpoint.save_best(self.folder, state, self.log, self.trend.sound[0])
         if problem:
             self.log(f"best.pt of step {state['step']} could not be saved: {problem}; the run goes on")
+        return not problem
 
     def look(self):
         """On rank 0: what is on disk, in words. Files of ranks whose step could not be saved are removed."""

@@ -805,10 +805,10 @@ def test_best_pt_of_a_distillation_has_the_teachers_latents(cache, here, monkeyp
     monkeypatch.setattr(train, "evaluate", evaluate)
     folder = here(*DISTILL, "data=", f"latent_cache={cache}", "val_every=1", "max_steps=2", "name=best")
     assert results == [] and checkpoint.read(str(folder / "best.pt"))["step"] == 2
-    state = checkpoint.read(str(folder / "step_00000002.pt"))
-    assert state["best_by"] == "psnr from the teacher's latents x latent error"
-    state["best_by"] = "psnr"  # one of another measure: whatever comes next is better than that
-    torch.save(state, folder / "step_00000002.pt")
-    results.append(early)
+    state = checkpoint.read(str(folder / "best.pt"))
+    assert state["judged_by"]["measure"] == "psnr from the teacher's latents x latent error"
+    state["judged_by"]["measure"] = "psnr"  # one of another measure is judged anew: here it is not as good any more
+    torch.save(state, folder / "best.pt")
+    results += [early, late]
     here(*DISTILL, "data=", f"latent_cache={cache}", "val_every=1", "max_steps=3", "name=best")
-    assert checkpoint.read(str(folder / "best.pt"))["step"] == 3
+    assert results == [] and checkpoint.read(str(folder / "best.pt"))["step"] == 3

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import checkpoint
 import data as datasets
 import metrics
+from best import Best
 from config import ConfigError, exit_with_usage, load_config, may_be_large, parse_buckets
 from device import (DeviceError, default_workers, describe, host_memory, is_out_of_memory, peak_memory, pick_device,
                     pick_precision, place, resident_memory, synchronize, tune)
@@ -86,8 +87,8 @@ def run(cfg, at_end):
     # eps: gradients of 1e-10 are rounding noise, which PyTorch's 1e-8 turns into steps (3e-6 apart on 1 and 2 ranks).
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   eps=1e-7, fused=device.type in ("cuda", "cpu"))
-    trend = Trend(device)
-    step, samples, best, seconds = 0, 0, -math.inf, 0.0
+    trend = Trend(device, loss=objective.describe_loss())
+    step, samples, seconds = 0, 0, 0.0
     pieces = 1  # parts of a micro-batch; doubles when memory runs out
     # Since the last log line: sums of the objective's scalars, good steps; and steps skipped, in a row and in all.
     tally = torch.zeros(len(objective.names) + 3, device=device)
@@ -96,8 +97,6 @@ def run(cfg, at_end):
         try:
             restore(state, model, average, optimizer, teacher, resume_from)
             step, samples = state["step"], state["samples"]
-            if state.get("best_by", "psnr") == objective.best_by():  # another measure's does not compare
-                best = float(state["best"])
             seconds = float(state.get("seconds", 0))
             if (state["config"]["batch_size"], state["config"]["buckets"]) == (cfg.batch_size, cfg.buckets):
                 pieces = state["pieces"]
@@ -132,7 +131,7 @@ def run(cfg, at_end):
         f"{str(dtype).removeprefix('torch.')}, {world} rank{'s' * (world > 1)}")
     if dtype == torch.bfloat16 and device.type == "cpu" and cfg.model == "dcae":
         log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips; leave precision at auto")
-    saver = Saver(folder, cfg.keep_last, control, log)
+    saver = Saver(folder, cfg.keep_last, control, log, trend)
     lack = saver.lack_of_room(model.state_dict(), average.state_dict(), average.state_dict(), objective.state(),
                               parameters, parameters)  # of files: the average twice, AdamW's two means
     for line in filter(None, [*found, unlocked and f"warning: {unlocked}", lack]):
@@ -145,6 +144,12 @@ def run(cfg, at_end):
     batches = clips.batches(schedule, cfg.workers if cfg.workers >= 0 else default_workers(device),
                             pin_memory=device.type == "cuda")
     val_share = val_clips.share(rank, world, log.notes)
+
+    def validate(model):
+        return evaluate(model, val_share, device, autocast, control, **judges)
+
+    best = Best(dict(model_name=cfg.model, model_config=model.config), objective, val_share, saver)
+    best.take_up(average, bool(resume_from), (lambda model: validate(model)[0]) if len(val_clips) else None)
 
     # ---- one step's forward and backward passes on this rank, and saving ------------------------------------------
     def accumulate(micro_batches, pieces, trouble):
@@ -174,10 +179,10 @@ def run(cfg, at_end):
     def save():
         """Every rank calls this. Returns, on every rank, why the run could not be saved, or an empty string."""
         return saver.run(step, objective.rank_state(), checkpoint.random_state(device), lambda states: dict(
-            model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples, best=best,
-            best_by=objective.best_by(), seconds=clock.total(), pieces=pieces, tally=tally.cpu(), world=world,
-            random=states, teacher=teacher, model=model.state_dict(), ema=average.state_dict(),
-            optimizer=optimizer.state_dict(), trend=trend.state(), objective=objective.state()))
+            model_name=cfg.model, model_config=model.config, config=asdict(cfg), step=step, samples=samples,
+            seconds=clock.total(), pieces=pieces, tally=tally.cpu(), world=world, random=states, teacher=teacher,
+            model=model.state_dict(), ema=average.state_dict(), optimizer=optimizer.state_dict(),
+            trend={**trend.state(), "sound": trend.judge(step)}, objective=objective.state()))
 
     def give_up(reason, way_out):
         gradients.begin()  # the statistics as they were before this step, if it is not done
@@ -257,20 +262,17 @@ def run(cfg, at_end):
             clips_done = 0
             if bad_row >= cfg.max_bad_steps:
                 give_up(f"the loss or a gradient was not finite {int(bad_row)} steps in a row",
-                        "The weights are those from before. Try a lower lr, precision=fp32, or other data.")
+                        f"{where_to_go_on(folder, model, trend, step, int(bad_row))} Try a lower lr, precision=fp32, "
+                        "or other data.")
         if len(val_clips) and (last or step % cfg.val_every == 0 and not stopping):
             with clock.stopped():
-                result, shown = evaluate(average, val_share, device, autocast, control, **judges)
+                result, shown = validate(average)
             log(f"step {step}: validation {describe_validation(result)}, after {clock.total() / 60:.2f} minutes"
                 + "".join(f", {half} {result[f'{half}_fps']:.1f} frames/s" for half in ("encode", "decode")
                           if result[f"{half}_fps"]))
             log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
             log.pictures(step, shown)
-            if objective.score(result) > best:
-                best = objective.score(result)
-                if rank == 0:
-                    saver.best(dict(model_name=cfg.model, model_config=model.config, step=step, val=result,
-                                    ema=average.state_dict()))
+            best.offer(step, result, average)
         if step % cfg.save_every == 0 or last or stopping:
             with clock.stopped():
                 unsaved = save()
@@ -425,7 +427,7 @@ def find_resume(cfg, folder, restarted, log):
     if cfg.resume == "none" and present and not restarted:
         raise ConfigError(f"resume=none, but {folder} holds checkpoints: choose another name=, or remove it")
     if cfg.resume not in ("auto", "none"):
-        wanted = checkpoint.read(cfg.resume)
+        wanted = checkpoint.read_run(cfg.resume)
         if not present:
             return cfg.resume
         if os.path.realpath(cfg.resume) in [os.path.realpath(p) for p in present[1:]] and not restarted:
@@ -517,6 +519,20 @@ def find_cached_clips(cfg, model, rank, world, control):
     if held_out:
         lines.append("held out: " + ", ".join(held_out[:20]) + (" ..." if len(held_out) > 20 else ""))
     return clips, val_clips, caches[0].fingerprint, lines
+
+
+def where_to_go_on(folder, model, trend, step, bad_row):
+    """After `bad_row` steps that were skipped, in words: what the weights are, and the checkpoint to go on from if they
+    were bad before."""
+    finite = not checkpoint.not_finite(model.state_dict())
+    words = f"The weights are those of step {step - bad_row}, from before"
+    if finite and not trend.has_risen(step):
+        return f"{words}."
+    words += ", when the loss had risen already." if finite else ", and not finite."
+    sound = checkpoint.step_path(folder, trend.sound[0])
+    if sound and os.path.exists(sound):
+        words += f" resume={sound} name=OTHER goes on from before that."
+    return words
 
 
 def summarize(model, bucket, device):

@@ -4,6 +4,8 @@ All is gathered on the device, step by step, and read when a line is logged: not
 What is gathered is part of a checkpoint, so a resumed run shows what an uninterrupted one would.
 This file works alone: torch only.
 """
+import math
+
 import torch
 
 
@@ -76,15 +78,21 @@ class Trend:
     The loss goes wrong if its mean over the later half of the window is above that of the earlier half by more than a
     quarter, and by more than four times what chance would do (the standard error of the difference). The gradient norm
     goes wrong if its deviation is more than twice its mean while it does not fall: at the start of a run it falls, from
-    far above, which is as it should be. Neither is judged on fewer than `least` steps, nor again within a window.
+    far above, which is as it should be. No warning is given on fewer than `least` steps, nor again within a window.
+
+    `judge` says which checkpoint is sound: saved before the loss went wrong. `loss` says what it is made of; what was
+    seen of another one is forgotten.
     """
 
     RISE, CHANCE, DEVIATION = 1.25, 4.0, 2.0
+    RECENT, ENOUGH = 20, 10  # steps whose mean a checkpoint's loss is; and the least of them
+    LEAPS = {RECENT: 2.0, 1: 4.0}  # the mean of so many steps is at most so many times a sound checkpoint's loss
 
-    def __init__(self, device, window=1000, least=200):
-        self.window, self.least = window, least
+    def __init__(self, device, window=1000, least=200, loss=""):
+        self.window, self.least, self.loss = window, least, loss
         self.kept = torch.zeros(3, window, device=device)  # loss, norm, 1 if both are; a ring: step n is at n % window
         self.warned = {"loss": -window, "gradient norm": -window}  # the step of the last warning
+        self.sound = None, math.inf  # the step of the newest sound checkpoint, and the mean loss then
 
     def add(self, step, loss, norm, bad):
         """Step `step` (from 0): scalars on the device; `bad`: 1.0 there if the step was skipped, which is left out."""
@@ -94,16 +102,13 @@ class Trend:
     def read(self, step):
         """({"loss_trend": 0.1 if the later half's mean is 10 % above the earlier one's, "gradient_norm_deviation": as a
         part of the norm's mean}, [warnings]) after `step` steps; the dict is empty before there are eight."""
-        order = torch.arange(max(0, step - self.window), step) % self.window
-        loss, norm, good = self.kept.cpu().double()[:, order]
-        loss, norm = loss[good > 0], norm[good > 0]
+        loss, norm, good = self.steps(step)
+        loss, norm = loss[good], norm[good]
         if len(loss) < 8:
             return {}, []
         (before, after), (norm_before, norm_after) = (x.tensor_split(2) for x in (loss, norm))
-        chance = (before.var() / len(before) + after.var() / len(after)).sqrt()
-        rise = after.mean() - before.mean()
         deviation = norm.std() / norm.mean().clamp(min=1e-30)
-        wrong = {"loss": rise > (self.RISE - 1) * before.mean().abs() and rise > self.CHANCE * chance,
+        wrong = {"loss": self.rises(loss),
                  "gradient norm": deviation > self.DEVIATION and norm_after.mean() >= norm_before.mean()}
         words = {"loss": f"the loss rises: mean {after.mean():.4g} over the last {len(after)} steps, "
                          f"{before.mean():.4g} over the {len(before)} before",
@@ -115,14 +120,47 @@ class Trend:
                 self.warned[name] = step
                 warnings.append(f"warning: {words[name]}; the run may be going wrong: look at the curves, and try a "
                                 "lower lr")
-        return {"loss_trend": (rise / before.mean().abs().clamp(min=1e-30)).item(),
+        return {"loss_trend": ((after.mean() - before.mean()) / before.mean().abs().clamp(min=1e-30)).item(),
                 "gradient_norm_deviation": deviation.item()}, warnings
 
+    def steps(self, step):
+        """(losses, gradient norms, whether they are good) of the last `window` steps before step `step`."""
+        order = torch.arange(max(0, step - self.window), step) % self.window
+        loss, norm, good = self.kept.cpu().double()[:, order]
+        return loss, norm, good > 0
+
+    def rises(self, loss):
+        """Whether the later half of these losses is above the earlier one by more than RISE, and than chance would."""
+        before, after = loss.tensor_split(2)
+        chance = (before.var() / len(before) + after.var() / len(after)).sqrt()
+        rise = after.mean() - before.mean()
+        return bool(rise > (self.RISE - 1) * before.mean().abs() and rise > self.CHANCE * chance)
+
+    def has_risen(self, step):
+        """Whether the loss has gone wrong after `step` steps: it rises, or it is far above what it was at the newest
+        sound checkpoint. Steps that were skipped are left out; of fewer than ENOUGH nothing can be said."""
+        loss, _, good = self.steps(step)
+        loss = loss[good]
+        if len(loss) < self.ENOUGH:
+            return False
+        return self.rises(loss) or any(loss[-count:].mean() > leap * self.sound[1]
+                                       for count, leap in self.LEAPS.items())
+
+    def judge(self, step):
+        """What `sound` becomes with a checkpoint after `step` steps: that one, if the last step was not skipped and the
+        loss has not gone wrong, or what it is now."""
+        loss, _, good = self.steps(step)
+        if not good[-1:].any() or self.has_risen(step):
+            return self.sound
+        return step, loss[good][-self.RECENT:].mean().item() if good.sum() >= self.ENOUGH else math.inf
+
     def state(self):
-        return {"kept": self.kept, "warned": self.warned}
+        return {"kept": self.kept, "warned": self.warned, "sound": self.sound, "loss": self.loss}
 
     def load_state(self, state):
-        """What `state` gave; of an older run, which has none, or another window, it starts anew."""
-        if "kept" in state and state["kept"].shape == self.kept.shape:
+        """What `state` gave; of an older run, which has none, another window or another loss, it starts anew."""
+        if "kept" in state and state["kept"].shape == self.kept.shape and state.get("loss") == self.loss:
             self.kept.copy_(state["kept"])
             self.warned = {name: int(state["warned"][name]) for name in self.warned}
+            step, loss = state["sound"]
+            self.sound = step if step is None else int(step), float(loss)
