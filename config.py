@@ -173,7 +173,7 @@ PRESETS = {
     # A TAEHV from scratch on your own videos.
     "taehv": dict(max_steps=50000, batch_size=8),
     # The published training notebook's optimizer, batches and crops with pixels only, as squared errors: neither a
-    # teacher's latents nor Seraena. The table in SPEED.md compares with it.
+    # teacher's latents nor Seraena. The table in docs/speed.md compares with it.
     "taehv_notebook": dict(init="pytorch", size=64, batch_size=16, pixel_loss="l2", schedule="constant", warmup_steps=0,
                            grad_clip=0.0, max_steps=50000),
     # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The

@@ -8,7 +8,7 @@ This file works with torch, model_dcae.py and fast_taehv.py beside it. Results a
 eval mode, on the device and in the type that the model had when it was made; later changes of the weights do not reach
 it. Its kernels take up to four times the memory of the weights they are made of. Images go through the model's layers.
 
-What pays (measured figures: SPEED.md):
+What pays (measured figures: docs/speed.md):
 - In the stages of residual blocks frames flow one at a time, depth first: few maps exist at once, all channels-last.
 - A 3D convolution is a sum of 2D convolutions over neighbouring frames. Four frames from six products instead of twelve
   (Winograd, in time alone): the sums that this needs are of whole frames. Only in float32.

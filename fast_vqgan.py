@@ -7,7 +7,7 @@ This file works with torch, model_vqgan.py and fast_taehv.py beside it. Results 
 so codes are the same but for near ties. The copy is for inference in eval mode, on the device and in the type that the
 model had when it was made; later changes of the weights do not reach it.
 
-Nine tenths of the time are convolutions at the rate of a matrix product. What pays beside (measured figures: SPEED.md):
+Nine tenths of the time are convolutions at the rate of a matrix product. What pays beside (docs/speed.md has figures):
 - Nearest upsampling and the convolution behind it are a transposed convolution: 16 multiplications for each 36.
 - Norms' results are overwritten by the activation, a block's input by its result; oneDNN adds the shortcut.
 - Attention has two 1x1 convolutions instead of four, and no copies into another layout.

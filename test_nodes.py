@@ -1,4 +1,4 @@
-"""Several machines, as two torchrun agents on this one: agents killed and back; the README's Slurm script, run."""
+"""Several machines, as two torchrun agents on this one: agents killed and back; the Slurm script of the docs, run."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from conftest import FRAMES, ROOT, command, different, log_of, run, spoilt, stat
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals as Linux has them")
 
-# As in the README; and dead machines are noticed within seconds, so that the tests need not wait.
+# As in docs/cluster.md; and dead machines are noticed within seconds, so that the tests need not wait.
 ENVIRONMENT = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
 QUICK = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=20"
 RUN = [*FRAMES, "batch_size=1", "max_steps=9", "save_every=2", "timeout_minutes=1"]
@@ -168,7 +168,7 @@ if not os.path.exists("requeued"):
 
 
 def test_the_slurm_script_saves_before_its_time_is_up_queues_itself_again_and_goes_on(clips, whole, tmp_path):
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+    with open(os.path.join(ROOT, "docs", "cluster.md"), encoding="utf-8") as file:
         script = re.search(r"```bash\n(#!/bin/bash.*?)```", file.read(), re.S)[1]
     changes = {"train.py taehv data=/shared/videos": shlex.join([spoilt(tmp_path, TIME_IS_UP), *RUN, f"data={clips}"]),
                "/shared/runs": f"{tmp_path} name=slurm", "nproc_per_node 8": "nproc_per_node 1",
