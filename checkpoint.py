@@ -394,14 +394,20 @@ def is_full(error):
 
 def save(state, path, make_room=lambda: False):
     """OSError leaves nothing behind. While the disk is full and make_room() returns True, it is tried again."""
+    while error := try_to_save(state, path):
+        if not is_full(error) or not make_room():
+            raise error
+
+
+def try_to_save(state, path):
+    """Returns the OSError that prevents it, or None; what was to be written is out of memory by then."""
     buffer = io.BytesIO()  # written by plain file calls, which fail with a plain OSError when the disk is full
     torch.save(state, buffer)
-    while True:
-        try:
-            return write_atomically(path, buffer.getbuffer())
-        except OSError as error:
-            if not is_full(error) or not make_room():
-                raise
+    try:
+        write_atomically(path, buffer.getbuffer())
+    except OSError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def drop_oldest(folder, step, log=print, sound=None):
