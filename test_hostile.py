@@ -34,7 +34,8 @@ import launch
 import report
 import teachers
 import token_file
-from conftest import FRAMES, log_of, mistake, write_clip
+import train
+from conftest import COMMON, FRAMES, log_of, mistake, write_clip
 from model_taehv import TAEHV
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -443,6 +444,32 @@ def test_weights_whose_shapes_ask_for_a_larger_model_are_refused_at_once(tmp_pat
                   [last] + [f"encoder.stages.{i}.x.x" for i in range(9000)]):
         torch.save(dict.fromkeys(names, torch.zeros(1)), tmp_path / "a.pth")  # which took minutes
         assert re.search("9000 (levels|stages)", refusal(tmp_path / "a.pth"))
+
+
+def test_a_run_does_not_go_on_from_impossible_numbers(here, tmp_path):
+    state = torch.load(here(*FRAMES, "max_steps=1", "name=a") / "step_00000001.pt", weights_only=True)
+    for forged in (dict(samples=2 ** 62), dict(seconds=-1e300), dict(seconds=math.nan)):
+        torch.save({**state, **forged}, tmp_path / "forged.pt")
+        with pytest.raises(config.ConfigError, match="counts impossible steps, samples or seconds"):
+            here(*FRAMES, "max_steps=2", "name=b", f"resume={tmp_path / 'forged.pt'}")
+
+
+def test_every_command_refuses_forged_weights_in_one_line(tmp_path, monkeypatch, capsys):
+    """Whichever way they come: each of these took all memory."""
+    monkeypatch.chdir(tmp_path)
+    write_clip(str(tmp_path / "v" / "a.avi"), frames=2)
+    write_weights("a.pth", pickled({"a": Tensor((10 ** 9,), (0,), Stored(16))}))
+    os.mkdir("run")
+    shutil.copy("a.pth", "run/step_00000001.pt")
+    cached = "--data v --out cache --clips 1 --workers 0 --precision fp32 --device cpu --teacher".split()
+    words = "a tensor of 1000000000 in a file of"
+    for module, arguments in (
+            (infer, ["a.pth", "v", "--precision", "fp32"]), (infer, ["run", "v", "--precision", "fp32"]),
+            (infer, ["taehv:a.pth", "v", "--precision", "fp32"]), (latent_cache, [*cached, "taehv:a.pth"]),
+            (train, ["taehv", *COMMON, "data=v", "name=b", "init_from=a.pth"]),
+            (train, [*FRAMES, "data=v", "name=c", "resume=a.pth"])):
+        error = mistake(capsys, monkeypatch, module, *arguments)
+        assert words in error or arguments[0] == "run" and "holds no best.pt" in error, error
 
 
 def test_settings_beside_weights_are_believed_no_more_than_the_weights(taehv, tmp_path):

@@ -559,8 +559,9 @@ def restore(state, model, average, optimizer, teacher, path):
         raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
                           "choose another name= for this run, with init_from=")
     counts = state["step"], state["samples"], state.setdefault("pieces", 1) - 1
-    if any(type(count) is not int or not 0 <= count < 2 ** 60 for count in counts):
-        raise ConfigError(f"{path} counts impossible steps or samples: choose another name= for this run")
+    if any(type(count) is not int or not 0 <= count < 2 ** 60 for count in counts) or not 0 <= float(
+            state.get("seconds", 0)) < 1e12:
+        raise ConfigError(f"{path} counts impossible steps, samples or seconds: choose another name= for this run")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["ema"])
     settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
