@@ -403,6 +403,8 @@ def check(config):
             for key in keys.split():
                 if not fits(float(getattr(config, key)), float(limit)):
                     raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
+    if 0 < config.val_size < 16:
+        raise ConfigError(f"val_size={config.val_size}: at least 16 is wanted, or 0 for the size of training")
     check_workers("workers", config.workers)
     check_net(config.net)
     if wrong := [m for m in config.val_metrics.split(",") if m.strip() not in ("", "lpips", "fid")]:

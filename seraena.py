@@ -385,7 +385,14 @@ class Seraena(nn.Module):
         return {"generator": self.generator.get_state(), "replay": self.replay.state() if with_replay else None}
 
     def load_rank_state(self, state):
-        """What rank_state gave. Call it after moving the module to its device."""
-        self.generator.set_state(state["generator"].cpu())
-        if state["replay"] is not None:
-            self.replay.load(state["replay"], self.device())
+        """What rank_state gave. Call it after moving the module to its device. ValueError for anything else,
+        after which nothing is replayed that was before."""
+        shapes = [*self.replay.parts]
+        try:
+            self.generator.set_state(state["generator"].cpu())
+            if state["replay"] is not None:
+                self.replay.load(state["replay"], self.device())
+        except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+            self.replay.parts, self.replay.counts = {}, {}
+            self.replay.reserve(shapes, self.device())
+            raise ValueError(f"it holds no state of a rank ({type(error).__name__}: {error})") from None

@@ -137,7 +137,7 @@ def load_torchscript(spec, path):
             with open_regular(path) as file, zipfile.ZipFile(file) as archive:
                 check_archive(archive, os.path.getsize(path))
             model = torch.jit.load(path, map_location="cpu")
-    except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except (*checkpoint.MISSHAPEN, OSError, zipfile.BadZipFile) as error:
         raise TeacherError(f"teacher {spec}: no TorchScript file ({checkpoint.first_line(error)})") from None
     if not hasattr(model, "encode"):
         raise TeacherError(f"teacher {spec}: its module has no encode: export it with @torch.jit.export")

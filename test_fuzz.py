@@ -26,7 +26,7 @@ import infer
 import latent_cache
 import latent_file
 import train
-from conftest import BATCH_NORM, COMMON, FRAMES, NARROW, SERAENA, mistake, state_of, write_clip
+from conftest import BATCH_NORM, COMMON, FRAMES, NARROW, SERAENA, log_of, mistake, state_of, write_clip
 from model_taehv import TAEHV
 from screen import one_line
 
@@ -108,7 +108,7 @@ def test_what_is_beyond_any_machine_is_refused_at_once(settings, words):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ("gan_dims=7", "gan_dims=7: one of 2, 3 is wanted"),
+    ("gan_dims=7", "gan_dims=7: one of 2, 3 is wanted"), ("val_size=8", "val_size=8: at least 16 is wanted, or 0"),
     ("model=vqgan net.beta=1,2", r"beta=\(1, 2\): a number from 0 on is wanted"),
     ("model=vqgan net.chunk=32,32", r"chunk=\(32, 32\): a whole number from 1 on is wanted"),
     ("model=vqvae_video net.decay=1.5,2.5", r"decay=\(1.5, 2.5\): a number from 0 on is wanted"),
@@ -189,6 +189,18 @@ def test_scrambled_checkpoints_are_refused_in_one_line(kind, here, tmp_path):
         seen.append(answers((lambda: here(*resume)) if kind == "run" else lambda: checkpoint.load_model(path),
                             config.ConfigError, checkpoint.CheckpointError))
     assert min(seen.count("read"), seen.count("refused")) > 3, seen
+
+
+def test_a_state_of_a_rank_that_is_none_costs_only_itself(here, tmp_path):
+    for number, odd in enumerate(({}, {"generator": 3}, {"replay": [{"shape": ((1, 2, 3), (1, 1, 1)), "rows": 1}]})):
+        run = [*SERAENA, f"name=r{number}", f"out_dir={tmp_path}/{number}"]
+        folder = tmp_path / f"{number}/r{number}"
+        here(*run, "max_steps=1")
+        state = checkpoint.read(str(folder / "step_00000001.rank0"))
+        torch.save({**state, **odd} if odd else odd, folder / "step_00000001.rank0")
+        here(*run, "max_steps=2")
+        log = log_of(folder)
+        assert "done: 2 steps" in log and ("it holds no state of a rank" in log) == bool(odd), log
 
 
 def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):

@@ -111,9 +111,12 @@ def run(cfg, at_end):
                               f"{checkpoint.first_line(error)}): choose another name= for this one") from None
         if state["world"] == world:
             rank_state, problem = checkpoint.read_rank(resume_from, rank)
+            try:
+                objective.load_rank_state(rank_state)
+            except ValueError as error:
+                problem = f"the file of rank {rank} beside {resume_from}: {checkpoint.first_line(error)}"
             for problem in filter(None, gather(control, problem)):
                 log(f"warning: {problem}; that rank goes on without its replayed samples")
-            objective.load_rank_state(rank_state)
         del state
     copy_from_rank_0([*model.state_dict().values(), *average.state_dict().values()])
 
