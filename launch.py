@@ -13,8 +13,9 @@
 
 `overrides` are settings of config.py; without `gpus` a task gets one. Each task is its own torchrun with the run folder
 runs/NAME, where launch.log holds what it prints. Whenever GPUs are free, the first waiting task that fits them starts:
-a small one may overtake a large one. A task that fails leaves the others alone. Ctrl-C or SIGTERM: all save and end; a
-second, two seconds later or more, kills them. The same command again goes on, and passes over what is finished.
+a small one may overtake a large one. A task that fails leaves the others alone. Ctrl-C or SIGTERM: all save and end,
+however long that takes; a second, two seconds later or more, kills those that have not ended, unsaved. The same command
+again goes on from what is saved, and passes over what is finished.
 
 Exit code: 0 all done; 1 a task failed, as the last line says, or a full disk took what --dry-run printed; 2 a mistake
 in the file or command; 130 interrupted.
@@ -58,7 +59,7 @@ class Task:
     gpus: int
     config: Config
     folder: str                 # its run folder
-    state: str = "queued"       # queued, running, done, failed or stopped
+    state: str = "queued"       # queued, running, done, failed, stopped or killed
     note: str = ""
     devices: tuple = ()         # those it has while it runs
     process: object = None      # its torchrun
@@ -317,6 +318,9 @@ def finish(task, stopping):
     if ending.startswith("not saved") or full:
         task.state, task.note = "failed", plain(ending) or f"exit code {code}, and its disk is full"
         task.seen["step"] = saved_step(task.folder)
+    elif stopping and code == -signal.SIGKILL and not ending:
+        task.state, task.seen["step"] = "killed", saved_step(task.folder)
+        task.note = f"not saved since step {task.seen['step']}"
     elif ending.startswith("stopped") or code == 130 or stopping and not ending:  # 130: Ctrl-C
         task.state = "stopped"
     elif code:
@@ -449,6 +453,9 @@ def report(tasks):
     stopped = [task.name for task in tasks if task.state == "stopped"]
     if stopped:
         print(f"stopped: {', '.join(stopped)}; the same command goes on from there")
+    killed = [f"{task.name} ({task.note})" for task in tasks if task.state == "killed"]
+    if killed:
+        print(f"killed: {', '.join(killed)}; the same command goes on from what is saved")
     if failed:
         print(f"failed: {', '.join(f'{task.name} ({task.folder}/launch.log)' for task in failed)}")
 

@@ -265,7 +265,9 @@ def test_a_second_signal_kills_what_does_not_listen(tmp_path):
         process.send_signal(signal.SIGTERM)  # those of the first two seconds count as one
         time.sleep(0.2)
     assert 2 < time.monotonic() - first < 10
-    end(process, 130)
+    output = end(process, 130)
+    assert re.search(r" stubborn +killed +0/\d+ +not saved since step 0\n", output) and "stopped" not in output
+    assert "killed: stubborn (not saved since step 0); the same command goes on from what is saved\n" in output
     assert len(pids(tmp_path)) == 2 and not any(map(alive, pids(tmp_path)))
 
 

@@ -1,5 +1,6 @@
 """Models, data, metrics, checkpoints and settings, each by itself. Minutes: under one."""
 
+import contextlib
 import dataclasses
 import gc
 import importlib.util
@@ -270,6 +271,28 @@ def test_schedule_gives_each_step_the_same_samples_for_any_spread(clips):
     assert steps(1, 4, 10, step=20, sample=sum(len(s) for s in reference[:20])) == reference[20:]
     first_epoch = [key.index for step in steps(1, 1, 3) for key in step][:6]
     assert sorted(first_epoch) == list(range(6)), "an epoch is one pass"
+
+
+def test_other_ranks_go_on_with_the_clips_that_come_next(clips):
+    """2 ranks, 1, 3 and 2, stopped within an epoch, whose data processes had read on: none is lost or comes twice."""
+    dataset = data.TrainClips(data.probe(data.find_sources(clips))[0][:5])
+    buckets = [data.Bucket(16, 4, 0.7, 1), data.Bucket(32, 1, 0.3, 2)]
+    whole, step, sample, sizes = iter(data.TrainSchedule(dataset, buckets, 4, accumulation=6)), 0, 0, set()
+    for world, steps in ((2, 3), (1, 2), (3, 2), (2, 2)):
+        accumulation = 6 // world
+        ranks = [dataset.batches(data.TrainSchedule(dataset, buckets, 4, world, rank, accumulation, step, sample), 1)
+                 for rank in range(world)]
+        with contextlib.ExitStack() as at_end:  # or, where the test fails, their processes keep Python from ending
+            for rank in ranks:
+                at_end.callback(rank.close)
+            for _ in range(steps):
+                given = [clip for _ in range(accumulation) for rank in ranks for clip in next(rank)["video"]]
+                wanted = [dataset[key]["video"] for _ in range(6) for key in next(whole)]
+                assert len(given) == len(wanted) and all(map(torch.equal, given, wanted)), f"{world} ranks, step {step}"
+                step, sample = step + 1, sample + len(given)
+                sizes.add(given[0].shape)
+        assert sample % 5, "in the middle of an epoch"
+    assert len(sizes) == 2, "buckets"
 
 
 def test_split_is_by_file_and_survives_additions():
