@@ -316,7 +316,7 @@ def finish(task, stopping):
     code, ending, task.devices, task.note = task.process.returncode, task.seen["ending"], (), ""
     full = code and not ending and no_room(task.folder)  # then train.log says nothing
     if ending.startswith("not saved") or full:
-        task.state, task.note = "failed", plain(ending) or f"exit code {code}, and its disk is full"
+        task.state, task.note = "failed", one_line(ending, 400) or f"exit code {code}, and its disk is full"
         task.seen["step"] = saved_step(task.folder)
     elif stopping and code == -signal.SIGKILL and not ending:
         task.state, task.seen["step"] = "killed", saved_step(task.folder)
