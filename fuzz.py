@@ -230,12 +230,15 @@ def setting(field, rng, places):
 def argument(default, rng):
     """A text for an argument of a model: like its default, or anything."""
     few = rng.choice([0, 1, 2, 3, 4, 8, 16, 32, 64, 100, 2 ** 14, 2 ** 24, -1, 0.5, 1e300])
+    if default is None and rng.random() < 0.6:  # of a TAEHV
+        return rng.choice(["1", "2", "2,2,1", "1,2,2", "2,2", "1,1,1", "true,true,false", "false,false,false", "0,1",
+                           "-1,1", "leaky_relu", "super", "wide", "8,8,8,8", "64,8,64,16", "256,128,64,64", "taecvx"])
     if isinstance(default, (tuple, list)) and rng.random() < 0.6:
         return ",".join(str(rng.choice([few, n])) for n in default) + ","
     if isinstance(default, bool) and rng.random() < 0.6:
         return rng.choice(["true", "false"])
     if isinstance(default, (int, float)) and rng.random() < 0.6:
-        return str(few)
+        return str(rng.choice([few, few, default, 2 * default, default / 2]))
     if isinstance(default, str) and rng.random() < 0.6:
         return rng.choice([*quantize.QUANTIZERS, "sinkhorn", "l1", "l2", "ce", "all", "dim", "null"])
     return rng.choice(NUMBERS + TEXTS + LISTS)
