@@ -16,8 +16,6 @@ import os
 import re
 import sys
 
-from untrusted import SETTINGS, read_json
-
 
 @dataclasses.dataclass
 class Config:
@@ -260,6 +258,7 @@ def load_config(arguments):
 
 def read_settings(path, kinds):
     """{key: value} of a JSON file of settings, as a run leaves in config.json; what it lacks has the default."""
+    from untrusted import SETTINGS, read_json  # here: without such a file, this one works alone
     try:
         values = read_json(path, SETTINGS)
     except OSError as error:
