@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import weakref
 
 import cv2
 import numpy as np
@@ -14,9 +15,11 @@ import compare
 import data
 import infer
 import inputs
+import reconstruct
 import report
 from conftest import mistake, write_clip
 from model_taehv import TAEHV
+from model_vqgan import VQGAN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,6 +183,44 @@ def test_a_teachers_memory_is_not_counted_as_ours(command):
                      ([], ["--teacher", write_teacher(held=150, passing=350)]))
     assert abs(beside["peak_memory_mb"] - alone["peak_memory_mb"]) < 60
     assert beside["teacher"]["peak_memory_mb"] > alone["peak_memory_mb"] + 300
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_a_long_video_is_never_held(command, monkeypatch, tokenizer):
+    """Frames as read and as written, and latents or codes: as many are alive at once in a video three times as long."""
+    references, most = [], [0]
+
+    def watch(thing):
+        references[:] = [r for r in references if r() is not None] + [weakref.ref(thing)]
+        most[0] = max(most[0], len(references))
+        return thing
+
+    def encode(self, frame, original=codec.Codec.encode):
+        piece = original(self, frame)
+        watch(piece[0] if self.tokens else piece)
+        return piece
+
+    read, to_uint8 = data.VideoReader.__iter__, codec.to_uint8
+    monkeypatch.setattr(data.VideoReader, "__iter__", lambda self: map(watch, read(self)))
+    monkeypatch.setattr(codec.Codec, "encode", encode)
+    for module in (codec, reconstruct):
+        monkeypatch.setattr(module, "to_uint8", lambda *arguments: watch(to_uint8(*arguments)))
+    model = ["taehv.pth", "--save-latents", "--teacher", "taehv:taehv.pth", "--teacher-frames", "9"]
+    if tokenizer:
+        vqgan = VQGAN(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=8,
+                      embed_dim=8, n_embed=16)
+        torch.save(dict(model_name="vqgan", model_config=vqgan.config, step=1, ema=vqgan.state_dict()), "vqgan.pt")
+        model = ["vqgan.pt", "--save-tokens"]
+    found = []
+    for frames in (24, 72):
+        clip = write_clip(os.path.abspath(f"{frames}.mp4"), frames=frames, height=32, width=32)
+        file = f"inference_results/tokens/{frames}.tokens" if tokenizer else \
+            f"inference_results/latents/{frames}.latents.npz"
+        for arguments in ([*model, clip], [model[0], file]):
+            most[0] = 0
+            assert command(*arguments)[0] == 0
+            found.append(most[0])
+    assert found[:2] == found[2:] and max(found) <= 18, found  # two chunks of the teacher
 
 
 def test_a_teacher_is_given_a_few_frames_at_a_time(command, capsys, monkeypatch):
