@@ -21,6 +21,9 @@ from types import SimpleNamespace
 import torch
 from torch.nn.modules import module as registration
 
+import fast_dcae
+import fast_taehv
+import fast_vqgan
 import model_vqgan
 from config import ConfigError, check_net, tuples
 from model_dcae import DCAE, load_dcae
@@ -68,6 +71,13 @@ def build_model(name, config):
     except TypeError as error:
         raise ValueError(f"model {name}: {first_line(error)}; it takes "
                          f"{', '.join(list(inspect.signature(MODELS[name]).parameters))}") from None
+
+
+def fast(model):
+    """A copy of a model in eval mode for inference on a CPU: the same results in less time and memory. The model itself
+    where there is no such copy."""
+    quick = {TAEHV: fast_taehv.fast, VQLatents: fast_taehv.fast, VQGAN: fast_vqgan.fast, DCAE: fast_dcae.fast}
+    return quick[type(model)](model) if type(model) in quick else model
 
 
 def model_config(config):

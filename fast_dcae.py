@@ -1,6 +1,6 @@
 """Video DC-AE for inference on a CPU: the same results from the same weights, in less time and memory.
 
-    quick = fast(load_dcae("F32T4C128_AE.safetensors"))  # or model.fast(); a derived copy
+    quick = fast(load_dcae("F32T4C128_AE.safetensors"))  # a derived copy
     video = quick.decode(quick.encode(video))            # all of the model's methods, streams and tiles included
 
 This file works with torch, model_dcae.py and fast_taehv.py beside it. Results are those of the model up to rounding

@@ -1,6 +1,6 @@
 """TAEHV for inference on a CPU: the same results from the same weights, in less time and memory.
 
-    quick = fast(load_taehv("taew2_1.pth"))          # or model.fast(); a derived copy, the model itself is untouched
+    quick = fast(load_taehv("taew2_1.pth"))          # a derived copy, the model itself is untouched
     video = quick.decode(quick.encode(video))        # all of the model's methods, streams included
 
 This file works with torch and model_taehv.py beside it. Results are those of the model up to rounding (about 1e-6 of
@@ -303,10 +303,14 @@ class FastTAEHV(TAEHV):
 
 @torch.no_grad()
 def fast(model):
-    """A derived, inference-only copy of a TAEHV in eval mode. ValueError in training mode."""
+    """A derived, inference-only copy of a TAEHV in eval mode, or of a tokenizer of its latents (model_vq_latents.py).
+    ValueError in training mode."""
     if model.training:
         raise ValueError("fast() is for inference: call model.eval() before")
     quick = copy.copy(model)  # shares the weights
+    if hasattr(model, "taehv"):
+        quick._modules = {**model._modules, "taehv": fast(model.taehv)}
+        return quick
     quick.__class__ = FastTAEHV
     quick.steps = {"encoder": build_steps(model.encoder), "decoder": build_steps(model.decoder)}
     return quick

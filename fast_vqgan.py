@@ -1,6 +1,6 @@
 """VQGAN for inference on a CPU: the same results from the same weights, in less time and memory.
 
-    quick = fast(load_vqgan("last.ckpt")[0])         # or model.fast(); a derived copy, the model itself is untouched
+    quick = fast(load_vqgan("last.ckpt")[0])         # a derived copy, the model itself is untouched
     video = quick.detokenize(quick.tokenize(video))  # all of the model's methods, streams included
 
 This file works with torch, model_vqgan.py and fast_taehv.py beside it. Results are those of the model up to rounding,

@@ -46,8 +46,8 @@ def load_own(options, device, dtype, memory):
         model, words = checkpoint.load_model(options.checkpoint, options.variant)
         model_hash = checkpoint.fingerprint(model)
         place(model, device, dtype).requires_grad_(False)
-        if device.type == "cpu" and hasattr(model, "fast"):
-            model = model.fast()
+        if device.type == "cpu":
+            model = checkpoint.fast(model)
     tiled = tile(model, options)
     if tiled:
         words += f", tiles of {tiled}"

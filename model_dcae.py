@@ -351,11 +351,6 @@ class DCAE(nn.Module):
         latents = self.encode(video)
         return self.decode(latents)[:, :video.shape[1]], {"latents": latents}
 
-    def fast(self):
-        """A copy for inference on a CPU, quicker and smaller (needs fast_dcae.py). ValueError in training mode."""
-        from fast_dcae import fast
-        return fast(self)
-
     def stream(self, memory_limit=None, total_latents=None):
         """A DCAEStream. Both arguments are accepted for the other models' sake and change nothing: the length of a
         segment belongs to the result, so memory must not choose it."""

@@ -6,11 +6,12 @@
     video = model.decode(latents)                    # ... and back, clamped to [0, 1]
 
 This file works alone: it needs torch, and tqdm only where a progress bar is asked for. It takes the place of taehv.py:
-TAEHV("taew2_1.pth"), encode_video, decode_video and StreamingTAEHV are called as there. With step_taehv.py beside it,
-training steps are quicker (`quick_step`). State_dict names, shapes and results are those of
-github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and streams alike, everything is
-channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four times less work there),
-and `targets()` says which input frames an output stands for.
+TAEHV("taew2_1.pth"), encode_video, decode_video and StreamingTAEHV are called as there. State_dict names, shapes and
+results are those of github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and streams
+alike, everything is channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four
+times less work there), and `targets()` says which input frames an output stands for. Nothing here looks for other
+files: what makes it quicker is attached from outside (`step_taehv.speed_up` for training, `fast_taehv.fast` for
+inference on a CPU).
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
 """
@@ -18,7 +19,6 @@ import contextlib
 import difflib
 import hashlib
 import http.client
-import importlib.util
 import math
 import os
 import socket
@@ -446,7 +446,7 @@ class TAEHV(nn.Module):
                         else build_decoder(*decoder, wide=self.arch_variant == "wide"))
         self.fresh_weights()
         self.gradient_checkpointing = False
-        self.quick_step = importlib.util.find_spec("step_taehv") is not None  # where gradients are wanted
+        self.run_with_gradients = None  # what `step_taehv.speed_up` puts in the place of `run_blocks` for training
         self.config = dict(variant=variant, patch_size=self.patch_size, latent_channels=self.latent_channels,
                            encoder_time_downscale=list(pooling), decoder_time_upscale=list(growth),
                            decoder_space_upscale=[s == 2 for s in space], arch_variant=self.arch_variant)
@@ -610,19 +610,13 @@ class TAEHV(nn.Module):
         pieces = [step(stream, frame) for frame in (bar or iter)(x.split(1, 1))]
         return torch.cat([*pieces, flush(stream)], 1)
 
-    def fast(self):
-        """A copy for inference on a CPU, quicker and smaller (needs fast_taehv.py). ValueError in training mode."""
-        from fast_taehv import fast
-        return fast(self)
-
     def stream(self, memory_limit=None, total_latents=None):
         """A TAEHVStream: the same results, piece by piece. `memory_limit`: bytes for activations (see there)."""
         return TAEHVStream(self, memory_limit, total_latents)
 
     def _run(self, blocks, x, memory=None, progress=None):
-        if self.quick_step and torch.is_grad_enabled() and memory is None and progress is None:
-            from step_taehv import run_blocks as run_step
-            return run_step(blocks, x, self.gradient_checkpointing)
+        if self.run_with_gradients and torch.is_grad_enabled() and memory is None and progress is None:
+            return self.run_with_gradients(blocks, x, self.gradient_checkpointing)
         return run_blocks(blocks, x, memory, self.gradient_checkpointing and torch.is_grad_enabled(), progress)
 
     def _frames(self, blocks, x, memory):

@@ -11,8 +11,6 @@ it, so that a tokenizer of live video comes out, and any quantizer of quantize.p
 This file works with torch, model_taehv.py and quantize.py beside it.
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C h w, the TAEHV's own.
 """
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -132,12 +130,6 @@ class VQLatents(nn.Module):
     def vectors(self, codes):
         """[int64 N T h w] -> quantized vectors N T C h w."""
         return self.quantize.codes_to_vectors(codes).transpose(1, 2).to(self.rectifier.conv_in.weight.dtype)
-
-    def fast(self):
-        """A copy for inference on a CPU, as TAEHV.fast."""
-        quick = copy.copy(self)
-        quick._modules = {**self._modules, "taehv": self.taehv.fast()}
-        return quick
 
     def stream(self, memory_limit=None, total_latents=None):
         """A VQLatentsStream; both arguments are TAEHV.stream's."""

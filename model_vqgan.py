@@ -238,11 +238,6 @@ class VQGAN(nn.Module):
         """What `tokenize` gave -> video, bit for bit that of `decode(encode(video))`."""
         return self.decode(self.quantize.codes_to_vectors(codes).transpose(1, 2))
 
-    def fast(self):
-        """A copy for inference on a CPU, quicker and smaller (needs fast_vqgan.py). ValueError in training mode."""
-        from fast_vqgan import fast
-        return fast(self)
-
     def stream(self, memory_limit=None, total_latents=None):
         """A TokenizerStream: the same results, piece by piece. memory_limit: bytes for activations (see there);
         total_latents: not needed here."""

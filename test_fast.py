@@ -13,6 +13,7 @@ import codec
 import fast_taehv
 import infer
 from conftest import ROOT, run, write_clip
+from fast_taehv import fast
 from model_taehv import TAEHV, VARIANTS
 from model_vq_latents import VQLatents
 
@@ -51,7 +52,7 @@ def test_results_are_the_plain_models(variant, changes, band, monkeypatch):
     narrow = NARROW if band == 1 and "wide" not in variant else {}
     model = make(variant, **{**changes, **narrow})
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    quick, video = model.fast(), clip({"taeh3": 20, "taecvx": 13}.get(variant, 9))
+    quick, video = fast(model), clip({"taeh3": 20, "taecvx": 13}.get(variant, 9))
     if model.space_factor == 32:
         video = F.interpolate(video.flatten(0, 1), scale_factor=2).unflatten(0, (2, -1))[..., :96, :64]
     latents = model.encode(video)
@@ -69,7 +70,7 @@ def test_bands_keep_the_layout_that_sums_need(batch, height, width, dtype, monke
     monkeypatch.setattr(fast_taehv, "BAND", 1)
     exact, video = make(**NARROW), clip(9, height, width)[:batch]
     model = copy.deepcopy(exact).to(dtype)
-    quick, allowed = model.fast(), 1e-5 if dtype == torch.float32 else 1.5
+    quick, allowed = fast(model), 1e-5 if dtype == torch.float32 else 1.5
     latents = exact.encode(video)
     stream = quick.stream()
     ours = torch.cat([stream.encode(piece) for piece in video.to(dtype).split(3, 1)] + [stream.flush()], 1)
@@ -94,7 +95,7 @@ def test_a_sum_in_another_layout_is_right_too():
 def test_past_frames_in_half_precision_cost_little(band, monkeypatch):
     monkeypatch.setattr(fast_taehv, "BAND", band)
     model, video = make(), clip()
-    quick, latents = model.fast(), model.encode(video)
+    quick, latents = fast(model), model.encode(video)
     quick.kept = torch.float16
     assert 1e-6 < error(quick.encode(video), latents) < 1e-3
     assert 1e-6 < error(quick._decode(latents), model._decode(latents)) < 1e-3
@@ -112,7 +113,7 @@ def test_large_frames_need_few_maps(kept, most, tmp_path, monkeypatch):
     """In half-size maps of 64 channels: 5.25 (2.63 in half precision) are kept, 1 and 0.5 in work, 0.2 a frame."""
     height, width = 160, 256
     monkeypatch.setattr(fast_taehv, "BAND", height * width)  # sixteenths of such a map
-    quick = make().fast()
+    quick = fast(make())
     quick.kept = kept
     stream, latents = quick.stream(), torch.randn(1, 2, 16, height // 8, width // 8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -129,7 +130,7 @@ def test_large_frames_need_few_maps(kept, most, tmp_path, monkeypatch):
 @pytest.mark.parametrize("cut", [1, 5, 13])
 @torch.no_grad()
 def test_streams_do_not_depend_on_the_cutting(cut):
-    quick, video = make(**NARROW if cut < 13 else {}).fast(), clip()
+    quick, video = fast(make(**NARROW if cut < 13 else {})), clip()
     stream = quick.stream()
     frames = [stream.decode(stream.encode(piece)) for piece in video.split(cut, 1)] + [stream.flush()]
     assert torch.equal(torch.cat(frames, 1), quick.decode(quick.encode(video)))
@@ -139,7 +140,7 @@ def test_streams_do_not_depend_on_the_cutting(cut):
 def test_odd_sizes_and_the_published_calls(monkeypatch, sums_are_channels_last):
     monkeypatch.setattr(fast_taehv, "BAND", 1)
     model, video = TAEHV().eval(), clip(8, 75, 51)  # initial weights: what is decoded is seldom clamped
-    quick = model.fast()
+    quick = fast(model)
     latents = model.encode_video(video, show_progress_bar=False)
     for parallel in (True, False):
         assert error(quick.encode_video(video, parallel, show_progress_bar=False), latents) < 1e-5
@@ -152,10 +153,10 @@ def test_bf16_is_within_its_own_error():
     reference, video = make(), clip()
     exact = reference.encode(video)
     model = copy.deepcopy(reference).bfloat16()
-    plain, quick = (m.encode(video.bfloat16()) for m in (model, model.fast()))
+    plain, quick = (m.encode(video.bfloat16()) for m in (model, fast(model)))
     assert error(quick, exact) < 1.5 * error(plain, exact)
     exact = reference._decode(exact)
-    plain, quick = (m._decode(reference.encode(video).bfloat16()) for m in (model, model.fast()))
+    plain, quick = (m._decode(reference.encode(video).bfloat16()) for m in (model, fast(model)))
     assert error(quick, exact) < 1.5 * error(plain, exact)
 
 
@@ -163,7 +164,7 @@ def test_bf16_is_within_its_own_error():
 def test_without_onednn_it_works_as_well(monkeypatch):
     model, video = make(), clip()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    quick = model.fast()
+    quick = fast(model)
     assert not quick.steps["encoder"][-1].conv.fused
     assert error(quick.encode(video), model.encode(video)) < 1e-5
     assert error(quick._decode(model.encode(video)), model._decode(model.encode(video))) < 1e-5
@@ -174,7 +175,7 @@ def test_a_tokenizer_of_latents_uses_it():
     model, video = VQLatents(n_embed=16, width=8), clip()
     model.calibrate(model.taehv.encode(video))
     model.eval()
-    quick = model.fast()
+    quick = fast(model)
     assert isinstance(quick.taehv, fast_taehv.FastTAEHV) and not isinstance(model.taehv, fast_taehv.FastTAEHV)
     codes = model.tokenize(video)
     assert (quick.tokenize(video)[0] == codes[0]).float().mean() > 0.9  # but for near ties
@@ -199,7 +200,7 @@ def test_infer_spares_memory_on_large_frames_and_says_so(tmp_path, monkeypatch, 
 
 def test_training_mode_is_refused():
     with pytest.raises(ValueError, match="call model.eval"):
-        TAEHV().fast()
+        fast(TAEHV())
 
 
 @pytest.mark.any_precision

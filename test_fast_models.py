@@ -8,6 +8,7 @@ from torch import nn
 
 import fast_dcae
 import fast_vqgan
+from checkpoint import fast
 from model_dcae import DCAE
 from model_vqgan import VQGAN
 from tiling import Tiled
@@ -59,7 +60,7 @@ def parts(model):
 def compare(model, video):
     """Largest relative errors of the fast copy's encoder and decoder, whose model must stay as it was."""
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    quick = model.fast()
+    quick = fast(model)
     (encode, decode), (plain_encode, plain_decode) = parts(quick), parts(model)
     given = video.clone()
     latents = plain_encode(video)
@@ -89,7 +90,7 @@ def test_dcae_with_all_kinds_of_shortcuts(widths, sums_are_channels_last):
 @torch.no_grad()
 def test_tokens_differ_only_at_ties():
     """A fast feature moves a code only where the two nearest codes are as far away, up to rounding."""
-    model, quick = vqgan(), vqgan().fast()
+    model, quick = vqgan(), fast(vqgan())
     with torch.no_grad():
         model.quantize.embedding.weight.copy_(torch.randn(512, 8) * model._features(clip(1, 32, 32)).std())
     quick.quantize = model.quantize
@@ -111,7 +112,7 @@ def test_bf16_is_within_its_own_error(make, sums_are_channels_last):
     latents = encode(video)
     exact = decode(latents.bfloat16().float())
     model = copy.deepcopy(reference).bfloat16()
-    (plain_encode, plain_decode), (encode, decode) = parts(model), parts(model.fast())
+    (plain_encode, plain_decode), (encode, decode) = parts(model), parts(fast(model))
     assert error(encode(video.bfloat16()), latents) < 1.5 * error(plain_encode(video.bfloat16()), latents)
     assert error(decode(latents.bfloat16()), exact) < 1.5 * error(plain_decode(latents.bfloat16()), exact)
 
@@ -126,7 +127,7 @@ def test_without_onednn_it_works_as_well(make, monkeypatch):
 @pytest.mark.parametrize(("make", "frames"), [(vqgan, 5), (dcae, 41)])
 @torch.no_grad()
 def test_streams_do_not_depend_on_the_cutting(make, frames):
-    quick, video, results = make().fast(), clip(frames, 32, 32)[:1], []
+    quick, video, results = fast(make()), clip(frames, 32, 32)[:1], []
     for cut in (3, 40):
         stream = quick.stream()
         pieces = [stream.decode(stream.encode(piece)) for piece in video.split(cut, 1)] + [stream.flush()]
@@ -136,7 +137,7 @@ def test_streams_do_not_depend_on_the_cutting(make, frames):
 
 @torch.no_grad()
 def test_codes_restore_what_latents_do():
-    quick, video = vqgan().fast(), clip(3, 32, 32)
+    quick, video = fast(vqgan()), clip(3, 32, 32)
     assert torch.equal(quick.detokenize(quick.tokenize(video)), quick.decode(quick.encode(video)))
 
 
@@ -144,12 +145,12 @@ def test_codes_restore_what_latents_do():
 def test_tiles(sums_are_channels_last):
     model, video = dcae("equal"), clip(12, 64, 70)[:1]
     plain, quick = (Tiled(m, spatial_tile_size=64, temporal_tile_size=8, tile_overlap_factor=0.5)
-                    for m in (model, model.fast()))
+                    for m in (model, fast(model)))
     assert error(quick(video)[0], plain(video)[0]) < 1e-4 and quick(video)[0].shape == video.shape
 
 
 @pytest.mark.parametrize("model", [VQGAN(**NET, embed_dim=8), DCAE(WIDTHS["equal"], (1,) * 6, (1,) * 6, 32)])
 def test_training_mode_is_refused(model):
     with pytest.raises(ValueError, match="call model.eval"):
-        model.fast()
-    assert isinstance(model.eval().fast(), fast_vqgan.FastVQGAN if isinstance(model, VQGAN) else fast_dcae.FastDCAE)
+        fast(model)
+    assert isinstance(fast(model.eval()), fast_vqgan.FastVQGAN if isinstance(model, VQGAN) else fast_dcae.FastDCAE)

@@ -21,6 +21,7 @@ import model_taehv
 import teachers
 import train
 from conftest import ROOT, mistake
+from fast_taehv import fast
 from golden.fill import fill_, make_input
 from model_taehv import PUBLISHED, RELATIVES, TAEHV, StreamingTAEHV, load_taehv, recognise
 
@@ -94,7 +95,7 @@ def test_weights_of_lightx2v_give_what_its_code_gives(name, tmp_path):
     decoded = F.pixel_shuffle(decoder(weights, latents[0] * deviation + mean, act), patch)[3:]
     decoded = (decoded.clamp(-1, 1) + 1) / 2 if leaky else decoded.clamp(0, 1)
     assert ((decoded > 0) & (decoded < 1)).float().mean() > 0.2, "what is clamped compares nothing"
-    stream, quick = model.stream(), model.fast()
+    stream, quick = model.stream(), fast(model)
     for ours in (model.encode(video), quick.encode(video), torch.cat([*map(stream.encode, video.split(3, 1))], 1)):
         assert (ours[0] - encoded).abs().max() < 1e-4 * encoded.abs().max()
     for ours in (model.decode(latents), quick.decode(latents), model.stream().decode(latents),
@@ -135,7 +136,7 @@ def test_the_wide_decoder_is_the_published_one(tmp_path):
     video, latents = make_input("rand", (1, 8, 3, 32, 32), 1), make_input("randn", (1, 2, 128, 1, 1), 2)
     encoded = encoder(weights, F.pixel_unshuffle(video[0], 4), F.relu)
     decoded = F.pixel_shuffle(decoder(weights, latents[0], F.relu), 4)[7:].clamp(0, 1)
-    for model in (small, small.fast()):
+    for model in (small, fast(small)):
         assert (model.encode(video)[0] - encoded).abs().max() < 1e-4 * encoded.abs().max()
         assert (model.decode(latents)[0] - decoded).abs().max() < 1e-4
 
@@ -436,7 +437,10 @@ def test_hub_entry_points(mirror):
 
 
 def test_a_model_of_the_hub_trains_and_is_quick_when_its_folder_is_out_of_sight(folder):
-    code = ("import sys, torch; m = torch.hub.load(sys.argv[1], 'taehv', source='local', pretrained=False); "
-            "assert sys.argv[1] not in sys.path; m(torch.rand(1, 4, 3, 8, 8))[0].sum().backward(); m.eval().fast()")
+    code = ("import sys, torch; "
+            "load = lambda **how: torch.hub.load(sys.argv[1], 'taehv', source='local', pretrained=False, **how); "
+            "m, quick = load(), load(fast=True); assert sys.argv[1] not in sys.path; video = torch.rand(1, 4, 3, 8, 8); "
+            "m(video)[0].sum().backward(); assert m.run_with_gradients.__module__ == 'step_taehv'; "
+            "assert type(quick).__name__ == 'FastTAEHV' and quick(video)[0].isfinite().all()")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code, ROOT], env=environment, check=True)

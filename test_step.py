@@ -11,7 +11,7 @@ import torch
 
 import model_taehv
 import step_taehv
-from conftest import ROOT, run
+from conftest import COMMON, NARROW, ROOT, run
 from model_taehv import TAEHV, MemBlock
 
 
@@ -32,7 +32,7 @@ def clips(model, frames=8, dtype=torch.float32):
 def passes(model, video, quick=True, autocast=False):
     """[reconstruction, latents, gradients of all weights that learn]."""
     model.zero_grad()
-    model.quick_step = quick
+    model.run_with_gradients = step_taehv.run_blocks if quick else None
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output, info = model(video)
     pattern = torch.linspace(-1, 1, output.numel()).view_as(output)  # the mean alone would reach few weights
@@ -117,7 +117,7 @@ def test_what_needs_no_gradient_is_not_computed(monkeypatch):
 def test_without_gradients_the_plain_path_runs():
     model = make().eval()
     results = []
-    for model.quick_step in (True, False):
+    for model.run_with_gradients in (lambda *_: pytest.fail("no gradient is wanted"), None):
         with torch.no_grad():
             results.append(model(clips(model))[0])
     assert torch.equal(*results)
@@ -136,17 +136,59 @@ def test_it_compiles_into_one_graph():
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*gradients))
 
 
-def test_the_model_trains_without_this_file(tmp_path):
-    shutil.copy(model_taehv.__file__, tmp_path)
-    code = ("import torch, model_taehv; m = model_taehv.TAEHV(); assert not m.quick_step; "
-            "m(torch.rand(1, 4, 3, 8, 8))[0].sum().backward(); assert m.encoder[0].weight.grad is not None")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-
-
 @pytest.mark.any_precision
 def test_bench_compares_it_with_the_published_routine(tmp_path):
     run(os.path.join(ROOT, "bench.py"), "train", "--quick", "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
     plain, ours = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (plain["how"], ours["how"], plain["ratio"]) == ("plain fp32", "ours fp32", 1)
     assert 0 < ours["memory"] < plain["memory"] and ours["value"] > 0
+
+
+@pytest.mark.parametrize("train_decoder", [True, False])
+def test_train_py_attaches_it(train_decoder, here, monkeypatch):
+    seen, original = [], step_taehv.run_blocks
+    monkeypatch.setattr(step_taehv, "run_blocks", lambda *a: (seen.append(len(a[1])), original(*a))[1])
+    here("taehv", "size=16", "frames=4", "batch_size=2", "max_steps=1", f"train_decoder={train_decoder}", *COMMON,
+         *NARROW)
+    assert seen == [2, 2]  # encoder and decoder, each with its two clips: a frozen decoder passes gradients on
+
+
+ALONE = """
+import hashlib, sys, torch
+import model_dcae, model_taehv, model_vqgan, model_vqvae
+digests = []
+for make, shape in (
+        (lambda: model_taehv.TAEHV(encoder_widths=(8,) * 4, decoder_widths=(16, 8, 8, 8)), (2, 8, 3, 16, 24)),
+        (lambda: model_vqgan.VQGAN(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), resolution=16,
+                                   z_channels=8, embed_dim=8, n_embed=16), (2, 1, 3, 16, 16)),
+        (lambda: model_vqvae.VQVAE2(hidden_channels=8, res_channels=4, nb_res_layers=1, nb_levels=2, embed_dim=4,
+                                    nb_entries=8, scaling_rates=(4, 2)), (2, 1, 3, 16, 16)),
+        (lambda: model_dcae.DCAE(width_list=(8, 16, 32, 32, 32, 32), encoder_depth_list=(1,) * 6,
+                                 decoder_depth_list=(1,) * 6, latent_channels=8), (1, 4, 3, 32, 32))):
+    torch.manual_seed(0)
+    model, video = make(), torch.rand(shape)
+    output, info = model(video)
+    (output.square().mean() + info.get("vq_loss", 0)).backward()
+    results = [output, info["latents"], *(p.grad for p in model.parameters() if p.grad is not None)]
+    results += [model.eval().decode(info["latents"])]
+    digests += [hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest()[:8] for t in results]
+own = {name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(sys.path[0])}
+print(sorted(own - {"__main__", "__mp_main__"}), *digests)
+"""
+
+
+def test_model_files_compute_the_same_copied_alone_as_beside_the_others(tmp_path):
+    """To the bit, forward and backward, and without a look at what lies beside them."""
+    environment = {**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"}
+    printed = []
+    for folder, names in (("alone", [*(f"model_{name}.py" for name in ("dcae", "taehv", "vqgan", "vqvae")),
+                                     "quantize.py"]), ("beside", [n for n in os.listdir(ROOT) if n.endswith(".py")])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            shutil.copy(os.path.join(ROOT, name), tmp_path / folder)
+        (tmp_path / folder / "alone.py").write_text(ALONE)
+        printed.append(subprocess.run([sys.executable, "alone.py"], cwd=tmp_path / folder, env=environment, check=True,
+                                      capture_output=True, text=True).stdout)
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("['model_dcae', 'model_taehv', 'model_vqgan', 'model_vqvae', 'quantize'] ")
+    assert len(printed[0].split()) > 100
