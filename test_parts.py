@@ -1,5 +1,6 @@
 """Models, data, metrics, checkpoints and settings, each by itself. Minutes: under one."""
 
+import ast
 import contextlib
 import dataclasses
 import gc
@@ -679,6 +680,23 @@ def test_every_setting_is_documented_and_read():
         assert re.search(rf"^  {field.name}=\S*\s+\S", help_text, re.M), f"{field.name} has no comment"
     for preset in config.PRESETS:
         config.load_config([preset, *["init_from=FILE.pth"] * (preset == "taehv_finetune")])
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Nor do they within functions."""
+    names = {name.removesuffix(".py") for name in os.listdir(ROOT) if name.endswith(".py")}
+    wanted = {}
+    for name in names:
+        with open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8") as file:
+            nodes = list(ast.walk(ast.parse(file.read())))
+        found = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        found += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        wanted[name] = names & set(found)
+    assert {"train", "objective"} <= names and {"checkpoint", "objective"} <= wanted["train"]
+    while free := [name for name in wanted if not wanted[name] & wanted.keys()]:  # those that need none of the others
+        for name in free:
+            del wanted[name]
+    assert not wanted, "these are in a circle, or need one"
 
 
 @pytest.mark.parametrize(

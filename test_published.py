@@ -439,7 +439,8 @@ def test_hub_entry_points(mirror):
 def test_a_model_of_the_hub_trains_and_is_quick_when_its_folder_is_out_of_sight(folder):
     code = ("import sys, torch; "
             "load = lambda **how: torch.hub.load(sys.argv[1], 'taehv', source='local', pretrained=False, **how); "
-            "m, quick = load(), load(fast=True); assert sys.argv[1] not in sys.path; video = torch.rand(1, 4, 3, 8, 8); "
+            "m, quick = load(), load(fast=True); assert sys.argv[1] not in sys.path; "
+            "video = torch.rand(1, 4, 3, 8, 8); "
             "m(video)[0].sum().backward(); assert m.run_with_gradients.__module__ == 'step_taehv'; "
             "assert type(quick).__name__ == 'FastTAEHV' and quick(video)[0].isfinite().all()")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

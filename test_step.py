@@ -172,7 +172,8 @@ for make, shape in (
     results = [output, info["latents"], *(p.grad for p in model.parameters() if p.grad is not None)]
     results += [model.eval().decode(info["latents"])]
     digests += [hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest()[:8] for t in results]
-own = {name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(sys.path[0])}
+files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+own = {name for name, file in files.items() if file.startswith(sys.path[0])}
 print(sorted(own - {"__main__", "__mp_main__"}), *digests)
 """
 

@@ -33,13 +33,9 @@ from logbook import Clock, Logbook, count, summary
 from objective import Objective, evaluate, spread
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks, stay_together)
-<<<<<<< HEAD
 from saving import NotSaved, Saver
 from screen import guard_screen, one_line
-=======
-from screen import guard_screen
 from step_taehv import speed_up
->>>>>>> 2e1b5b2 (Nothing looks for files beside it: commands attach the fast paths (fast, speed_up), and a model file computes the same copied alone; no circle of imports is left)
 from synthetic import make_demo
 from token_file import MAX_VOCABULARY
 from watch import Trend, describe_figures, describe_trend
