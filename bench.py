@@ -27,7 +27,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+import models
 from bench_loader import loader
 from config import load_config
 from device import DeviceError, describe, pick_device, pick_precision, place, tune
@@ -86,7 +86,7 @@ def codec_call(options, name, size, label, task):
     if how == "at once":
         call = model.encode if task == "encode" else model.decode
         return torch.no_grad()(lambda: call(x)), model, x
-    runner = checkpoint.fast(model) if how == "fast" else model
+    runner = models.fast(model) if how == "fast" else model
     return lambda: streamed(runner, task, x.split(1, 1)), model, x
 
 

@@ -1,14 +1,11 @@
-"""Building models, saving runs so that no fault loses them, and loading weights of our own and of others.
+"""The files of a run: saved so that no fault loses them, and read without running code or taking more memory than they
+hold.
 
 A run folder holds step_00001000.pt (everything a run needs to go on), best.pt (the averaged weights that validated
-best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json.
-Nothing is loaded that could run code: all loading is weights_only.
+best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json. Models that
+are built and loaded from such files are models.py's matter.
 """
-import contextlib
-import dataclasses
 import errno
-import hashlib
-import inspect
 import io
 import os
 import pickle
@@ -16,23 +13,10 @@ import re
 import struct
 import warnings
 import zipfile
-from types import SimpleNamespace
 
 import torch
-from torch.nn.modules import module as registration
 
-import fast_dcae
-import fast_taehv
-import fast_vqgan
-import model_vqgan
-from config import ConfigError, check_net, tuples
-from model_dcae import DCAE, load_dcae
-from model_taehv import (TAEHV, VARIANTS, adapt_state_dict, arguments_of, find_weights, look_alikes, put_weights,
-                         read_weights)
-from model_vq_latents import VQLatents
-from model_vqgan import VQGAN, load_vqgan
-from model_vqvae import VQVAE2, VqVae2, load_vqvae
-from untrusted import SETTINGS, check_weights, read_json
+from untrusted import check_weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
@@ -45,236 +29,6 @@ MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, Attribut
 
 class CheckpointError(Exception):
     """Weights that cannot be loaded; the message names the file and the reason."""
-
-
-# ---- models ------------------------------------------------------------------------------------------------------
-
-
-MODELS = {"taehv": TAEHV, "vqgan": VQGAN, "vqvae2": VQVAE2, "vqvae_video": VqVae2, "vq_latents": VQLatents,
-          "dcae": DCAE}
-
-
-def build_model(name, config):
-    """A model from its name and the dict that its `config` attribute gave. ValueError for arguments that do not fit."""
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
-    try:
-        check_net({key: tuples(value) for key, value in config.items()})
-    except ConfigError as error:
-        raise ValueError(f"model {name}: {error}") from None
-    for part in (config, config.get("taehv") or {}):  # TAEHV itself reads files that are named so
-        variant = part.get("variant")
-        if part.get("checkpoint_path") is not None or variant not in VARIANTS and os.path.isfile(variant or ""):
-            raise ValueError(f"model {name}: settings that name another file of weights, which is not read")
-    try:
-        return MODELS[name](**config)
-    except TypeError as error:
-        raise ValueError(f"model {name}: {first_line(error)}; it takes "
-                         f"{', '.join(list(inspect.signature(MODELS[name]).parameters))}") from None
-
-
-def fast(model):
-    """A copy of a model in eval mode for inference on a CPU: the same results in less time and memory. The model itself
-    where there is no such copy."""
-    quick = {TAEHV: fast_taehv.fast, VQLatents: fast_taehv.fast, VQGAN: fast_vqgan.fast, DCAE: fast_dcae.fast}
-    return quick[type(model)](model) if type(model) in quick else model
-
-
-def model_config(config):
-    """The arguments of `build_model` that a training Config asks for."""
-    taehv = dict(variant=config.variant or "taehv", patch_size=config.patch_size or None,
-                 latent_channels=config.latent_channels or None)
-    if config.model == "vq_latents":
-        return {**config.net, "taehv": {**taehv, **config.net.get("taehv", {})}}
-    return {**taehv, **config.net} if config.model == "taehv" else dict(config.net)
-
-
-def with_shape(config, source):
-    """A copy of a training Config in which what it leaves open is as in `source`, a model of its kind (for vq_latents a
-    TAEHV too): variant, patch_size, latent_channels and net. ValueError for a setting of the first three that `source`
-    contradicts."""
-    taehv = getattr(source, "taehv", source)
-    net = dict(config.net)
-    if config.model in ("taehv", "vq_latents") and isinstance(taehv, TAEHV):
-        shape = dict(taehv.config)
-        variant, patch_size, channels = (shape.pop(key) for key in ("variant", "patch_size", "latent_channels"))
-        standard = VARIANTS[variant]
-        if config.variant and config.variant != variant and VARIANTS.get(config.variant) != standard:
-            raise ValueError(f"variant={config.variant}")
-        for key, own in (("patch_size", patch_size), ("latent_channels", channels)):
-            if getattr(config, key) not in (0, own):
-                raise ValueError(f"{key}={getattr(config, key)}")
-        usual = dict(encoder_time_downscale=list(standard[2]), decoder_time_upscale=list(standard[3]),
-                     decoder_space_upscale=[True] * 3, arch_variant=standard[4])
-        own = {key: value for key, value in shape.items() if usual.get(key) != value}
-        if config.model == "taehv":
-            net = {**own, **net}
-        elif own:
-            net["taehv"] = {**own, **net.get("taehv", {})}
-        config = dataclasses.replace(
-            config, variant=config.variant or variant, latent_channels=0 if channels == standard[1] else channels,
-            patch_size=0 if patch_size == standard[0] else patch_size)
-    if config.init_from and config.model != "taehv" and isinstance(source, MODELS[config.model]):
-        takes = inspect.signature(MODELS[config.model]).parameters
-        same = net.get("quantizer") in (None, source.config.get("quantizer"))  # another one has other options
-        own = {key: value for key, value in source.config.items() if key != "taehv" and (same or key in takes)}
-        net = {**own, **net}
-    return dataclasses.replace(config, net=net)
-
-
-def fingerprint(model, about=""):
-    """16 hexadecimal digits that differ for other weights (or, for what is no module, another text `about`)."""
-    digest = hashlib.sha256(about.encode())
-    if isinstance(model, torch.nn.Module):
-        for name, tensor in model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def load_model(path, variant=None, **overrides):
-    """(model in eval mode, what was loaded in words) from a run folder, a checkpoint of ours, or published weights.
-
-    `variant` and `overrides` as in `load_taehv` (or, for another family, in its own function). CheckpointError if that
-    is not possible, or if weights are not finite.
-    """
-    path = str(path)
-    if os.path.isdir(path):
-        path = newest_weights(path)
-    try:
-        path = find_weights(path)  # a file, or published weights by name
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"checkpoint: {error}") from None
-    model, words = load_file(path, variant, overrides)
-    check_finite(path, model.state_dict())
-    return model, words
-
-
-def load_file(path, variant, overrides):
-    """From a file of any kind, told by what it holds."""
-    try:
-        state = read_foreign(path)
-        with no_larger_than(path):
-            if "model_config" in state:
-                return load_own(path, state, variant, overrides)
-            return load_foreign(path, state, variant, overrides)
-    except ImportError:
-        raise CheckpointError(f"checkpoint: {path!r} needs a package: pip install safetensors") from None
-    except (*MISSHAPEN, OSError) as error:
-        raise CheckpointError(f"checkpoint: {path!r}: {first_line(error)}") from None
-    except safetensors_errors() as error:
-        raise CheckpointError(f"checkpoint: {path!r} is damaged or no safetensors file: {first_line(error)}") from None
-
-
-@contextlib.contextmanager
-def no_larger_than(path):
-    """Within, ValueError for a model with more numbers than twice this file's bytes, or more layers than could have
-    names in it, as soon as the first that is too much is registered: what a file asks for is not taken from memory."""
-    size = os.path.getsize(path)
-    left = {"numbers": 2 * size + (1 << 20), "layers": size // 256 + 10_000}
-
-    def take(what, number, module):
-        left[what] -= number
-        if left[what] < 0:
-            raise ValueError(f"it asks for more {what} ({type(module).__name__}) than the file can hold weights for")
-
-    def take_tensor(module, _, tensor):
-        take("numbers", 0 if tensor is None else tensor.numel(), module)
-
-    handles = (registration.register_module_parameter_registration_hook(take_tensor),
-               registration.register_module_buffer_registration_hook(take_tensor),
-               registration.register_module_module_registration_hook(lambda module, *_: take("layers", 1, module)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def load_own(path, state, variant, overrides):
-    """From a checkpoint of ours: its averaged weights."""
-    try:
-        arguments = {**state["model_config"], **overrides}
-        if variant and state["model_name"] not in ("taehv", "vq_latents"):
-            raise CheckpointError(f"checkpoint: {path!r} is a {state['model_name']}, which has no variants")
-        if variant:
-            about = arguments if state["model_name"] == "taehv" else arguments["taehv"]
-            about["variant"] = variant
-        model = build_model(state["model_name"], arguments)
-        weights = state["ema"]
-        model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
-        words = f"{state['model_name']}{' (' + arguments['variant'] + ')' if 'variant' in arguments else ''}"
-        return model.eval(), f"{words}, step {int(state['step'])}"
-    except MISSHAPEN as error:
-        raise CheckpointError(f"checkpoint: {path!r} does not fit its own model: {first_line(error)}") from None
-
-
-def load_foreign(path, state, variant, overrides):
-    """From weights alone: the family is told by their names, but for .ckpt, which is taming's VQGAN or OptVQ."""
-    about = settings_beside(path)
-    if about.get("model") in ("vq_latents", "taehv"):  # their shapes may be their own
-        arguments = model_config(SimpleNamespace(**about))
-        if about["model"] == "vq_latents":
-            model = build_model("vq_latents", {**arguments, **overrides})
-            model.load_state_dict(state)
-            return model.eval(), f"vq_latents ({model.taehv.variant})"
-        model = build_model("taehv", {**arguments, **({"variant": variant} if variant else {}), **overrides})
-        put_weights(model, state, path)
-        return model.eval(), f"weights of variant {model.variant}"
-    if path.endswith(".ckpt"):
-        return load_vqgan(state, **overrides)
-    inner = state.get("state_dict", state)
-    names = " ".join(map(str, inner)) if isinstance(inner, dict) else ""
-    if "quantize." in names:
-        return load_vqgan(state, **{**about.get("net", {}), **overrides})
-    if "codebooks.0." in names or "blocks_tempo" in names:
-        return load_vqvae(state, **{**about.get("net", {}), **overrides})
-    if "encoder.project_out." in names:
-        return load_dcae(state), "Video DC-AE"
-    model = build_model("taehv", {**arguments_of(state, path, variant or about.get("variant")), **overrides})
-    put_weights(model, state, path)
-    others = look_alikes(model.variant)
-    doubt = f" (by name or default: {', '.join(others)} look alike)" if others and not variant else ""
-    return model.eval(), f"weights of variant {model.variant}{doubt}"
-
-
-def settings_beside(path):
-    """The settings of the run that the model.pth of a run folder is of, or {}. ValueError if they are damaged."""
-    beside = os.path.join(os.path.dirname(path), "config.json")
-    if os.path.basename(path) != "model.pth" or not os.path.isfile(beside):
-        return {}
-    try:
-        about = read_json(beside, SETTINGS)
-    except ValueError as error:
-        raise ValueError(f"{beside} beside it cannot be read as JSON: {first_line(error)}") from None
-    if not isinstance(about, dict) or about.get("model") not in list(MODELS):  # another program's
-        return {}
-    if missing := [key for key in ("variant", "patch_size", "latent_channels", "net") if key not in about]:
-        raise ValueError(f"{beside} beside it has no {missing[0]!r}, as a run's has")
-    if not isinstance(about["net"], dict):
-        raise ValueError(f"{beside} beside it: its net is no object")
-    return about
-
-
-def safetensors_errors():
-    """What safetensors raises for a damaged file; nothing where the package is absent."""
-    try:
-        from safetensors import SafetensorError
-    except ImportError:
-        return ()
-    return SafetensorError
-
-
-def newest_weights(folder):
-    """best.pt of a run folder, or else its newest good checkpoint, or else model.pth."""
-    best = os.path.join(folder, "best.pt")
-    if os.path.isfile(best):
-        return best
-    path, _ = newest_checkpoint(folder)
-    path = path or os.path.join(folder, "model.pth")
-    if not os.path.isfile(path):
-        raise CheckpointError(f"checkpoint: the folder {folder!r} holds no best.pt, step_*.pt or model.pth")
-    return path
 
 
 def first_line(error):
@@ -323,19 +77,6 @@ def read(path):
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint: {path!r} holds a {type(state).__name__}, not weights")
     return state
-
-
-def read_foreign(path):
-    """Likewise of a .safetensors file, or of a .ckpt, which may hold objects of the program that wrote it."""
-    if path.endswith(".safetensors"):
-        return read_weights(path)
-    if not path.endswith(".ckpt"):
-        return read(path)
-    try:
-        check_weights(path)
-    except (*MISSHAPEN, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, struct.error) as error:
-        raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
-    return model_vqgan.read_weights(path)
 
 
 def step_path(folder, step):

@@ -255,7 +255,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
-import adversary, checkpoint, data, objective, quantize, seraena, train
+import adversary, checkpoint, data, models, objective, quantize, seraena, train
 now = [0]
 def spoil(owner, name, faults):  # faults: (step, rank): what happens instead, once
     original = getattr(owner, name)
@@ -278,7 +278,7 @@ def note_step(self, step, begin=objective.Objective.begin):
     begin(self, step)
 objective.Objective.begin = note_step
 def note_weights(self, state=objective.Objective.rank_state):  # every rank calls it as it saves
-    weights = [checkpoint.fingerprint(part) for part in (self.model, self.adversary, self.seraena)]
+    weights = [models.fingerprint(part) for part in (self.model, self.adversary, self.seraena)]
     os.write(1, f"\\nweights of {{dist.get_rank()}} after {{now[0]}} are {{weights}}\\n".encode())
     return state(self)
 objective.Objective.rank_state = note_weights

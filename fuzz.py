@@ -19,10 +19,10 @@ import time
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import config
 import device
 import launch
+import models
 import quantize
 import train
 
@@ -141,7 +141,7 @@ def run_command(name, *arguments):
 
 def check_models(tasks):
     for task in tasks:
-        if problem := train.problem_of(task.arguments):
+        if problem := models.problem_of(task.arguments):
             raise config.ConfigError(f"task {task.name}: {problem}")
 
 
@@ -161,12 +161,12 @@ def allocate(size):
 
 def model_arguments(name):
     """{argument: default} of a model, with those of the quantizers where it passes options on to one."""
-    found, waiting = {}, [checkpoint.MODELS[name]]
+    found, waiting = {}, [models.MODELS[name]]
     while waiting:
         cls = waiting.pop()
         for key, parameter in inspect.signature(cls.__init__).parameters.items():
             if parameter.kind == parameter.VAR_KEYWORD:
-                waiting += quantize.QUANTIZERS.values() if cls is checkpoint.MODELS[name] else cls.__bases__
+                waiting += quantize.QUANTIZERS.values() if cls is models.MODELS[name] else cls.__bases__
             elif key not in ("self", "dim"):
                 found.setdefault(key, parameter.default)
     return found

@@ -24,10 +24,10 @@ import time
 
 import torch
 
-import checkpoint
 import data
 import judge
 import metrics
+import models
 import report
 from codec import TOKENS, InputError, Job, decode_file, open_codes, tile
 from compare import PeakMemory, factors
@@ -43,11 +43,11 @@ from teachers import KINDS, TeacherError, is_spec, load_teacher
 def load_own(options, device, dtype, memory):
     """(the model on its device, a Tiled of it or None, its hash, what it is in words)."""
     with memory.of("ours"):
-        model, words = checkpoint.load_model(options.checkpoint, options.variant)
-        model_hash = checkpoint.fingerprint(model)
+        model, words = models.load_model(options.checkpoint, options.variant)
+        model_hash = models.fingerprint(model)
         place(model, device, dtype).requires_grad_(False)
         if device.type == "cpu":
-            model = checkpoint.fast(model)
+            model = models.fast(model)
     tiled = tile(model, options)
     if tiled:
         words += f", tiles of {tiled}"

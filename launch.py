@@ -143,7 +143,7 @@ def make_task(name=None, preset=None, gpus=1, overrides=None):
 
 def check_models(tasks):
     """ConfigError, naming the task, for a model that cannot be built from its settings."""
-    ask = "import json, sys, train; print(json.dumps([train.problem_of(a) for a in json.load(sys.stdin)]))"
+    ask = "import json, models, sys; print(json.dumps([models.problem_of(a) for a in json.load(sys.stdin)]))"
     done = subprocess.run([sys.executable, "-c", ask], env={**os.environ, "PYTHONPATH": os.path.dirname(TRAIN)},
                           input=json.dumps([task.arguments for task in tasks]), stdout=subprocess.PIPE, text=True,
                           check=True)  # in a process of its own: PyTorch's memory and threads go with it

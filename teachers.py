@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import models
 from model_taehv import check_cogvideox_frames
 from untrusted import check_archive, open_regular
 
@@ -114,15 +115,15 @@ def load_teacher(spec, device="cpu", dtype=torch.float32):
     if not is_spec(spec) or not rest:
         raise TeacherError(f"teacher {spec!r}: {KINDS} is wanted")
     name, model, encode, decode, source = loaders[kind](spec, rest)
-    digest = checkpoint.fingerprint(model, source)
+    digest = models.fingerprint(model, source)
     if isinstance(model, torch.nn.Module):
         model.to(device, dtype).eval()
     return Teacher(spec, name, model, encode, decode, digest, torch.device(device), dtype)
 
 
 def load_taehv(_, path):
-    """FILE: what `checkpoint.load_model` takes."""
-    model, words = checkpoint.load_model(path)
+    """FILE: what `models.load_model` takes."""
+    model, words = models.load_model(path)
     model.pools_pairs = getattr(getattr(model, "taehv", model), "is_cogvideox", False)
     return words, model, model.encode, model.decode, str(model.config)
 

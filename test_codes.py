@@ -13,6 +13,7 @@ import checkpoint
 import config
 import data
 import infer
+import models
 from conftest import ROOT, mistake, run
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
@@ -42,7 +43,7 @@ def test_every_preset_builds_its_model():
     for name in config.PRESETS:
         cfg = config.load_config([name, *["init_from=FILE.pth"] * (name == "taehv_finetune")])
         with torch.device("meta"):
-            model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
+            model = models.build_model(cfg.model, models.model_config(cfg))
         for size, frames, *_ in config.parse_buckets(cfg):
             assert size % model.space_factor == 0 and model.frame_index(frames)
 
@@ -52,8 +53,8 @@ def test_every_family_trains_and_loads(preset, clips, tmp_path):
     nets = SMALL_NETS.get(preset) or SMALL_NETS[preset.split("_")[0]]
     more = ["net.num_head=2"] if "optvq" in preset else []
     run(TRAIN, preset, *COMMON, *nets, *more, f"data={clips}", "max_steps=3", "name=a", cwd=tmp_path)
-    model, words = checkpoint.load_model(tmp_path / "runs" / "a")
-    plain, _ = checkpoint.load_model(tmp_path / "runs" / "a" / "model.pth")
+    model, words = models.load_model(tmp_path / "runs" / "a")
+    plain, _ = models.load_model(tmp_path / "runs" / "a" / "model.pth")
     video = torch.rand(1, 2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(video)[0], plain(video)[0]) and "step 3" in words
@@ -72,7 +73,7 @@ def test_two_ranks_learn_the_codebook_of_one_with_accumulation(clips, tmp_path):
     names = [k for k in a if k.startswith("quantize.embedding.")]
     assert len(names) == 3 and max((a[k] - b[k]).abs().max().item() for k in names) < 1e-5
     saved = checkpoint.read(str(tmp_path / "runs" / "one" / "step_00000004.pt"))
-    fresh = checkpoint.build_model("vqgan", saved["model_config"])
+    fresh = models.build_model("vqgan", saved["model_config"])
     assert all(not torch.equal(fresh.state_dict()[k], a[k]) for k in names)  # it learned
 
 

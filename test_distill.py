@@ -17,6 +17,7 @@ import config
 import data
 import infer
 import latent_cache
+import models
 import objective
 import train
 from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, write_clip
@@ -295,7 +296,7 @@ def test_the_settings_that_a_cache_proposes_make_a_model_for_it(latents, setting
     if proposed:
         cfg = config.load_config(["taehv_distill", *proposed.split(), "size=32", "frames=12"])
         with torch.device("meta"), torch.no_grad():
-            model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
+            model = models.build_model(cfg.model, models.model_config(cfg))
             shape = model.encode(torch.empty(1, 12, 3, 32, 32)).shape
         assert model.aligned(12, latents[0])[0] == shape[1] and shape[2:] == latents[1:]
 
@@ -307,7 +308,7 @@ def proposed_run(folder, monkeypatch, capsys, *arguments):
     assert line.startswith("done: python train.py ")
     cfg = config.load_config(shlex.split(line)[3:])
     buckets = [data.Bucket(*b) for b in config.parse_buckets(cfg)]
-    model, _ = train.make_model(cfg, buckets)
+    model, _ = models.make_model(cfg, buckets)
     clips = train.find_cached_clips(cfg, model, 0, 1, None)[0]
     clips.check(buckets[0])
     return cfg, model, clips
@@ -532,7 +533,7 @@ def test_a_teacher_that_pools_pairs_gets_frames_that_it_takes(tmp_path):
 def test_fresh_weights_of_cogvideox_keep_the_colours_of_the_frames_that_they_stand_for(frames):
     settings = ["taehv", "variant=taecvx", f"frames={frames}", "size=32", "data=demo"]
     cfg = config.load_config(settings)
-    model, _ = train.make_model(cfg, [data.Bucket(*b) for b in config.parse_buckets(cfg)])
+    model, _ = models.make_model(cfg, [data.Bucket(*b) for b in config.parse_buckets(cfg)])
     video = torch.rand(1, frames, 3, 1, 1).expand(-1, -1, -1, 32, 32)  # each frame of one colour
     with torch.no_grad():
         output = model.eval()(video)[0]

@@ -25,6 +25,7 @@ import fuzz
 import infer
 import latent_cache
 import latent_file
+import models
 import train
 from conftest import BATCH_NORM, COMMON, FRAMES, NARROW, SERAENA, log_of, mistake, state_of, write_clip
 from model_taehv import TAEHV
@@ -104,7 +105,7 @@ def test_scrambled_settings_are_refused_in_one_line():
      "training it takes .* GB for its weights alone, and this machine has"),
     ("model=vqgan net.quantizer=fsq net.levels=(1000,1000,1000)", "1000000000 codes; at most 1048576 are wanted")])
 def test_what_is_beyond_any_machine_is_refused_at_once(settings, words):
-    assert re.search(words, train.problem_of(["taehv", *settings.split()]))
+    assert re.search(words, models.problem_of(["taehv", *settings.split()]))
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -118,7 +119,7 @@ def test_what_is_beyond_any_machine_is_refused_at_once(settings, words):
     ("net.encoder_time_downscale=2", r"encoder_time_downscale takes three booleans or strides of 1 and 2, got \(2,\)"),
     ("model=dcae net.width_list=3", "width_list: whole numbers are wanted, got 3")])
 def test_values_of_another_kind_are_named(settings, words):
-    assert re.search(words, train.problem_of(["taehv", *settings.split()]))
+    assert re.search(words, models.problem_of(["taehv", *settings.split()]))
 
 
 @pytest.mark.any_precision
@@ -186,7 +187,7 @@ def test_scrambled_checkpoints_are_refused_in_one_line(kind, here, tmp_path):
         else:
             torch.save(with_something_odd(state, rng), path)
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
-        seen.append(answers((lambda: here(*resume)) if kind == "run" else lambda: checkpoint.load_model(path),
+        seen.append(answers((lambda: here(*resume)) if kind == "run" else lambda: models.load_model(path),
                             config.ConfigError, checkpoint.CheckpointError))
     assert min(seen.count("read"), seen.count("refused")) > 3, seen
 
@@ -331,7 +332,7 @@ def test_any_argument_of_any_model_trains_or_is_refused(bases, tmp_path):
                 arguments = [*bases[name], f"name=r{rng.random()}", *words]
                 yield f"model, {name}", fuzz.train_with, arguments, dict(folder=tmp_path, long=True)
 
-    assert {config.load_config(words[:1]).model for words in bases.values()} == {*checkpoint.MODELS}
+    assert {config.load_config(words[:1]).model for words in bases.values()} == {*models.MODELS}
     attempts(cases, 8)
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
 import infer
+import models
 import objective
 import ranks
 import train
@@ -93,7 +94,7 @@ def test_a_micro_batch_makes_no_host_wait(settings):
     net = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
     words += f"{net} net.embed_dim=8 net.n_embed=16".split() if "vqgan" in words[0] else []
     cfg = config.load_config([*words, "size=32", "frames=5", "perceptual_weight=0", "precision=fp32", "data=x"])
-    model, _ = train.make_model(cfg, [Bucket(32, 5, 1.0, 2)])
+    model, _ = models.make_model(cfg, [Bucket(32, 5, 1.0, 2)])
     minimised = objective.Objective(cfg, model.train(), torch.device("cpu"), torch.autocast("cpu", enabled=False))
     video = torch.rand(2, 5, 3, 32, 32)
     for step in range(2):

@@ -31,6 +31,7 @@ import inputs
 import latent_cache
 import latent_file
 import launch
+import models
 import report
 import teachers
 import token_file
@@ -210,7 +211,7 @@ def test_latents_with_forged_numbers_are_refused_at_once(taehv, tmp_path):
 
 
 def test_tokens_with_forged_numbers_are_refused_at_once(tmp_path):
-    model = checkpoint.build_model("vqgan", dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
+    model = models.build_model("vqgan", dict(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
                                                  resolution=32, z_channels=8, embed_dim=8, n_embed=16))
     path = str(tmp_path / "a.tokens")
 
@@ -308,7 +309,7 @@ def little():
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def refusal(path, load=checkpoint.load_model):
+def refusal(path, load=models.load_model):
     with little(), pytest.raises(checkpoint.CheckpointError) as caught:
         load(str(path))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
@@ -478,7 +479,7 @@ def test_settings_beside_weights_are_believed_no_more_than_the_weights(taehv, tm
     honest = dict(settings, net=dict(encoder_widths=[8] * 4, decoder_widths=[16, 8, 8, 8]))
     for about in (honest, [], None, 7, {}, {"model": {}}, {"model": "of another program"}):
         (tmp_path / "config.json").write_text(json.dumps(about))
-        assert checkpoint.load_model(path)[0].decoder_widths == (16, 8, 8, 8)
+        assert models.load_model(path)[0].decoder_widths == (16, 8, 8, 8)
     os.symlink("/dev/zero", tmp_path / "zero")
     for text, words in ((json.dumps(dict(settings, net=dict(encoder_widths=[3000] * 4))), "can hold weights for"),
                         (json.dumps(dict(settings, net=[1])), "its net is no object"),
@@ -517,8 +518,8 @@ def odd_files(folder, name):
 
 
 READERS = {
-    "a.pth": checkpoint.load_model, "a.ckpt": checkpoint.load_model, "a.safetensors": checkpoint.load_model,
-    "step_00000001.pt": lambda path: checkpoint.load_model(os.path.dirname(path)), "resume.pt": checkpoint.read,
+    "a.pth": models.load_model, "a.ckpt": models.load_model, "a.safetensors": models.load_model,
+    "step_00000001.pt": lambda path: models.load_model(os.path.dirname(path)), "resume.pt": checkpoint.read,
     "t.pt": lambda path: teachers.load_teacher(f"torchscript:{path}"),
     "t.py": lambda path: teachers.load_teacher(f"python:{path}:f"),
     "a.json": data.find_sources, "a.csv": data.find_sources, "config.json": lambda path: config.load_config([path]),

@@ -27,6 +27,7 @@ import config
 import data
 import metrics
 import model_taehv
+import models
 import synthetic
 import train
 from bench import published
@@ -202,11 +203,11 @@ def test_weights_are_recognised_by_shape_and_then_by_name(tmp_path):
     from safetensors.torch import save_file
 
     save_file(TAEHV("taew2_2").state_dict(), tmp_path / "x.safetensors")
-    model, words = checkpoint.load_model(tmp_path / "x.safetensors")
+    model, words = models.load_model(tmp_path / "x.safetensors")
     assert model.config == TAEHV("taew2_2").config and "taew2_2" in words
-    assert checkpoint.load_model(tmp_path / "x.safetensors", decoder_time_upscale=(False, False))[0].t_upscale == 1
+    assert models.load_model(tmp_path / "x.safetensors", decoder_time_upscale=(False, False))[0].t_upscale == 1
     with pytest.raises(checkpoint.CheckpointError, match="not of variant taecvx"):
-        checkpoint.load_model(tmp_path / "x.safetensors", "taecvx")
+        models.load_model(tmp_path / "x.safetensors", "taecvx")
 
 
 def test_wrong_shapes_are_named():
@@ -588,7 +589,7 @@ def test_files_from_strangers_run_no_code(tmp_path, monkeypatch):
         (".", "holds no best.pt"),
     ):
         with pytest.raises(checkpoint.CheckpointError, match=words) as caught:
-            checkpoint.load_model(name)
+            models.load_model(name)
         assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not os.path.exists("exploded")
 
@@ -643,7 +644,7 @@ def test_a_presets_quantizer_options_go_with_its_quantizer():
         for preset in ("vq_latents", "vqgan", "vqgan_ema", "vqgan_optvq"):
             cfg = config.load_config([preset, f"net.quantizer={quantizer}", *more])
             with torch.device("meta"):
-                model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
+                model = models.build_model(cfg.model, models.model_config(cfg))
             assert len(model.codebook_sizes) >= 1
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import hubconf
 import infer
 import model_taehv
+import models
 import teachers
 import train
 from conftest import ROOT, mistake
@@ -80,7 +80,7 @@ SHAPED_LIKE = {"lighttaehy1_5": "taehv1_5", "lighttae_hy1_5": "taehv1_5", "light
 def test_weights_of_lightx2v_give_what_its_code_gives(name, tmp_path):
     weights = filled(SHAPED_LIKE[name])
     torch.save(weights, tmp_path / f"{name}.pth")
-    model, words = checkpoint.load_model(tmp_path / f"{name}.pth")
+    model, words = models.load_model(tmp_path / f"{name}.pth")
     leaky = "hy" in name
     act = (lambda x: F.leaky_relu(x, 0.2)) if leaky else F.relu
     if leaky:
@@ -111,7 +111,7 @@ def test_what_the_name_does_not_tell_the_caller_does(tmp_path):
     torch.save(filled("taew2_1"), tmp_path / "model.pth")
     assert load_taehv(str(tmp_path / "model.pth"), variant="lighttaew2_1").latents_std is not None
     assert load_taehv(str(tmp_path / "model.pth"), variant="taew2_1").latents_std is None
-    model, words = checkpoint.load_model(tmp_path / "model.pth")
+    model, words = models.load_model(tmp_path / "model.pth")
     assert model.variant == "taehv" and "lighttaew2_1" in words.split("(by name or default:")[1]
 
 
@@ -353,9 +353,9 @@ def test_a_name_downloads_once(mirror, capfd, clips):
     assert "100%" in capfd.readouterr().err, "a progress bar"
     assert mirror.path.read_bytes() == mirror.contents and os.listdir(mirror.path.parent) == ["taew2_1.pth"]
     teacher = teachers.load_teacher("taehv:taew2_1")
-    again, words = checkpoint.load_model("taew2_1")
+    again, words = models.load_model("taew2_1")
     assert "variant taew2_1" in words and TAEHV(checkpoint_path="taew2_1").variant == "taew2_1"
-    started, origin = train.make_model(train.load_config(["taehv_finetune", "init_from=taew2_1", "variant=taew2_1",
+    started, origin = models.make_model(train.load_config(["taehv_finetune", "init_from=taew2_1", "variant=taew2_1",
                                                           *(f"net.{k}={v}" for k, v in SMALL.items())]), [])[:2]
     for other in (teacher.source, again, started):
         assert torch.equal(other.encoder[0].weight, model.encoder[0].weight)

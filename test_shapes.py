@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-import checkpoint
 import config
 import infer
 import latent_cache
+import models
 import train
 from conftest import COMMON, mistake
 from model_taehv import TAEHV, load_taehv
@@ -28,7 +28,7 @@ def own(here):
 
 
 def check(folder, name="model.pth"):
-    model = checkpoint.load_model(folder / name)[0]
+    model = models.load_model(folder / name)[0]
     taehv = getattr(model, "taehv", model)
     assert all(getattr(taehv, key) == value for key, value in {**OWN, **WIDTHS}.items())
     return model
@@ -92,11 +92,11 @@ def test_published_weights_bring_their_variant(here, tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.save(TAEHV("taehv1_5", **WIDTHS).state_dict(), tmp_path / "lighttaehy1_5.pth")
     folder = here("taehv", *SHORT, f"init_from={tmp_path / 'lighttaehy1_5.pth'}", "name=light")
-    model, words = checkpoint.load_model(folder / "model.pth")
+    model, words = models.load_model(folder / "model.pth")
     assert (model.variant, model.activation, model.decoder_widths) == ("lighttaehy1_5", "leaky_relu", (48, 32, 24, 24))
     assert "lighttaehy1_5" in words and "variant=taehv1_5" not in words
     told = here("taehv", *SHORT, f"init_from={tmp_path / 'lighttaehy1_5.pth'}", "name=told", "variant=taehv1_5")
-    assert checkpoint.load_model(told)[0].activation == "relu", "what looks alike is settled by variant="
+    assert models.load_model(told)[0].activation == "relu", "what looks alike is settled by variant="
 
 
 def test_a_tokenizers_shape_comes_along(here, tmp_path, capsys, monkeypatch, clips):
@@ -104,7 +104,7 @@ def test_a_tokenizers_shape_comes_along(here, tmp_path, capsys, monkeypatch, cli
     here(*FRAMES, "max_steps=1", "name=first")
     plain = [item for item in FRAMES if not item.startswith("net.") or "kmeans" in item or "restart" in item]
     again = here(*plain, "max_steps=1", "name=second", f"init_from={tmp_path / 'first'}")
-    assert checkpoint.load_model(again)[0].config == checkpoint.load_model(tmp_path / "first")[0].config
+    assert models.load_model(again)[0].config == models.load_model(tmp_path / "first")[0].config
     capsys.readouterr()
     line = mistake(capsys, monkeypatch, train, *plain, f"data={clips}", f"out_dir={tmp_path}", "name=third",
                    f"init_from={tmp_path / 'first'}", "net.n_embed=32")
@@ -113,6 +113,6 @@ def test_a_tokenizers_shape_comes_along(here, tmp_path, capsys, monkeypatch, cli
 
 def test_without_weights_a_config_says_as_much_as_was_said():
     given = config.load_config(["taehv", "latent_channels=8"])
-    settled = checkpoint.with_shape(given, TAEHV(latent_channels=8, **WIDTHS))
+    settled = models.with_shape(given, TAEHV(latent_channels=8, **WIDTHS))
     assert (settled.variant, settled.patch_size, settled.latent_channels) == ("taehv", 0, 8)
     assert settled.net == {key: list(value) for key, value in WIDTHS.items()} and given.net == {}

@@ -18,6 +18,7 @@ import config
 import data
 import infer
 import latent_cache
+import models
 import train
 from conftest import NARROW, ROOT, command, mistake, run, write_clip
 from model_taehv import TAEHV
@@ -380,7 +381,7 @@ def test_reconstruct_report_and_latents(trained, tmp_path):
     originals, outputs = (read_all(tmp_path / "out" / rows["odd"]["videos"][k]) for k in ("original", "reconstructed"))
     assert len(originals) == len(outputs) == 14
     # what is reported is what the model gives on the whole clip, frame by frame
-    model, _ = checkpoint.load_model(run_folder)
+    model, _ = models.load_model(run_folder)
     frames = torch.from_numpy(np.stack(read_all(tmp_path / "in" / "odd.mp4"))).permute(0, 3, 1, 2)[None].float() / 255
     padded = torch.nn.functional.pad(frames[0], (0, 2, 0, 6), mode="replicate")[None]
     padded = torch.cat([padded, padded[:, -1:].repeat(1, 3, 1, 1, 1)], 1)

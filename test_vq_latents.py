@@ -8,6 +8,7 @@ import torch
 
 import checkpoint
 import data
+import models
 import train
 from conftest import ROOT, mistake, run
 from model_taehv import load_taehv
@@ -104,7 +105,7 @@ def tokenizer(cache, teacher, tmp_path_factory):
 def test_training_on_cached_latents(tokenizer, teacher):
     folder, settings, output = tokenizer
     assert "codebook use" in output and "psnr from the teacher's" in output
-    model, words = checkpoint.load_model(folder / "runs" / "a")
+    model, words = models.load_model(folder / "runs" / "a")
     original = load_taehv(teacher).state_dict()
     assert words.startswith("vq_latents, step ")
     assert all(torch.equal(v, original[k]) for k, v in model.taehv.state_dict().items()), "it is frozen"
@@ -112,8 +113,8 @@ def test_training_on_cached_latents(tokenizer, teacher):
     log = (folder / "runs" / "a" / "train.log").read_text()
     losses = [float(line.split("encoder ")[1].split(",")[0]) for line in log.splitlines() if ", gradient norm" in line]
     assert len(losses) == 12 and losses[-1] < losses[0]
-    plain, _ = checkpoint.load_model(folder / "runs" / "a" / "model.pth")
-    newest, _ = checkpoint.load_model(folder / "runs" / "a" / "step_00000012.pt")
+    plain, _ = models.load_model(folder / "runs" / "a" / "model.pth")
+    newest, _ = models.load_model(folder / "runs" / "a" / "step_00000012.pt")
     with torch.no_grad():
         assert torch.equal(plain(clip())[0], newest(clip())[0])
 
@@ -132,8 +133,8 @@ def test_learning_through_the_decoder(tokenizer):
     folder, settings, _ = tokenizer
     output = run(TRAIN, "vq_latents", *settings, "max_steps=2", "pixel_weight=1", "name=d", cwd=folder)
     assert "reconstruction" in output
-    model, _ = checkpoint.load_model(folder / "runs" / "d")
-    start, _ = checkpoint.load_model(folder / "runs" / "a")
+    model, _ = models.load_model(folder / "runs" / "d")
+    start, _ = models.load_model(folder / "runs" / "a")
     assert all(torch.equal(v, start.taehv.state_dict()[k]) for k, v in model.taehv.state_dict().items())
 
 

@@ -19,6 +19,7 @@ import data
 import launch
 import logbook
 import metrics
+import models
 import objective
 import ranks
 import train
@@ -266,7 +267,7 @@ def test_a_file_that_is_no_table_of_files_is_one_line(content, words, tmp_path, 
     (["vq_latents", "latent_cache=none", "init_from=none"], ""),
 ])
 def test_what_is_wrong_with_a_model_is_said_without_making_its_weights(settings, words):
-    problem = train.problem_of(settings)
+    problem = models.problem_of(settings)
     assert re.match(words + "$" * (not words), problem) and "\n" not in problem
 
 

@@ -10,7 +10,6 @@ resumes. Ctrl-C or SIGTERM saves and ends.
 """
 import contextlib
 import copy
-import json
 import math
 import os
 import sys
@@ -23,9 +22,10 @@ from tqdm import tqdm
 import checkpoint
 import data as datasets
 import metrics
+import models
 from best import Best
-from config import ConfigError, exit_with_usage, load_config, may_be_large, parse_buckets
-from device import (DeviceError, default_workers, describe, host_memory, is_out_of_memory, peak_memory, pick_device,
+from config import ConfigError, exit_with_usage, load_config, parse_buckets
+from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device,
                     pick_precision, place, resident_memory, synchronize, tune)
 from latent_cache import LatentCache
 from lock import InUse, locked
@@ -37,7 +37,6 @@ from saving import NotSaved, Saver
 from screen import guard_screen, one_line
 from step_taehv import speed_up
 from synthetic import make_demo
-from token_file import MAX_VOCABULARY
 from watch import Trend, describe_figures, describe_trend
 
 
@@ -60,8 +59,8 @@ def run(cfg, at_end):
     log = Logbook(folder, rank)
     buckets = [datasets.Bucket(*b) for b in parse_buckets(cfg)]
     torch.manual_seed(cfg.seed)
-    model, origin = make_model(cfg, buckets)
-    cfg = checkpoint.with_shape(cfg, model)  # what init_from settled is a setting of the run
+    model, origin = models.make_model(cfg, buckets)
+    cfg = models.with_shape(cfg, model)  # what init_from settled is a setting of the run
     objective = Objective(cfg, model, device, autocast)
     for quantizer in objective.quantizers:
         quantizer.before_reduce = lambda: stay_together(control, 4)  # the flags of `accumulate`
@@ -310,109 +309,6 @@ def take_folder(cfg, folder, at_end):
     except OSError as error:
         raise ConfigError(f"out_dir={cfg.out_dir}: {folder} cannot be made or written to ({error.strerror})") from None
     return unlocked
-
-
-def make_model(cfg, buckets):
-    """(model on the CPU, where its weights come from); ConfigError if settings, buckets and weights do not fit."""
-    if cfg.init_from:
-        source, words = checkpoint.load_model(cfg.init_from)
-        try:
-            cfg = checkpoint.with_shape(cfg, source)
-        except ValueError as error:
-            raise ConfigError(f"init_from={cfg.init_from} is {words}, {source.config}, which does not fit {error}: set "
-                              "variant, patch_size and latent_channels to match, or leave them out") from None
-    model = make_fresh_model(cfg, buckets)
-    if not cfg.init_from:
-        if cfg.model == "vq_latents":
-            raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
-        if cfg.init == "pytorch":
-            pytorch_weights(model)
-        elif cfg.variant == "taecvx" and cfg.model == "taehv":
-            model.fresh_weights(buckets[0].frames)
-        return model, "from scratch"
-    target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
-    given, own = source.state_dict(), target.state_dict()
-    different = [k for k in own.keys() | given.keys()
-                 if k not in own or k not in given or own[k].shape != given[k].shape]
-    if different:
-        apart = [f"net.{key} is {value}, and {source.config[key]} there" for key, value in target.config.items()
-                 if key in source.config and json.dumps(value) != json.dumps(source.config[key])]
-        raise ConfigError(f"init_from={cfg.init_from} is {words}, which does not fit model={cfg.model} {target.config} "
-                          f"({', '.join(apart) or min(different) + ' differs'}): leave out what differs")
-    target.load_state_dict(given)
-    return model, f"from {cfg.init_from}"
-
-
-def make_fresh_model(cfg, buckets):
-    """The model of these settings; ConfigError for arguments that it does not take, sizes that it does not fit, and
-    what is larger than this machine."""
-    check_memory(cfg, buckets)
-    try:
-        if may_be_large(cfg):  # first without memory for its weights; that may take 4 seconds, for PyTorch's imports
-            with torch.device("meta"):
-                check_weights(cfg, checkpoint.build_model(cfg.model, checkpoint.model_config(cfg)))
-        model = checkpoint.build_model(cfg.model, checkpoint.model_config(cfg))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except (*checkpoint.MISSHAPEN, ZeroDivisionError) as error:  # net.ch=-1, net.ch_mult=2
-        raise ConfigError(f"model {cfg.model} with {cfg.net} cannot be built: {checkpoint.first_line(error)}") from None
-    check_weights(cfg, model)
-    if max(getattr(model, "codebook_sizes", [0])) > MAX_VOCABULARY:
-        raise ConfigError(f"model {cfg.model} with {cfg.net}: {max(model.codebook_sizes)} codes; at most "
-                          f"{MAX_VOCABULARY} are wanted, as files of tokens hold them")
-    for size in (*(bucket.size for bucket in buckets), cfg.val_size):
-        if size % model.space_factor:
-            raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
-                              f"{model.space_factor}")
-    if cfg.model == "taehv" and not cfg.latent_cache:  # with a cache, find_cached_clips looks
-        for bucket in buckets:
-            try:
-                model.check_frames(bucket.frames)
-            except ValueError as error:
-                raise ConfigError(f"frames={bucket.frames} with variant={cfg.variant}: {error}") from None
-    return model
-
-
-def check_memory(cfg, buckets):
-    """ConfigError for batches that cannot fit this machine: those that the data processes and a step hold, of bytes,
-    and of one clip in float32 itself, its reconstruction and that one's gradient."""
-    for bucket in buckets:
-        clip = bucket.size ** 2 * bucket.frames * 3
-        needed = clip * bucket.batch * (cfg.accumulation + max(0, cfg.workers)) + 12 * clip
-        if needed > (there := host_memory()):
-            raise ConfigError(f"size={bucket.size} frames={bucket.frames} batch_size={bucket.batch} accumulation="
-                              f"{cfg.accumulation} workers={cfg.workers}: the batches alone take {needed / 1e9:,.0f} "
-                              f"GB, and this machine has {there / 1e9:,.0f}: set one of these lower")
-
-
-def check_weights(cfg, model):
-    """ConfigError if a model's weights cannot fit this machine: with their average and, where they learn, a gradient
-    and AdamW's two means of it; on a machine with a GPU just the weights, which are made on the host."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    copies = 1 if torch.cuda.is_available() else 5 if cfg.train_encoder and cfg.train_decoder else 2
-    if size * copies > (there := host_memory()):
-        raise ConfigError(f"model {cfg.model} with {cfg.net}: training it takes {size * copies / 1e9:,.0f} GB for its "
-                          f"weights alone, and this machine has {there / 1e9:,.0f}: make it narrower")
-
-
-def problem_of(arguments):
-    """What is wrong with the model that these command-line arguments ask for, or "": it is built without memory for
-    its weights, and init_from is not read."""
-    try:
-        cfg = load_config(arguments)
-        with torch.device("meta"):
-            make_fresh_model(cfg, [datasets.Bucket(*b) for b in parse_buckets(cfg)])
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def pytorch_weights(model):
-    """Start as the published training notebook does: PyTorch's own random weights, mid-grey at the end."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.reset_parameters()
-    torch.nn.init.constant_(model.decoder[-1].bias, 0.5)
 
 
 def load_judges(cfg, device):
