@@ -149,10 +149,11 @@ def factors(teacher):
     return round(8 / (frames - 1)) if frames > 1 else 8, 64 // height
 
 
-def teacher_row(beside, quality):
+def teacher_row(beside, metrics):
     """A teacher's metrics, seconds, speed and memory, for a report row."""
+    metrics = {name: value for name, value in metrics.items() if name != "count"}
     return dict(
-        metrics=quality.means(), encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
+        metrics=metrics, encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
         seconds=beside.encode_seconds + beside.decode_seconds,
         encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
         peak_memory_mb=beside.peak_memory_mb, latent_shape=[beside.latent_count, *beside.latents.shape[1:]])

@@ -1,25 +1,20 @@
-"""What training minimises, and what validation measures.
+"""What training minimises.
 
 A term of the loss has a weight in config.py. One whose weight is 0 is not computed, nor is a half of the model that no
 term needs.
 """
 import math
-import time
 
 import torch
 import torch.nn.functional as F
 
-import metrics
 from adversary import Adversary
 from config import ConfigError, parse_buckets
-from device import synchronize
+from evaluate import LATENT_FACTS
 from losses import PerceptualLoss, pixel_loss
 from quantize import Quantizer, quantizers
 from seraena import Seraena
 from watch import Figures
-
-TIMED_CLIPS = 3  # of a validation: encoded and decoded once more, for their speed
-LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
 
 
 class Objective:
@@ -263,89 +258,3 @@ def make_adversary(cfg, model, device):
                      start=cfg.gan_start, ramp=cfg.gan_ramp, every=cfg.gan_every, adaptive=cfg.gan_adaptive,
                      max_weight=cfg.gan_max_weight, lecam=cfg.gan_lecam, betas=(cfg.gan_beta1, cfg.gan_beta2),
                      weight_decay=cfg.gan_weight_decay, device=device)
-
-
-@torch.no_grad()
-def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=None):
-    """Means over all ranks' clips, each counted once. All ranks call it.
-
-    samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
-    dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
-    (frames at most 100 dB), "ssim", "sharpness" (as `metrics.sharpness`, of all frames; None for flat clips), "count";
-    "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
-    `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
-    latents, and "teacher_psnr", "teacher_mse", "teacher_ssim" and, if asked for, "teacher_lpips", of decoding the
-    teacher's. "encode_fps", "decode_fps": frames a second and rank, of the first clips.
-    """
-    mean = metrics.Mean("mse", "psnr", "ssim", "detail", "original_detail", *(["lpips"] if lpips else []))
-    shown, fid = [], make_fid() if make_fid else None
-    statistics = metrics.CodeStatistics(model.codebook_sizes) if hasattr(model, "tokenize") else None
-    latents_mean = metrics.Mean("latent_mse", *LATENT_FACTS)
-    teacher_mean = metrics.Mean("teacher_psnr", "teacher_mse", "teacher_ssim", *(["teacher_lpips"] if lpips else []))
-    seconds = metrics.Mean("encode", "decode")  # per frame
-    for number, sample in enumerate(samples):
-        video = sample["video"][None].to(device).float().div_(255)
-        with autocast:
-            output, info = model(video)
-        if number < TIMED_CLIPS:  # the call above has warmed up what there is to warm up
-            with autocast:
-                times = time_halves(model, video, device)
-            seconds.add(**{half: torch.full((video.shape[1],), t / video.shape[1]) for half, t in times.items()})
-        own, output, target = info["latents"].float(), output.float().clamp(0, 1), model.targets(video)
-        if statistics:
-            statistics.add(info["codes"], video[:, :, 0].numel())
-        mean.add(mse=metrics.mse(output, target), psnr=metrics.psnr(output, target).clamp(max=100),
-                 ssim=metrics.ssim(output, target), detail=metrics.laplacian_variance(output),
-                 original_detail=metrics.laplacian_variance(target),
-                 **({"lpips": lpips(output, target)} if lpips else {}))
-        if fid:
-            fid.add(output, target)
-        if len(shown) < 4:
-            shown.append((target[0].cpu(), output[0].cpu()))
-        if "latents" not in sample:
-            continue
-        latents = sample["latents"][None].to(device).float()
-        latents_count, frames_count = model.aligned(video.shape[1], latents.shape[1])
-        latents_mean.add(latent_mse=(own[:, :latents_count] - latents[:, :latents_count]).square().mean()[None],
-                         latent_mean=own.mean()[None], latent_square=own.square().mean()[None],
-                         teacher_mean=latents.mean()[None], teacher_square=latents.square().mean()[None])
-        with autocast:
-            output = model.decode(latents)
-        output = output.float().clamp(0, 1)[:, :frames_count]
-        target = model.targets(video, latents.shape[1])[:, :frames_count]
-        teacher_mean.add(teacher_psnr=metrics.psnr(output, target).clamp(max=100),
-                         teacher_mse=metrics.mse(output, target), teacher_ssim=metrics.ssim(output, target),
-                         **({"teacher_lpips": lpips(output, target)} if lpips else {}))
-    result = mean.reduce(control)
-    result["sharpness"] = metrics.sharpness(result.pop("detail"), result.pop("original_detail"))
-    for half, value in seconds.reduce(control).items():
-        if half != "count":
-            result[f"{half}_fps"] = 1 / value if value > 0 else None
-    for more in (latents_mean, teacher_mean):
-        more = more.reduce(control)
-        if more.pop("count"):
-            result.update(more)
-    if statistics:
-        result.update(statistics.reduce(control))
-    if fid:
-        result["fid"] = fid.reduce(control)
-    return result, shown
-
-
-def time_halves(model, video, device):
-    """{"encode": seconds for the clips N T 3 H W, "decode": for their latents}"""
-    seconds, given = {}, video
-    for half, run in (("encode", model.encode), ("decode", model.decode)):
-        synchronize(device)
-        start = time.perf_counter()
-        given = run(given)
-        synchronize(device)
-        seconds[half] = time.perf_counter() - start
-    return seconds
-
-
-def spread(facts):
-    """Mean squares as roots: {"latent_square": 4.0} -> {"latent_rms": 2.0}; the rest as it is."""
-    return {name.replace("_square", "_rms") if name in LATENT_FACTS else name:
-            value ** 0.5 if name in LATENT_FACTS and name.endswith("_square") else value
-            for name, value in facts.items()}

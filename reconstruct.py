@@ -2,7 +2,6 @@
 
 Used by infer.py.
 """
-import collections
 import contextlib
 import itertools
 import os
@@ -12,11 +11,12 @@ import torch
 from tqdm import tqdm
 
 import data
-import metrics
 import report
 from codec import TOKENS, Codec, InputError, Spill, padded_length, to_uint8
 from compare import TeacherPass, compare_latents, teacher_row
+from evaluate import Quality
 from latent_file import LATENTS, LatentWriter
+from metrics import CodeStatistics
 from token_file import TokenWriter
 
 
@@ -72,37 +72,6 @@ def plan(source, reader, model, options):
     return frames, length, notes
 
 
-class Quality:
-    """Sums of each frame's MSE, PSNR, SSIM, LPIPS and detail (variance of the Laplacian; all frames' over the
-    originals' is "sharpness"), of frames H W 3 uint8: what is measured is what is written. `fid`, a metrics.FID of all
-    inputs or None, gets each `every`-th frame."""
-
-    def __init__(self, device, lpips, fid=None, every=1):
-        self.device, self.lpips, self.fid, self.every = device, lpips, fid, every
-        self.sums, self.counts = collections.Counter(), collections.Counter()
-
-    def add(self, original, output):
-        a, b = (torch.from_numpy(frame).to(self.device).permute(2, 0, 1)[None].float().div_(255)
-                for frame in (output, original))
-        if self.fid and self.counts["mse"] % self.every == 0:
-            self.fid.add(a, b)
-        values = {"mse": metrics.mse(a, b), "psnr": metrics.psnr(a, b).clamp(max=100),
-                  "detail": metrics.laplacian_variance(a), "original_detail": metrics.laplacian_variance(b)}
-        if min(original.shape[:2]) >= 11:
-            values["ssim"] = metrics.ssim(a, b)
-        if self.lpips is not None and min(original.shape[:2]) >= 32:
-            values["lpips"] = self.lpips(a, b)
-        for key, value in values.items():
-            self.sums[key] += value.item()
-            self.counts[key] += 1
-
-    def means(self):
-        means = {key: self.sums[key] / self.counts[key] if self.counts[key] else None
-                 for key in ("mse", "psnr", "ssim", "lpips")}
-        detail, original = (self.sums[key] / max(1, self.counts[key]) for key in ("detail", "original_detail"))
-        return {**means, "sharpness": metrics.sharpness(detail, original)}
-
-
 def reconstruct(source, name, job):
     """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
     model, device, options = job.model, job.device, job.options
@@ -121,9 +90,9 @@ def reconstruct(source, name, job):
             tqdm.write(f"{source.path}: {note}")
     pictured = sorted({round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))})
     picture, latents_done, latent_errors = [], 0, []
-    statistics = metrics.CodeStatistics(model.codebook_sizes) if codec.tokens else None
-    quality = Quality(device, job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
-    teacher_quality = Quality(device, job.lpips)
+    statistics = CodeStatistics(model.codebook_sizes) if codec.tokens else None
+    quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
+    teacher_quality = Quality(job.lpips)
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
     about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
@@ -154,17 +123,18 @@ def reconstruct(source, name, job):
         pairs = paired_frames(codec, spill, reader, frames, length)
         for number, original, output in progress(pairs, frames, f"{name[:30]} decode"):
             theirs = beside.frame(number) if beside else None
-            quality.add(original, output)
+            quality.add(as_video(output, device), as_video(original, device))
             if theirs is not None:
-                teacher_quality.add(original, theirs)
+                teacher_quality.add(as_video(theirs, device), as_video(original, device))
             outputs.write(original, output, theirs, bool(beside))
         notes += reader.changes()
-    count = quality.counts["mse"]
+    found = measured(quality)
+    count = found.pop("count")
     notes += sorted({writer.note for writer in outputs.writers.values() if writer.note})
     row = dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
                latent_picture=draw_latents(name, np.stack(picture), pictured, total_latents, options),
-               metrics=quality.means(),
+               metrics=found,
                encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
                seconds=sum(codec.seconds.values()),
                encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
@@ -173,7 +143,7 @@ def reconstruct(source, name, job):
         row["metrics"].update(describe_codes(statistics, row, tokens_path, options.out))
     if beside:
         row.update(compare_latents(beside, latent_errors, picture[0].shape))
-        row["teacher"] = teacher_row(beside, teacher_quality)
+        row["teacher"] = teacher_row(beside, measured(teacher_quality))
         notes += beside.notes
         if row["peak_memory_mb"] is None:
             notes.append("peak memory: this system cannot tell ours from the teacher's")
@@ -195,11 +165,11 @@ def reconstruct_by_teacher(source, name, job):
     if options.verbose:
         for note in by.notes:
             tqdm.write(f"{source.path}: {note}")
-    quality = Quality(job.device, job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
+    quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
     with Outputs(options.out, name, reader, source.is_image) as outputs:
         for number, original in enumerate(progress(reader, frames, f"{name[:30]} compare")):
             if (output := by.frame(number)) is not None:
-                quality.add(original, output)
+                quality.add(as_video(output, job.device), as_video(original, job.device))
                 outputs.write(original, output, None, False)
         notes += reader.changes()
     notes += by.notes + sorted({writer.note for writer in outputs.writers.values() if writer.note})
@@ -207,7 +177,17 @@ def reconstruct_by_teacher(source, name, job):
     return dict(name=name, source=source.path, frames=by.count, fps=reader.fps, height=reader.height,
                 width=reader.width, notes=notes, videos=outputs.paths,
                 latent_picture=draw_latents(name, first, range(len(first)), by.latent_count, options),
-                **teacher_row(by, quality))
+                **teacher_row(by, measured(quality)))
+
+
+def as_video(frame, device):
+    """H W 3 uint8 -> 1 3 H W in [0, 1]: what is measured is what is written."""
+    return torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float().div_(255)
+
+
+def measured(quality):
+    """A row's metrics, None for what was not measured, and "count"."""
+    return {**dict.fromkeys(("mse", "psnr", "ssim", "lpips")), **quality.reduce()}
 
 
 def draw_latents(name, latents, numbers, total, options):

@@ -16,6 +16,7 @@ import torch
 
 import config
 import data
+import evaluate
 import launch
 import logbook
 import metrics
@@ -45,7 +46,7 @@ class Speckled(torch.nn.Module):
 
 
 def validate(model, samples):
-    return objective.evaluate(model, samples, CPU, contextlib.nullcontext(), None)[0]
+    return evaluate.evaluate(model, samples, CPU, contextlib.nullcontext(), None)[0]
 
 
 def test_a_flat_clip_has_no_sharpness():

@@ -21,16 +21,16 @@ from tqdm import tqdm
 
 import checkpoint
 import data as datasets
-import metrics
 import models
 from best import Best
 from config import ConfigError, exit_with_usage, load_config, parse_buckets
 from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device,
                     pick_precision, place, resident_memory, synchronize, tune)
+from evaluate import describe_validation, evaluate, load_judges, spread
 from latent_cache import LatentCache
 from lock import InUse, locked
 from logbook import Clock, Logbook, count, summary
-from objective import Objective, evaluate, spread
+from objective import Objective
 from ranks import (Gradients, LeftStep, StopSignal, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks, stay_together)
 from saving import NotSaved, Saver
@@ -311,18 +311,6 @@ def take_folder(cfg, folder, at_end):
     return unlocked
 
 
-def load_judges(cfg, device):
-    """The functions that `evaluate` takes for val_metrics; ConfigError for one that cannot be had."""
-    judges = {}
-    for name, keyword, load in (("lpips", "lpips", lambda: metrics.load_lpips(device=device)),
-                                ("fid", "make_fid", lambda: metrics.load_fid(device))):
-        if name in cfg.val_metrics:
-            judges[keyword], problem = load()
-            if problem:
-                raise ConfigError(f"val_metrics={cfg.val_metrics}: {problem}")
-    return judges
-
-
 def find_resume(cfg, folder, restarted, log):
     """Path of the checkpoint to go on from, or None. `restarted`: torchrun has started these ranks anew."""
     present = checkpoint.checkpoints(folder)
@@ -502,21 +490,6 @@ def describe_step(values):
     if "codebook_use" in values:
         parts.append(f"codes used {100 * values['codebook_use']:.1f} %")
     return ", ".join(parts)
-
-
-def describe_validation(result):
-    sharpness = "-" if result["sharpness"] is None else f"{result['sharpness']:.3f}"
-    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness {sharpness}"
-            + "".join(f", {name} {result[name]:.4g}" for name in ("lpips", "fid") if name in result)
-            + f" over {result['count']} frames")
-    if "codebook_use" in result:
-        line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "
-                 f"per pixel {result['bits_per_pixel']:.4f} ({result['entropy_bits_per_pixel']:.4f} entropy-coded)")
-    if "latent_mse" in result:
-        line += (f"; latents: mse {result['latent_mse']:.5f}, mean and rms {result['latent_mean']:.3f} "
-                 f"{result['latent_square'] ** 0.5:.3f} (teacher's {result['teacher_mean']:.3f} "
-                 f"{result['teacher_square'] ** 0.5:.3f}); psnr from the teacher's {result['teacher_psnr']:.2f} dB")
-    return line
 
 
 def main():

@@ -1,0 +1,164 @@
+"""What quality means: one code for the validation of a run and for the reconstructions of infer.py.
+
+To add a metric: its function in metrics.py and a row in `MEASURES`. Validation, TensorBoard, infer.py and its report
+then have it; judge.py and report.py say how it is shown.
+"""
+import time
+
+import torch
+
+import metrics
+from config import ConfigError
+from device import synchronize
+
+TIMED_CLIPS = 3  # of a validation: encoded and decoded once more, for their speed
+LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
+
+
+# What is measured of each frame: {name: (function of reconstructions and originals N T 3 H W in [0, 1] -> N T, the
+# fewest pixels of height and width that it needs)}. Their means over all frames are what is reported.
+MEASURES = {"mse": (metrics.mse, 1),
+            "psnr": (lambda output, target: metrics.psnr(output, target).clamp(max=100), 1),
+            "ssim": (metrics.ssim, 11),
+            "detail": (lambda output, target: metrics.laplacian_variance(output), 1),
+            "original_detail": (lambda output, target: metrics.laplacian_variance(target), 1)}
+
+
+class Quality:
+    """Means over frames of the `MEASURES` (or of those named in `only`), and of LPIPS if its function is given. `fid`,
+    a metrics.FID that others may add to as well, or None, gets each `every`-th frame."""
+
+    def __init__(self, lpips=None, fid=None, every=1, only=MEASURES):
+        self.measures = {name: MEASURES[name] for name in only} | ({"lpips": (lpips, 32)} if lpips else {})
+        self.fid, self.every, self.frames = fid, every, 0
+        self.sums = torch.zeros(len(self.measures), 2, dtype=torch.float64)  # of each measure; and over how many frames
+
+    @torch.no_grad()
+    def add(self, output, target):
+        """N T 3 H W in [0, 1]. A measure leaves out frames that are too small for it."""
+        frames = output.shape[:-3].numel()
+        if self.fid:
+            wanted = [i for i in range(frames) if (self.frames + i) % self.every == 0]
+            if wanted:
+                self.fid.add(*(video.flatten(0, -4)[wanted] for video in (output, target)))
+        self.frames += frames
+        for sums, (measure, least) in zip(self.sums, self.measures.values()):
+            if min(output.shape[-2:]) >= least:
+                sums += torch.tensor([measure(output, target).cpu().double().sum(), frames])
+
+    def reduce(self, group=None):
+        """{"mse": its mean over all ranks of `group`, or None where no frame was measured, ...}; "sharpness" in the
+        place of "detail" and "original_detail"; "count": frames."""
+        if group is not None:
+            torch.distributed.all_reduce(self.sums, group=group)
+        means = {name: sum / count if count else None
+                 for name, (sum, count) in zip(self.measures, self.sums.tolist())}
+        if "detail" in means:
+            detail, original = means.pop("detail"), means.pop("original_detail")
+            means["sharpness"] = None if detail is None else metrics.sharpness(detail, original)
+        return {**means, "count": int(self.sums[0, 1])}
+
+
+@torch.no_grad()
+def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=None):
+    """Means over all ranks' clips, each counted once. All ranks call it.
+
+    samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
+    dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
+    (frames at most 100 dB), "ssim", "sharpness" (as `metrics.sharpness`, of all frames; None for flat clips), "count";
+    "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
+    `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
+    latents, and "teacher_psnr", "teacher_mse", "teacher_ssim" and, if asked for, "teacher_lpips", of decoding the
+    teacher's. "encode_fps", "decode_fps": frames a second and rank, of the first clips.
+    """
+    fid = make_fid() if make_fid else None
+    quality, teachers = Quality(lpips, fid), Quality(lpips, only=("psnr", "mse", "ssim"))
+    shown = []
+    statistics = metrics.CodeStatistics(model.codebook_sizes) if hasattr(model, "tokenize") else None
+    latents_mean = metrics.Mean("latent_mse", *LATENT_FACTS)
+    seconds = metrics.Mean("encode", "decode")  # per frame
+    for number, sample in enumerate(samples):
+        video = sample["video"][None].to(device).float().div_(255)
+        with autocast:
+            output, info = model(video)
+        if number < TIMED_CLIPS:  # the call above has warmed up what there is to warm up
+            with autocast:
+                times = time_halves(model, video, device)
+            seconds.add(**{half: torch.full((video.shape[1],), t / video.shape[1]) for half, t in times.items()})
+        own, output, target = info["latents"].float(), output.float().clamp(0, 1), model.targets(video)
+        if statistics:
+            statistics.add(info["codes"], video[:, :, 0].numel())
+        quality.add(output, target)
+        if len(shown) < 4:
+            shown.append((target[0].cpu(), output[0].cpu()))
+        if "latents" not in sample:
+            continue
+        latents = sample["latents"][None].to(device).float()
+        latents_count, frames_count = model.aligned(video.shape[1], latents.shape[1])
+        latents_mean.add(latent_mse=(own[:, :latents_count] - latents[:, :latents_count]).square().mean()[None],
+                         latent_mean=own.mean()[None], latent_square=own.square().mean()[None],
+                         teacher_mean=latents.mean()[None], teacher_square=latents.square().mean()[None])
+        with autocast:
+            output = model.decode(latents)
+        output = output.float().clamp(0, 1)[:, :frames_count]
+        target = model.targets(video, latents.shape[1])[:, :frames_count]
+        teachers.add(output, target)
+    result = quality.reduce(control)
+    for half, value in seconds.reduce(control).items():
+        if half != "count":
+            result[f"{half}_fps"] = 1 / value if value > 0 else None
+    of_latents, of_teacher = latents_mean.reduce(control), teachers.reduce(control)
+    if of_latents.pop("count"):
+        del of_teacher["count"]
+        result.update(of_latents, **{f"teacher_{name}": mean for name, mean in of_teacher.items()})
+    if statistics:
+        result.update(statistics.reduce(control))
+    if fid:
+        result["fid"] = fid.reduce(control)
+    return result, shown
+
+
+def time_halves(model, video, device):
+    """{"encode": seconds for the clips N T 3 H W, "decode": for their latents}"""
+    seconds, given = {}, video
+    for half, run in (("encode", model.encode), ("decode", model.decode)):
+        synchronize(device)
+        start = time.perf_counter()
+        given = run(given)
+        synchronize(device)
+        seconds[half] = time.perf_counter() - start
+    return seconds
+
+
+def spread(facts):
+    """Mean squares as roots: {"latent_square": 4.0} -> {"latent_rms": 2.0}; the rest as it is."""
+    return {name.replace("_square", "_rms") if name in LATENT_FACTS else name:
+            value ** 0.5 if name in LATENT_FACTS and name.endswith("_square") else value
+            for name, value in facts.items()}
+
+
+def load_judges(cfg, device):
+    """The functions that `evaluate` takes for val_metrics; ConfigError for one that cannot be had."""
+    judges = {}
+    for name, keyword, load in (("lpips", "lpips", lambda: metrics.load_lpips(device=device)),
+                                ("fid", "make_fid", lambda: metrics.load_fid(device))):
+        if name in cfg.val_metrics:
+            judges[keyword], problem = load()
+            if problem:
+                raise ConfigError(f"val_metrics={cfg.val_metrics}: {problem}")
+    return judges
+
+
+def describe_validation(result):
+    sharpness = "-" if result["sharpness"] is None else f"{result['sharpness']:.3f}"
+    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness {sharpness}"
+            + "".join(f", {name} {result[name]:.4g}" for name in ("lpips", "fid") if name in result)
+            + f" over {result['count']} frames")
+    if "codebook_use" in result:
+        line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "
+                 f"per pixel {result['bits_per_pixel']:.4f} ({result['entropy_bits_per_pixel']:.4f} entropy-coded)")
+    if "latent_mse" in result:
+        line += (f"; latents: mse {result['latent_mse']:.5f}, mean and rms {result['latent_mean']:.3f} "
+                 f"{result['latent_square'] ** 0.5:.3f} (teacher's {result['teacher_mean']:.3f} "
+                 f"{result['teacher_square'] ** 0.5:.3f}); psnr from the teacher's {result['teacher_psnr']:.2f} dB")
+    return line
