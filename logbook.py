@@ -12,6 +12,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from config import ConfigError
+from device import is_out_of_memory
+
 
 class Logbook:
     """Writes to `folder`. Only rank 0 speaks, except that each rank notes oddities of the data that it met."""
@@ -203,6 +206,17 @@ class Clock:
         self.before, self.began = self.total(), time.monotonic()
         yield
         self.began = time.monotonic()
+
+
+def summarize(model, bucket, device):
+    """`summary` of the model; ConfigError where a clip does not fit the memory even without gradients."""
+    try:
+        return summary(model, bucket.size, bucket.frames, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"out of memory with one clip of {bucket.frames} frames of {bucket.size}x{bucket.size}: set "
+                          "size or frames lower") from None
 
 
 def summary(model, size, frames, device):

@@ -11,6 +11,7 @@ import time
 import traceback
 import uuid
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -87,20 +88,32 @@ def agree(control, *flags):
     return tuple(bool(v) for v in votes)
 
 
+class Vote(NamedTuple):
+    """What a rank says at the end of its part of a step; after `count`, what all ranks do."""
+    out_of_memory: bool = False  # do the step again, in smaller parts
+    stop: bool = False           # a signal has come: save and end after this step
+    time_over: bool = False      # max_minutes have passed: this step is the last
+    no_data: bool = False        # a rank has no clips: save and end without this step
+
+    def count(self, control):
+        """All ranks call it: the Vote in which each field is true that is true on any rank."""
+        return Vote(*agree(control, *self))
+
+
 class LeftStep(Exception):
-    """A rank is at the step's end before its time; `flags` is what all ranks have agreed on with that."""
+    """A rank is at the step's end before its time; `vote` is what all ranks have agreed on with that."""
 
-    def __init__(self, flags):
-        super().__init__(f"a rank has left the step: {flags}")
-        self.flags = flags
+    def __init__(self, vote):
+        super().__init__(f"a rank has left the step: {vote}")
+        self.vote = vote
 
 
-def stay_together(control, count):
-    """Call it before ranks communicate within a step, whose end is an `agree` on `count` flags. LeftStep if a rank is
-    there already, because its memory ran out, say: this call and that `agree` have then met."""
-    flags = agree(control, *[False] * count)
-    if any(flags):
-        raise LeftStep(flags)
+def stay_together(control):
+    """Call it before ranks communicate within a step. LeftStep if a rank is at the step's end already, because its
+    memory ran out, say: this call and that rank's `Vote.count` have then met."""
+    vote = Vote().count(control)
+    if any(vote):
+        raise LeftStep(vote)
 
 
 def from_rank_0(control, make):

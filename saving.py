@@ -1,5 +1,6 @@
-"""Saving a run, all ranks together, in a folder whose disk may be full, read-only or gone: what can be saved is saved;
-what cannot is said, with what is on disk instead. The files themselves are checkpoint.py's."""
+"""A run's folder: taking it, finding what to go on from, and saving to it, all ranks together. Its disk may be full,
+read-only or gone: what can be saved is saved; what cannot is said, with what is on disk instead. The files themselves
+are checkpoint.py's."""
 import contextlib
 import os
 import shutil
@@ -8,6 +9,7 @@ import torch
 
 import checkpoint
 import lock
+from config import ConfigError
 from ranks import from_rank_0, gather
 
 
@@ -108,3 +110,83 @@ def bytes_of(state):
         return state.numel() * state.element_size()
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
     return sum(map(bytes_of, parts))
+
+
+# ---- before a run, and as it ends -------------------------------------------------------------------------------
+
+
+def take_folder(cfg, folder, at_end):
+    """Makes the run's folder and locks it until `at_end` is closed. Returns "", or why it cannot be locked."""
+    try:
+        unlocked = at_end.enter_context(lock.locked(folder, "choose another name="))
+        checkpoint.remove_leftovers(folder)
+        checkpoint.probe(folder)
+    except OSError as error:
+        raise ConfigError(f"out_dir={cfg.out_dir}: {folder} cannot be made or written to ({error.strerror})") from None
+    return unlocked
+
+
+def find_resume(cfg, folder, restarted, log):
+    """Path of the checkpoint to go on from, or None. `restarted`: torchrun has started these ranks anew."""
+    present = checkpoint.checkpoints(folder)
+    if cfg.resume == "none" and present and not restarted:
+        raise ConfigError(f"resume=none, but {folder} holds checkpoints: choose another name=, or remove it")
+    if cfg.resume not in ("auto", "none"):
+        wanted = checkpoint.read_run(cfg.resume)
+        if not present:
+            return cfg.resume
+        if os.path.realpath(cfg.resume) in [os.path.realpath(p) for p in present[1:]] and not restarted:
+            raise ConfigError(f"resume={cfg.resume}, but {folder} holds newer checkpoints than step "
+                              f"{wanted.get('step')}: choose another name= to branch off, or remove those")
+    path, problems = checkpoint.newest_checkpoint(folder)
+    for problem in problems:
+        log(f"warning: {problem}; the one before it is used")
+    if present and not path:
+        raise ConfigError(f"none of the {len(present)} checkpoints in {folder} can be read: choose another name=")
+    return path
+
+
+def restore(state, model, average, optimizer, teacher, path):
+    """Put a checkpoint's weights and optimizer state in place; ConfigError if it is another model's."""
+    if not same_model(state.get("model_config"), model.config):
+        raise ConfigError(f"{path} is a checkpoint of {state.get('model_config', 'something else')}, "
+                          f"not of {model.config}: choose another name= for this run")
+    if "optimizer" not in state:
+        raise ConfigError(f"{path} holds weights only: give it as init_from=, not as resume=")
+    if len(state["optimizer"]["param_groups"][0]["params"]) != len(optimizer.param_groups[0]["params"]):
+        raise ConfigError(f"{path} trained other parts: keep train_encoder and train_decoder, or give it as init_from=")
+    if state.get("teacher", "") != teacher:
+        raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
+                          "choose another name= for this run, with init_from=")
+    counts = state["step"], state["samples"], state.setdefault("pieces", 1) - 1
+    if any(type(count) is not int or not 0 <= count < 2 ** 60 for count in counts) or not 0 <= float(
+            state.get("seconds", 0)) < 1e12:
+        raise ConfigError(f"{path} counts impossible steps, samples or seconds: choose another name= for this run")
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["ema"])
+    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    optimizer.load_state_dict(state["optimizer"])
+    optimizer.param_groups[0].update(settings)  # today's settings, not those of the day it was saved
+    for parameter, kept in optimizer.state.items():
+        if not kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape or kept["step"].numel() != 1:
+            raise ValueError("its optimizer's state is of other weights")
+
+
+def same_model(saved, ours):
+    """Whether two configurations of a model differ at most in how its codebooks start, which a checkpoint has behind
+    it."""
+    return isinstance(saved, dict) and {**saved, "kmeans_init": None} == {**ours, "kmeans_init": None}
+
+
+def where_to_go_on(folder, model, trend, step, bad_row):
+    """After `bad_row` steps that were skipped, in words: what the weights are, and the checkpoint to go on from if they
+    were bad before."""
+    finite = not checkpoint.not_finite(model.state_dict())
+    words = f"The weights are those of step {step - bad_row}, from before"
+    if finite and not trend.has_risen(step):
+        return f"{words}."
+    words += ", when the loss had risen already." if finite else ", and not finite."
+    sound = checkpoint.step_path(folder, trend.sound[0])
+    if sound and os.path.exists(sound):
+        words += f" resume={sound} name=OTHER goes on from before that."
+    return words

@@ -20,6 +20,7 @@ import latent_cache
 import models
 import objective
 import train
+from clips import find_cached_clips
 from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, write_clip
 from model_taehv import TAEHV
 from teachers import TeacherError, load_teacher, per_channel
@@ -309,7 +310,7 @@ def proposed_run(folder, monkeypatch, capsys, *arguments):
     cfg = config.load_config(shlex.split(line)[3:])
     buckets = [data.Bucket(*b) for b in config.parse_buckets(cfg)]
     model, _ = models.make_model(cfg, buckets)
-    clips = train.find_cached_clips(cfg, model, 0, 1, None)[0]
+    clips = find_cached_clips(cfg, model, 0, 1, None).train
     clips.check(buckets[0])
     return cfg, model, clips
 

@@ -5,8 +5,53 @@ What is gathered is part of a checkpoint, so a resumed run shows what an uninter
 This file works alone: torch only.
 """
 import math
+from typing import NamedTuple
 
 import torch
+
+
+class Meter:
+    """Means of a step's scalars since the last log line, and the steps that were skipped, all on the device."""
+
+    def __init__(self, names, device):
+        self.names = names
+        self.sums = torch.zeros(len(names), device=device)  # over the good steps since the last line
+        self.good, self.skipped_in_a_row, self.skipped = (torch.zeros((), device=device) for _ in range(3))
+        self.gradient_norm = torch.zeros((), device=device)  # the last step's
+
+    def add(self, totals, gradient_norm, bad):
+        """totals: a step's scalars, as in `names`; bad: 1.0 on the device if the step was skipped."""
+        self.sums += torch.where(bad > 0, torch.zeros_like(totals), totals)
+        self.good += 1 - bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
+        self.skipped += bad
+        self.gradient_norm = gradient_norm
+
+    def read(self):
+        """A Reading; the means begin anew. The host waits for the device here."""
+        *sums, good, in_a_row, skipped = self.state().tolist()
+        self.sums.zero_()
+        self.good.zero_()
+        means = {name: total / good if good else math.nan for name, total in zip(self.names, sums)}
+        return Reading(means, int(in_a_row), int(skipped), self.gradient_norm.item())
+
+    def state(self):
+        """One tensor on the CPU: the sums, good steps, steps skipped in a row and in all."""
+        return torch.cat([self.sums, torch.stack([self.good, self.skipped_in_a_row, self.skipped])]).cpu()
+
+    def load_state(self, state):
+        """What `state` gave; of other scalars it starts anew."""
+        if len(state) == len(self.names) + 3:
+            self.sums.copy_(state[:-3])
+            for own, given in zip((self.good, self.skipped_in_a_row, self.skipped), state[-3:]):
+                own.copy_(given)
+
+
+class Reading(NamedTuple):
+    means: dict            # of the good steps; NaN if there were none
+    skipped_in_a_row: int  # steps, up to now
+    skipped: int           # in all
+    gradient_norm: float   # of the last step
 
 
 class Figures:
@@ -164,3 +209,15 @@ class Trend:
             self.warned = {name: int(state["warned"][name]) for name in self.warned}
             step, loss = state["sound"]
             self.sound = step if step is None else int(step), float(loss)
+
+
+def describe_step(values):
+    """The objective's scalars in short: "loss 0.0431, 21.90 dB"."""
+    parts = [f"loss {values['loss']:.5f}"]
+    if "squared_error" in values:
+        parts.append(f"psnr {-10 * math.log10(max(values['squared_error'], 1e-10)):.2f} dB")
+    terms = [name for name in values if name.endswith("_loss")]
+    parts += [f"{name.removesuffix('_loss')} {values[name]:.4f}" for name in terms if len(terms) > 1]
+    if "codebook_use" in values:
+        parts.append(f"codes used {100 * values['codebook_use']:.1f} %")
+    return ", ".join(parts)
