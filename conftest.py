@@ -48,7 +48,7 @@ sys.meta_path.insert(0, AfterItsImport)
 """)
 with open(os.path.join(AT_START.name, "sitecustomize.py"), "w") as file:
     file.write("import auto_precision\n")
-os.environ["PYTHONPATH"] = os.pathsep.join([AT_START.name, ROOT])
+os.environ["PYTHONPATH"] = os.pathsep.join([AT_START.name, ROOT, os.path.join(ROOT, "tests")])
 sys.path.insert(0, AT_START.name)
 import auto_precision  # noqa: E402
 

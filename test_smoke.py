@@ -516,7 +516,7 @@ def test_each_row_of_what_happens_when_names_tests_that_there_are():
         rows = [line for line in file if line.startswith("| ") and not line.startswith(("| what", "| ---"))]
     assert len(rows) >= 30
     for row in rows:
-        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split(" | ")[2])
+        named = re.findall(r"`((?:tests/)?test_\w+\.py)::(test_\w+)`", row.split(" | ")[2])
         assert named, row
         for name, test in named:
             with open(os.path.join(ROOT, name), encoding="utf-8") as file:

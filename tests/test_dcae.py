@@ -39,7 +39,7 @@ def names_and_shapes(state_dict):
 
 
 def test_dcae_computes_what_the_published_code_does():
-    golden = torch.load(os.path.join(ROOT, "golden", "dcae.pt"), weights_only=True)
+    golden = torch.load(os.path.join(ROOT, "tests", "golden", "dcae.pt"), weights_only=True)
     model = small(**{k: golden["config"][k] for k in small(fill=False).config})
     assert names_and_shapes(model.state_dict()) == [(k, tuple(s)) for k, s in golden["params"]]
     inputs = {k: make_input(*spec) for k, spec in golden["inputs"].items()}
@@ -54,7 +54,7 @@ def test_dcae_computes_what_the_published_code_does():
 def test_full_size_names_and_shapes_are_the_published_ones():
     with torch.device("meta"):
         model = DCAE()
-    published = torch.load(os.path.join(ROOT, "golden", "dcae_f32t4c128_params.pt"), weights_only=True)
+    published = torch.load(os.path.join(ROOT, "tests", "golden", "dcae_f32t4c128_params.pt"), weights_only=True)
     assert names_and_shapes(model.state_dict()) == [(k, tuple(s)) for k, s in published]
     assert sum(p.numel() for p in model.parameters()) == 459_462_147
     assert recognise(model.state_dict()) == model.config

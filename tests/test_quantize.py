@@ -34,7 +34,7 @@ KINDS = {
 
 
 def golden(name):
-    return torch.load(os.path.join(ROOT, "golden", f"{name}.pt"), weights_only=True)
+    return torch.load(os.path.join(ROOT, "tests", "golden", f"{name}.pt"), weights_only=True)
 
 
 def filled(quantizer, expected):

@@ -52,7 +52,7 @@ def copied(state):
 
 
 def test_scores_and_correction_are_the_published_ones():
-    golden = torch.load(os.path.join(ROOT, "golden", "seraena.pt"), weights_only=True)
+    golden = torch.load(os.path.join(ROOT, "tests", "golden", "seraena.pt"), weights_only=True)
     seraena = Seraena(**golden["config"])
     assert [(k, tuple(v.shape)) for k, v in seraena.state_dict().items()] == [
         (k, tuple(s)) for k, s in golden["params"]

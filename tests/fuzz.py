@@ -26,7 +26,7 @@ import models
 import quantize
 import train
 
-ROOT = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MEMORY = 4 << 30  # bytes, that the machine says it has
 SECONDS = 60
 NOISE = re.compile(r"libpng (error|warning)|.*JPEG")  # by libraries that decode images

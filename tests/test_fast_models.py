@@ -8,9 +8,9 @@ from torch import nn
 
 import fast_dcae
 import fast_vqgan
-from checkpoint import fast
 from model_dcae import DCAE
 from model_vqgan import VQGAN
+from models import fast
 from tiling import Tiled
 
 NET = {"ch": 32, "ch_mult": (1, 2, 2), "num_res_blocks": 1, "attn_resolutions": (8,), "resolution": 32, "z_channels": 8}

@@ -42,7 +42,7 @@ from model_taehv import TAEHV, VARIANTS, load_taehv, recognise
 
 @pytest.mark.parametrize("name", ["taehv", "taecvx", "taew2_1", "taew2_2"])
 def test_taehv_computes_what_the_published_code_does(name):
-    golden = torch.load(os.path.join(ROOT, "golden", f"{name}.pt"), weights_only=True)
+    golden = torch.load(os.path.join(ROOT, "tests", "golden", f"{name}.pt"), weights_only=True)
     model = TAEHV(name).eval()
     assert [(k, tuple(v.shape)) for k, v in model.state_dict().items()] == [(k, tuple(s)) for k, s in golden["params"]]
     fill_(model.state_dict())

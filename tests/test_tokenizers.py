@@ -47,7 +47,7 @@ def clip(frames=6, height=16, width=32, seed=0):
 
 
 def golden(name):
-    return torch.load(os.path.join(ROOT, "golden", f"{name}.pt"), weights_only=True)
+    return torch.load(os.path.join(ROOT, "tests", "golden", f"{name}.pt"), weights_only=True)
 
 
 def close(ours, theirs):
