@@ -2,6 +2,10 @@
 
 The rule behind this file: no rank leaves a step alone. A fault or a wish to stop is a flag; all ranks agree on the
 flags at one place of every step, and then do the same thing.
+
+Why there is no DistributedDataParallel: it reduces gradients during each rank's backward pass, so a rank that runs out
+of memory or sees a NaN there strands the others; here the reduction is by hand, after all ranks have agreed, and
+strands nobody.
 """
 import os
 import signal
