@@ -152,6 +152,18 @@ def same(a, b):
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
+@torch.no_grad()
+def transport_plan(quantizer, z):
+    """The whole plan of a SinkhornQuantizer for a small batch (N C H W or N C T H W): (pieces, n_embed), rows sum to
+    1."""
+    from quantize import true_float32
+
+    pieces = z.movedim(1, -1).reshape(-1, quantizer.code_dim).float()
+    with true_float32(z.device.type):
+        plan = quantizer.plan(pieces, quantizer.proj(quantizer.embedding.weight).float())
+        return torch.cat([p / p.sum(1, keepdim=True) for p in plan])
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """These maps are so small that a second thread only waits."""

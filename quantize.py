@@ -550,14 +550,6 @@ class SinkhornQuantizer(StartingQuantizer):
         # As torch.multinomial draws, to the bit, which would have the host wait for a GPU to say that all is finite.
         return torch.cat([(p / torch.empty_like(p).exponential_() if self.use_prob else p).argmax(1) for p in plan])
 
-    @torch.no_grad()
-    def transport_plan(self, z):
-        """The whole plan of a small batch (N C H W or N C T H W), (pieces, n_embed), for inspection. Rows sum to 1."""
-        pieces = z.movedim(1, -1).reshape(-1, self.code_dim).float()
-        with true_float32(z.device.type):
-            plan = self.plan(pieces, self.proj(self.embedding.weight).float())
-            return torch.cat([p / p.sum(1, keepdim=True) for p in plan])
-
     def plan(self, pieces, codebook):
         """Yields the transport plan in blocks, whose rows are not normalised; each takes the place of the one before.
 

@@ -45,21 +45,6 @@ def windows(size, tile, overlap, unit):
     return [(start, window / total[start * unit:start * unit + length]) for start in begins]
 
 
-def seam_figure(tiled, untiled, positions, axis=-1):
-    """How much seams show, from the steps between `position - 1` and each `position` along `axis`.
-
-    tiled, untiled: equal shapes, any layout. Returns {"tiled": mean absolute step, "untiled": the same in the untiled
-    result, "added": mean absolute difference of the two steps, 0 where there is no seam}, in the units of the values.
-    """
-    positions = torch.as_tensor(positions, device=tiled.device)
-    if tiled.shape != untiled.shape or not positions.numel():
-        raise ValueError(f"seams take two results of equal shape and a position at least, got {tuple(tiled.shape)}, "
-                         f"{tuple(untiled.shape)} and {positions.tolist()}")
-    a, b = (x.float().index_select(axis, positions) - x.float().index_select(axis, positions - 1)
-            for x in (tiled, untiled))
-    return {"tiled": a.abs().mean().item(), "untiled": b.abs().mean().item(), "added": (a - b).abs().mean().item()}
-
-
 class Tiled:
     """A model, used tile by tile: its methods for whole clips, and `stream`.
 
@@ -134,27 +119,6 @@ class Tiled:
     def stream(self, memory_limit=None, total_latents=None):
         """A TiledStream. The arguments go to the model's own streams, where time is left to them."""
         return TiledStream(self, memory_limit, total_latents)
-
-    def stream_memory(self, height, width, itemsize=4):
-        """Bytes that a stream with temporal tiling holds of one clip at most, beside the model's own work on one tile:
-        input that waits, the sums of one temporal tile, what it shares with the next, and finished frames on their way
-        out. `itemsize`: bytes of a value in the input. Latents are not counted."""
-        factor = self.model.space_factor
-        frame = 3 * (height + -height % factor) * (width + -width % factor)
-        tile, overlap = (latents * self.model.time_factor for latents in (self.time_tile, self.time_overlap))
-        return frame * (tile * (4 + 2 * itemsize) + 2 * overlap * 4)
-
-    def seam_positions(self, frames, height, width):
-        """Where tiles begin or end in a video: {"time": [...], "height": [...], "width": [...]}, for `seam_figure`."""
-        time, space = self.model.time_factor, self.model.space_factor
-        latents, step = self.model.latent_frames(frames), self.time_tile - self.time_overlap
-        begins = range(0, max(1, latents - self.time_overlap), step) if self.time_tile else [0]
-        found = {"time": (begins, self.time_tile, time, frames)}
-        for name, size in (("height", height), ("width", width)):
-            begins = starts(-(-size // space), self.space_tile, self.space_overlap)
-            found[name] = (begins, self.space_tile, space, size)
-        return {name: sorted({p * unit for start in begins for p in (start, start + tile) if 0 < p * unit < size})
-                for name, (begins, tile, unit, size) in found.items()}
 
     def _pad(self, video):
         if video.ndim != 5 or video.shape[2] != 3:

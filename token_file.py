@@ -37,20 +37,6 @@ class TokenError(ValueError):
     """A file that cannot be used as tokens; the message is one line that names the file and what is wrong."""
 
 
-def raw_bits(codes, num_codes):
-    """Bits of integer `codes` (any shape) at a fixed length: size x ceil(log2(num_codes))."""
-    return int(np.size(codes)) * (int(num_codes) - 1).bit_length()
-
-
-def entropy_bits(codes, num_codes):
-    """Order-0 empirical entropy of integer `codes` (any shape, in [0, num_codes)), in bits for all of them together."""
-    counts = np.bincount(np.ravel(codes), minlength=num_codes)
-    if len(counts) > num_codes:
-        raise ValueError(f"code {len(counts) - 1} in a vocabulary of {num_codes}")
-    counts = counts[counts > 0]
-    return float((counts * np.log2(counts.sum() / counts)).sum())
-
-
 # ---- rANS --------------------------------------------------------------------------------------------------------
 
 PRECISION = 24  # frequencies sum to 2^24, so that a vocabulary of 2^20 fits

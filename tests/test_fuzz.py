@@ -234,7 +234,8 @@ def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
 
 
 # ---- everything that can be set: each in a process of its own --------------------------------------------------------
-# FUZZ_ROUNDS=20 python -m pytest -s tests/test_fuzz.py: as many rounds over all settings, options and readers, and the table.
+# FUZZ_ROUNDS=20 python -m pytest -s tests/test_fuzz.py: as many rounds over all settings, options and readers, and the
+# table.
 
 
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 0))

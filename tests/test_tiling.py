@@ -18,7 +18,7 @@ from model_dcae import DCAE
 from model_taehv import TAEHV
 from model_vqgan import VQGAN
 from report import VideoWriter
-from tiling import Tiled, seam_figure, windows
+from tiling import Tiled, starts, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,6 +203,44 @@ def test_what_cannot_be_tiled_is_refused():
 # ---- seams and memory --------------------------------------------------------------------------------------------
 
 
+def seam_figure(tiled, untiled, positions, axis=-1):
+    """How much seams show, from the steps between `position - 1` and each `position` along `axis`.
+
+    tiled, untiled: equal shapes, any layout. Returns {"tiled": mean absolute step, "untiled": the same in the untiled
+    result, "added": mean absolute difference of the two steps, 0 where there is no seam}, in the units of the values.
+    """
+    a, b = (
+        x.index_select(axis, torch.tensor(positions)) - x.index_select(axis, torch.tensor(positions) - 1)
+        for x in (tiled, untiled)
+    )
+    return {"tiled": a.abs().mean().item(), "untiled": b.abs().mean().item(), "added": (a - b).abs().mean().item()}
+
+
+def seam_positions(tiled, frames, height, width):
+    """Where tiles begin or end in a video: {"time": [...], "height": [...], "width": [...]}, for `seam_figure`."""
+    time, space = tiled.model.time_factor, tiled.model.space_factor
+    latents, step = tiled.model.latent_frames(frames), tiled.time_tile - tiled.time_overlap
+    begins = range(0, max(1, latents - tiled.time_overlap), step) if tiled.time_tile else [0]
+    found = {"time": (begins, tiled.time_tile, time, frames)}
+    for name, size in (("height", height), ("width", width)):
+        begins = starts(-(-size // space), tiled.space_tile, tiled.space_overlap)
+        found[name] = (begins, tiled.space_tile, space, size)
+    return {
+        name: sorted({p * unit for start in begins for p in (start, start + tile) if 0 < p * unit < size})
+        for name, (begins, tile, unit, size) in found.items()
+    }
+
+
+def stream_memory(tiled, height, width, itemsize=4):
+    """Bytes that a stream with temporal tiling may hold of one clip, beside the model's own work on one tile: input
+    that waits, the sums of one temporal tile, what it shares with the next, and finished frames on their way out.
+    `itemsize`: bytes of a value in the input. Latents are not counted."""
+    factor = tiled.model.space_factor
+    frame = 3 * (height + -height % factor) * (width + -width % factor)
+    tile, overlap = (latents * tiled.model.time_factor for latents in (tiled.time_tile, tiled.time_overlap))
+    return frame * (tile * (4 + 2 * itemsize) + 2 * overlap * 4)
+
+
 def test_seams_are_measured_and_overlap_lowers_them():
     still = torch.rand(1, 2, 3, 8, 8)
     stepped = still.clone()
@@ -210,13 +248,13 @@ def test_seams_are_measured_and_overlap_lowers_them():
     figure = seam_figure(stepped, still, [4])
     assert figure["added"] == pytest.approx(0.5) and seam_figure(stepped, still, [3, 5])["added"] < 1e-6
     assert seam_figure(still, still, [4])["tiled"] == seam_figure(still, still, [4])["untiled"] > 0
-    assert Tiled(StandIn()).seam_positions(47, 250, 333) == {"time": [24, 32], "height": [], "width": [96, 256]}
+    assert seam_positions(Tiled(StandIn()), 47, 250, 333) == {"time": [24, 32], "height": [], "width": [96, 256]}
     image = F.interpolate(make_input("rand", (1, 3, 6, 6), 0), (192, 192), mode="bicubic").clamp(0, 1)[:, None]
     model, added = StandIn(dark=0.5), []
     whole = model.decode(model.encode(image))[:, :1]
     for overlap in (0, 0.25):
         tiled = Tiled(model, use_temporal_tiling=False, spatial_tile_size=128, tile_overlap_factor=overlap)
-        positions, output = tiled.seam_positions(1, 192, 192), tiled(image)[0]
+        positions, output = seam_positions(tiled, 1, 192, 192), tiled(image)[0]
         added.append([seam_figure(output, whole, positions[name], axis)["added"]
                       for name, axis in (("height", -2), ("width", -1))])
     assert all(blended < 0.2 * cut for cut, blended in zip(*added)), added
@@ -225,7 +263,7 @@ def test_seams_are_measured_and_overlap_lowers_them():
 SCRIPT_1080P = """
 import torch
 torch.set_num_threads(1)
-from test_tiling import StandIn
+from test_tiling import StandIn, stream_memory
 from tiling import Tiled
 
 
@@ -242,7 +280,7 @@ for start in range(0, frames, 8):
     output = stream.decode(stream.encode(black[:, start - frames:] if frames - start < 8 else black))
     count += output.shape[1]
 output = stream.flush()
-print(count + output.shape[1], *output.shape[-2:], peak() - before, tiled.stream_memory(1080, 1920, 2))
+print(count + output.shape[1], *output.shape[-2:], peak() - before, stream_memory(tiled, 1080, 1920, 2))
 """
 
 
@@ -252,7 +290,6 @@ def test_three_temporal_tiles_of_1080p_stay_within_the_stated_memory(tmp_path):
     done = subprocess.run(
         [sys.executable, "script.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ROOT},
         capture_output=True,
         text=True,
         check=False,

@@ -13,10 +13,24 @@ import numpy as np
 import pytest
 
 import token_file
-from token_file import CRC, MAGIC, RECORD, TokenError, TokenReader, TokenWriter, entropy_bits, pack, raw_bits, unpack
+from token_file import CRC, MAGIC, RECORD, TokenError, TokenReader, TokenWriter, pack, unpack
 
 ABOUT = {"model": "0123abcd", "height": 64, "width": 96, "fps": 29.97, "name": "ünï/<b>"}
 MODES = {"uniform": 0, "frequencies": 1, "video": 2}
+
+
+def raw_bits(codes, num_codes):
+    """Bits of integer `codes` (any shape) at a fixed length: size x ceil(log2(num_codes))."""
+    return int(np.size(codes)) * (int(num_codes) - 1).bit_length()
+
+
+def entropy_bits(codes, num_codes):
+    """Order-0 empirical entropy of integer `codes` (any shape, in [0, num_codes)), in bits for all of them together."""
+    counts = np.bincount(np.ravel(codes), minlength=num_codes)
+    if len(counts) > num_codes:
+        raise ValueError(f"code {len(counts) - 1} in a vocabulary of {num_codes}")
+    counts = counts[counts > 0]
+    return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
 def save(path, pieces, vocabulary, about=ABOUT):
