@@ -15,115 +15,153 @@ import math
 import os
 import re
 import sys
+from typing import Literal, NamedTuple, get_args
 
 
 @dataclasses.dataclass
 class Config:
     # ---- the run
-    name: str = ""                  # run folder under out_dir; empty: the preset's name
-    out_dir: str = "runs"           # folder of the run folders
-    max_steps: int = 10000          # optimizer steps
-    max_minutes: float = 0.0        # of training (validation and saving left out) after which it ends; 0: no limit
-    seed: int = 0                   # of the initial weights and of the data order
-    device: str = "auto"            # auto, cpu, cuda, cuda:N or mps; auto prefers a GPU
-    precision: str = "auto"         # auto, bf16 (autocast) or fp32 (TF32 on GPUs); auto: bf16 where the hardware has it
-    compile: bool = False           # torch.compile the model: minutes at the start, faster steps on a GPU
-    resume: str = "auto"            # auto: newest good checkpoint of the run folder; none: a new run; or a path
-    init_from: str = ""             # weights to start from: published (a name or a file), or a checkpoint of ours
-    timeout_minutes: float = 30.0   # how long a rank waits for the others before the run is given up
+    name: str = ""                  # name of the run folder in out_dir; empty: the preset's name
+    out_dir: str = "runs"           # folder that holds the run folders
+    max_steps: int = 10000          # optimizer steps after which the run ends
+    max_minutes: float = 0.0        # minutes of training after which the run ends, validation and saving not counted;
+                                    # 0: no limit
+    seed: int = 0                   # seeds the initial weights and the data order
+    device: str = "auto"            # device that trains: auto, cpu, cuda, cuda:N or mps; auto prefers a GPU
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+                                    # number format of the computation: bf16 is autocast, fp32 uses TF32 on GPUs, and
+                                    # auto takes bf16 where the hardware has it
+    compile: bool = False           # whether torch.compile translates the model: minutes at the start, then faster
+                                    # steps on a GPU
+    resume: str = "auto"            # checkpoint to go on from: auto takes the newest good one of the run folder, none
+                                    # starts a new run; or a path
+    init_from: str = ""             # weights to start from: published ones (a name or a file), or a checkpoint of ours
+    timeout_minutes: float = 30.0   # minutes that a rank waits for the others before the run is given up
 
     # ---- data
-    data: str = ""                  # folder (recursive), file, annotation .json, .csv; or "demo": synthetic
-    data_root: str = ""             # folder that the paths of a .json or .csv are relative to; empty: its own
-    latent_cache: str = ""          # folder that latent_cache.py made: its clips and teacher latents instead of data
-    val_data: str = ""              # the same for validation; empty: val_fraction of the files of data
-    val_fraction: float = 0.05      # part of the files held out, chosen by their names; 0: no validation
-    val_clips: int = 64             # validation clips at most
+    data: str = ""                  # videos and images to train on: a folder (with its subfolders), a file, an
+                                    # annotation .json, a table .csv, or "demo", which makes synthetic clips
+    data_root: str = ""             # folder that the paths in a .json or .csv start from; empty: that file's folder
+    latent_cache: str = ""          # folder made by latent_cache.py: its clips and teacher's latents replace data
+    val_data: str = ""              # validation videos, given as data is (or a second latent cache); empty:
+                                    # val_fraction of the files of data
+    val_fraction: float = 0.05      # fraction of the files held out for validation, chosen by their names; 0: none
+    val_clips: int = 64             # number of validation clips at most
     val_size: int = 0               # height and width of validation clips, pixels; 0: size, or the first bucket's
-    max_val_images: int = 0         # frames in these clips at most; 0: as many as they have
-    val_metrics: str = ""           # measured besides MSE, PSNR, SSIM and sharpness: "lpips,fid" (LPIPS of AlexNet)
-    best_by: str = "psnr"           # what best.pt is best in: psnr, ssim, mse or lpips (with val_metrics=lpips)
-    # (Where a teacher's latents are learnt, the pictures are those decoded from the teacher's latents, and best is the
-    # lowest (error of these pictures) x (error of the latents). A half that is not trained does not count.)
-    val_clips_per_video: int = 2    # fixed clips of each validation video
+    max_val_images: int = 0         # number of frames in all validation clips at most; 0: no limit
+    val_metrics: str = ""           # metrics that validation adds to MSE, PSNR, SSIM and sharpness: lpips (of AlexNet),
+                                    # fid, or both as lpips,fid
+    best_by: Literal["psnr", "ssim", "mse", "lpips"] = "psnr"
+                                    # validation metric that chooses best.pt (lpips needs val_metrics=lpips). Where the
+                                    # model learns a teacher's latents, the pictures are decoded from the teacher's
+                                    # latents, and the lowest product (error of these pictures) x (error of the
+                                    # encoder's latents) is best; a half that is not trained is left out of it
+    val_clips_per_video: int = 2    # number of validation clips cut from each video, always the same ones
     size: int = 128                 # height and width of training clips, pixels
-    frames: int = 12                # frames per clip; 1: images; for taecvx 8k or 8k + 1
-    batch_size: int = 4             # clips per rank and micro-step
-    buckets: str = ""               # several shapes: "128x12:0.8:4, 256x12:0.2:1" (size x frames:probability:batch)
-    accumulation: int = 1           # micro-steps per optimizer step
-    min_frame_delta: int = 1        # spacing of a clip's frames in the video: drawn from this ...
-    max_frame_delta: int = 5        # ... to this, frames
-    random_crop: bool = True        # a random square, resized; off: the largest centred square
-    min_crop: float = 0.0           # its smallest side as a part of the shorter edge (and not below size)
-    flip: bool = True               # left-right, half of the clips
-    color_jitter: float = 0.0       # brightness, contrast, saturation by up to this factor, hue by a quarter of it
-    blur: float = 0.0               # probability of a slight Gaussian blur
-    use_images: bool = False        # only the images of the data, each a clip of one frame
-    image_sequences: bool = False   # make clips of several frames from unrelated images
-    max_pixels: int = 100_000_000   # of an image or a frame (height x width); larger files are passed over
-    workers: int = -1               # data processes per rank; -1: by the number of cores
+    frames: int = 12                # number of frames in a clip; 1: images; taecvx takes 8k or 8k + 1
+    batch_size: int = 4             # number of clips per rank and micro-step
+    buckets: str = ""               # several clip shapes in the place of size, frames and batch_size, each as size x
+                                    # frames:probability:batch, as in "128x12:0.8:4, 256x12:0.2:1"
+    accumulation: int = 1           # number of micro-steps whose gradients make up an optimizer step
+    min_frame_delta: int = 1        # smallest distance between a clip's frames in its video, frames of the video
+    max_frame_delta: int = 5        # largest distance between them; each clip's distance is drawn from this range
+    random_crop: bool = True        # whether clips are random squares of the video; off: its largest centred square
+    min_crop: float = 0.0           # smallest side of these squares as a fraction of the video's shorter side (a square
+                                    # is never smaller than size)
+    flip: bool = True               # whether half of the clips are mirrored left to right
+    color_jitter: float = 0.0       # largest change of brightness, contrast and saturation, as a fraction; hue changes
+                                    # by a quarter of it
+    blur: float = 0.0               # probability that a clip is slightly blurred (by a Gaussian)
+    use_images: bool = False        # whether only the images in data are used, each as a clip of one frame
+    image_sequences: bool = False   # whether unrelated images are joined into clips of several frames
+    max_pixels: int = 100_000_000   # largest height x width of an image or a frame; larger files are passed over
+    workers: int = -1               # number of data processes per rank; -1: chosen from the number of cores
 
     # ---- model
-    model: str = "taehv"            # taehv, vqgan, vqvae2, vqvae_video, vq_latents or dcae
-    net: dict = dataclasses.field(default_factory=dict)  # arguments of the model's class; one of them: net.NAME=VALUE
-    variant: str = ""               # taehv: row of VARIANTS in model_taehv.py; empty: that of init_from, or else taehv
-    patch_size: int = 0             # taehv: pixels folded into channels at the border; 0: the variant's
-    latent_channels: int = 0        # taehv: channels of a latent; 0: the variant's (or, as above, those of init_from)
-    init: str = "colours"           # fresh weights: colours (starts with each cell's mean colour) or pytorch (taehv)
-    train_encoder: bool = True      # off: the encoder keeps its weights (taehv)
-    train_decoder: bool = True      # off: the decoder keeps its weights (taehv)
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    model: Literal["taehv", "vqgan", "vqvae2", "vqvae_video", "vq_latents", "dcae"] = "taehv"
+                                    # kind of model
+    net: dict = dataclasses.field(default_factory=dict)
+                                    # arguments of the model's class; net.NAME=VALUE sets one of them
+    variant: str = ""               # taehv: row of VARIANTS in model_taehv.py; empty: that of init_from, or taehv
+    patch_size: int = 0             # taehv: side of the squares of pixels that are folded into channels, pixels;
+                                    # 0: the variant's
+    latent_channels: int = 0        # taehv: number of channels of a latent; 0: that of init_from, or the variant's
+    init: Literal["colours", "pytorch"] = "colours"
+                                    # taehv: fresh weights. colours starts as an autoencoder that keeps the mean colour
+                                    # of each cell (init_taehv.py), pytorch with PyTorch's own random weights
+    train_encoder: bool = True      # taehv: whether the encoder learns; off: it keeps its weights
+    train_decoder: bool = True      # taehv: whether the decoder learns; off: it keeps its weights
+    gradient_checkpointing: bool = False
+                                    # whether the backward pass computes activations again: less memory, more time
 
     # ---- loss: a term whose weight is 0 costs nothing
-    decoder_input: str = "own"      # latents that the decoder learns from: own (the encoder's) or teacher (the cache's)
-    pixel_weight: float = 1.0       # of the pixel loss
-    pixel_loss: str = "l1"          # l1, l2, charbonnier or l1+l2, of pixels in [0, 1] (l1+l2 is |d| + 2 d^2)
-    encoder_weight: float = 0.0     # of the squared error of the encoder's latents against the cache's
-    vq_weight: float = 1.0          # of a tokenizer's codebook and commitment loss
-    perceptual_weight: float = 0.0  # of LPIPS
-    perceptual_net: str = "vgg"     # its backbone: vgg or alex (the loss's; validation measures with alex)
-    perceptual_frames: int = 2      # frames of each clip that it looks at, drawn anew each time; 0: all
-    seraena_weight: float = 0.0     # of the squared distance to Seraena's corrected frames (adversarial sharpness)
-    seraena_frames: int = 3         # consecutive frames that its discriminator sees as one image
-    seraena_lr: float = 3e-4        # its discriminator's learning rate
-    seraena_replay_mb: int = 512    # memory for its replayed samples, MB per rank
-    seraena_replay_device: str = "same"  # where they lie: same (the model's device) or pinned (the host's memory)
-    seraena_save_replay: bool = True     # into the checkpoints, one file per rank; off: refilled after a resume
-    gan_weight: float = 0.0         # of a PatchGAN's term; with gan_adaptive, relative to the other terms' gradient
-    gan_adaptive: bool = True       # scale it by the gradients at the decoder's last layer, as VQGAN does
-    gan_max_weight: float = 10000.0  # the most that this scale can be
-    gan_start: int = 0              # step at which it begins; before, it costs nothing
-    gan_ramp: int = 1000            # steps over which its weight then grows
-    gan_every: int = 1              # the discriminator learns in every n-th step
-    gan_dims: int = 2               # 2: it sees frames; 3: clips
-    gan_loss: str = "hinge"         # hinge or vanilla
-    gan_norm: str = "batch"         # its normalisation: batch, group or none
-    gan_lr: float = 1e-5            # the discriminator's learning rate (AdamW's, without warm-up or schedule)
-    gan_beta1: float = 0.5          # the discriminator's AdamW: decay of its mean gradient
-    gan_beta2: float = 0.9          # the discriminator's AdamW: decay of its mean squared gradient
-    gan_weight_decay: float = 0.0   # the discriminator's AdamW: weight decay
-    gan_clip: float = 0.0           # norm above which the discriminator's gradients are scaled down; 0: never
-    gan_lecam: float = 0.0          # weight of the LeCam regulariser
+    decoder_input: Literal["own", "teacher"] = "own"
+                                    # latents that the decoder learns from: its own encoder's, or the teacher's in the
+                                    # latent cache
+    pixel_weight: float = 1.0       # weight of the pixel loss
+    pixel_loss: Literal["l1", "l2", "charbonnier", "l1+l2"] = "l1"
+                                    # distance of pixels in [0, 1] that the pixel loss averages (l1+l2 is |d| + 2 d^2)
+    encoder_weight: float = 0.0     # weight of the squared error of the encoder's latents against the latent cache's
+    vq_weight: float = 1.0          # weight of a tokenizer's codebook and commitment loss
+    perceptual_weight: float = 0.0  # weight of the LPIPS loss
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+                                    # network that the LPIPS loss looks through (validation measures with alex)
+    perceptual_frames: int = 2      # number of frames of each clip that the LPIPS loss looks at, drawn anew in each
+                                    # micro-step; 0: all
+    seraena_weight: float = 0.0     # weight of the squared distance to the frames that Seraena has corrected, which
+                                    # makes results sharper
+    seraena_frames: int = 3         # number of consecutive frames that Seraena's discriminator sees as one image
+    seraena_lr: float = 3e-4        # learning rate of Seraena's discriminator
+    seraena_replay_mb: int = 512    # memory for Seraena's replayed samples, MB per rank
+    seraena_replay_device: Literal["same", "pinned"] = "same"
+                                    # memory that holds Seraena's replayed samples: the same device's as the model, or
+                                    # pinned memory of the host
+    seraena_save_replay: bool = True
+                                    # whether checkpoints hold Seraena's replayed samples, in one file per rank; off:
+                                    # they are collected anew after a resume
+    gan_weight: float = 0.0         # weight of the PatchGAN's term; with gan_adaptive relative to the gradient of the
+                                    # other terms
+    gan_adaptive: bool = True       # whether gan_weight is scaled by the gradients at the decoder's last layer, as in
+                                    # VQGAN
+    gan_max_weight: float = 10000.0  # largest factor that gan_adaptive scales it by
+    gan_start: int = 0              # step in which the PatchGAN starts; before that it costs nothing
+    gan_ramp: int = 1000            # number of steps from gan_start on in which its weight grows to gan_weight
+    gan_every: int = 1              # number of steps from one update of the PatchGAN to the next
+    gan_dims: Literal[2, 3] = 2     # what the PatchGAN looks at: 2 for single frames, 3 for clips
+    gan_loss: Literal["hinge", "vanilla"] = "hinge"
+                                    # loss of the PatchGAN
+    gan_norm: Literal["batch", "group", "none"] = "batch"
+                                    # normalisation in the PatchGAN
+    gan_lr: float = 1e-5            # learning rate of the PatchGAN, the same in all steps
+    gan_beta1: float = 0.5          # decay per step of the mean gradient in the PatchGAN's AdamW
+    gan_beta2: float = 0.9          # decay per step of the mean squared gradient in the PatchGAN's AdamW
+    gan_weight_decay: float = 0.0   # weight decay in the PatchGAN's AdamW
+    gan_clip: float = 0.0           # gradient norm above which the PatchGAN's gradients are scaled down; 0: never
+    gan_lecam: float = 0.0          # weight of the LeCam regulariser in the PatchGAN's loss
 
     # ---- optimizer
-    lr: float = 3e-4                # AdamW's peak learning rate
-    schedule: str = "cosine"        # constant, cosine (to lr_final at max_steps), exponential (lr_decay)
-    warmup_steps: int = 100         # linear from 0
-    lr_final: float = 0.05          # cosine: the last learning rate, as a part of lr
-    lr_decay: float = 0.99          # exponential: factor per 1000 steps
-    beta1: float = 0.9              # AdamW
-    beta2: float = 0.95             # AdamW
-    weight_decay: float = 0.01      # AdamW
+    lr: float = 3e-4                # highest learning rate of AdamW, which the schedule starts from
+    schedule: Literal["constant", "cosine", "exponential"] = "cosine"
+                                    # course of the learning rate after the warm-up: cosine falls to lr_final at
+                                    # max_steps, exponential falls by lr_decay
+    warmup_steps: int = 100         # steps in which the learning rate rises linearly from 0 to lr
+    lr_final: float = 0.05          # cosine: learning rate at max_steps, as a fraction of lr
+    lr_decay: float = 0.99          # exponential: factor of the learning rate per 1000 steps
+    beta1: float = 0.9              # decay per step of the mean gradient in AdamW
+    beta2: float = 0.95             # decay per step of the mean squared gradient in AdamW
+    weight_decay: float = 0.01      # weight decay in AdamW
     grad_clip: float = 1.0          # gradient norm above which gradients are scaled down; 0: never
-    ema_decay: float = 0.999        # of the weight average, which is validated and saved; rises from 0.1 at first
-    max_bad_steps: int = 20         # steps in a row with a loss or gradient that is not finite before the run stops
+    ema_decay: float = 0.999        # decay per step of the average of the weights, which is validated and saved; it
+                                    # starts at 0.1 and rises to this
+    max_bad_steps: int = 20         # number of steps in a row with a loss or gradient that is not finite after which
+                                    # the run stops
 
     # ---- logging and checkpoints
-    wandb: str = ""                 # project of Weights & Biases that TensorBoard's curves are copied to; empty: none
-    log_every: int = 10             # steps
-    val_every: int = 500            # steps
-    save_every: int = 500           # steps
-    keep_last: int = 3              # newest checkpoints kept, besides the best
+    wandb: str = ""                 # project of Weights & Biases that gets a copy of TensorBoard's curves; empty: none
+    log_every: int = 10             # number of steps from one log line to the next
+    val_every: int = 500            # number of steps from one validation to the next
+    save_every: int = 500           # number of steps from one checkpoint to the next
+    keep_last: int = 3              # number of newest checkpoints that are kept, besides the best
 
 
 # What several presets share: the settings of published trainers. Those count pixels on [-1, 1], ours on [0, 1]: their
@@ -222,7 +260,7 @@ def load_config(arguments):
     """["taehv", "lr=1e-4", ...] -> Config. The preset comes first and may be left out (demo). In its place may stand a
     file like a run's config.json, with the run's name among its settings. ConfigError otherwise."""
     preset, overrides = "demo", list(arguments)
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    kinds = {field.name: kind_of(field.type) for field in dataclasses.fields(Config)}
     if overrides and "=" not in overrides[0]:
         preset = overrides.pop(0)
     if preset.endswith(".json"):
@@ -293,6 +331,11 @@ def fitting(net, given):
             if key not in takes or kind in takes[key] or f"net.{key}" in given}
 
 
+def kind_of(annotation):
+    """bool, int, float, str or dict: that of a setting, or of its choices."""
+    return type(get_args(annotation)[0]) if get_args(annotation) else annotation
+
+
 def parse(key, text, kind):
     try:
         if kind is bool:
@@ -316,8 +359,8 @@ def parse_literal(key, text):
         raise ConfigError(f"{key}={text}: a number, true, false, a word, or several like 1,2,4 are wanted") from None
 
 
-def nearest(word, words):
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+def nearest(word, known):
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -339,20 +382,7 @@ def parse_buckets(config):
     return buckets
 
 
-CHOICES = {
-    "precision": ("auto", "bf16", "fp32"),
-    "model": ("taehv", "vqgan", "vqvae2", "vqvae_video", "vq_latents", "dcae"),
-    "init": ("colours", "pytorch"),
-    "gan_loss": ("hinge", "vanilla"),
-    "gan_norm": ("batch", "group", "none"),
-    "gan_dims": (2, 3),
-    "decoder_input": ("own", "teacher"),
-    "pixel_loss": ("l1", "l2", "charbonnier", "l1+l2"),
-    "perceptual_net": ("vgg", "alex"),
-    "seraena_replay_device": ("same", "pinned"),
-    "schedule": ("constant", "cosine", "exponential"),
-    "best_by": ("psnr", "ssim", "mse", "lpips"),
-}
+CHOICES = {field.name: get_args(field.type) for field in dataclasses.fields(Config) if get_args(field.type)}
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
                "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
                "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
@@ -392,8 +422,8 @@ def check(config):
         raise ConfigError("precision=fp16: training would need loss scaling, which is not here; bf16 and fp32 work")
     for key, choices in CHOICES.items():
         if getattr(config, key) not in choices:
-            value, words = getattr(config, key), [str(choice) for choice in choices]
-            raise ConfigError(f"{key}={value}{nearest(str(value), words)}: one of {', '.join(words)} is wanted")
+            value, texts = getattr(config, key), [str(choice) for choice in choices]
+            raise ConfigError(f"{key}={value}{nearest(str(value), texts)}: one of {', '.join(texts)} is wanted")
     for field in dataclasses.fields(config):
         if field.type is float and not math.isfinite(value := getattr(config, field.name)):
             raise ConfigError(f"{field.name}={value}: a finite number is wanted")
@@ -471,19 +501,24 @@ def check_vq_latents(config):
 
 
 def usage():
-    """What --help prints: presets, then every setting with its default and its comment above."""
+    """What --help prints: presets, then every setting with its default, its choices and its comment in Config."""
     lines = ["python train.py [PRESET or runs/NAME/config.json] [key=value ...]", "", "presets:"]
     for name, values in PRESETS.items():
         items = [(k, v) for k, v in values.items() if k != "net"]
         items += [(f"net.{k}", v) for k, v in values.get("net", {}).items()]
         lines.append(f"  {name:16} {', '.join(f'{k}={v}' for k, v in items)}")
     for line in inspect.getsource(Config).splitlines()[2:]:
-        field = re.match(r"    (\w+): (\w+) = (\S+)\s+# (.*)", line)
-        if field:
-            default = "" if field[2] == "dict" else field[3].strip('"')
-            lines.append(f"  {field[1] + '=' + default:30} {field[4]}")
-        elif "# ----" in line:
+        if field := re.match(r"    (\w+): (.+?) = (\S+)", line):
+            default = "" if field[1] == "net" else field[3].strip('"')
+            start = f"  {field[1] + '=' + default:32} "
+            if field[1] in CHOICES:
+                lines.append(f"{start}one of {', '.join(map(str, CHOICES[field[1]]))}")
+                start = " " * 35
+        if "# ----" in line:
             lines += ["", line.split("----")[1].strip() + ":"]
+        elif "# " in line:
+            lines.append(start + line.split("# ", 1)[1])
+            start = " " * 35
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -615,6 +616,8 @@ def test_settings_are_parsed_and_checked():
         (["taehv", "lr"], "no key=value"),
         (["pixel_loss=charbonier"], "did you mean 'charbonnier'"),
         (["pixel_loss=l1+l3"], "did you mean 'l1.l2'"),
+        (["gan_dims=4"], "gan_dims=4: one of 2, 3 is wanted"),
+        (["gan_dims=two"], "gan_dims=two: a whole number is wanted"),
         (["gan_beta1=1"], "gan_beta1=1.0: at most 0.9999"),
         (["gan_beta2=-0.1"], "at least 0"),
         (["gan_weight_decay=-1"], "at least 0"),
@@ -679,6 +682,12 @@ def test_every_setting_is_documented_and_read():
     for field in dataclasses.fields(config.Config):
         assert re.search(rf"\b(cfg|config)\.{field.name}\b", text + parse_buckets), f"{field.name} is read nowhere"
         assert re.search(rf"^  {field.name}=\S*\s+\S", help_text, re.M), f"{field.name} has no comment"
+    shown = help_text.split()
+    for line in inspect.getsource(config.Config).splitlines()[2:]:
+        comment = line.partition("# ")[2].split()
+        assert "----" in comment or any(shown[i:i + len(comment)] == comment for i in range(len(shown))), line
+    assert "  gan_dims=2                       one of 2, 3\n" in help_text
+    assert "  precision=auto                   one of auto, bf16, fp32\n" in help_text
     for preset in config.PRESETS:
         config.load_config([preset, *["init_from=FILE.pth"] * (preset == "taehv_finetune")])
 
