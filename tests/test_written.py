@@ -1,5 +1,5 @@
-"""Files written by earlier versions: they load, and give the same bits. tests/written/ holds a run of a narrow TAEHV, one
-of a small VQ-VAE-2, a cache, latents and tokens, each made by the commands of November 2026."""
+"""Files written by earlier versions: they load, and give the same bits. tests/written/ holds a run of a narrow TAEHV,
+one of a small VQ-VAE-2, a cache, latents and tokens, each made by the commands of November 2026."""
 import hashlib
 import os
 import shutil
