@@ -511,6 +511,18 @@ def test_no_link_of_the_pages_leads_nowhere():
     assert set(reached) >= {page for page in texts if page.startswith("docs")}, "the README leads to every page"
 
 
+def test_files_that_work_alone_import_no_others():
+    """Those of which the README's table says so, but for imports within functions."""
+    names = {name.removesuffix(".py") for name in os.listdir(ROOT) if name.endswith(".py")}
+    rows = [line.split(" | ") for line in pages()["README.md"].splitlines() if line.endswith(" | yes |")]
+    alone = [name for row in rows for name in re.findall(r"`(\w+)\.py`", row[1])]
+    assert len(alone) > 15
+    for name in alone:
+        with open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8") as file:
+            wanted = re.findall(r"^(?:import|from) (\w+)", file.read(), re.M)
+        assert not names & set(wanted), f"{name}.py imports {names & set(wanted)}"
+
+
 def test_each_row_of_what_happens_when_names_tests_that_there_are():
     with open(os.path.join(ROOT, "docs", "faults.md"), encoding="utf-8") as file:
         rows = [line for line in file if line.startswith("| ") and not line.startswith(("| what", "| ---"))]
