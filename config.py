@@ -417,7 +417,8 @@ def use_images(config, overrides):
 
 
 def check(config):
-    """ConfigError for values that no run can use. What depends on the model or the machine is checked there."""
+    """ConfigError for values that no run can use: each by itself, then all together. What depends on the model or the
+    machine is checked there."""
     if config.precision == "fp16":
         raise ConfigError("precision=fp16: training would need loss scaling, which is not here; bf16 and fp32 work")
     for key, choices in CHOICES.items():
@@ -440,29 +441,79 @@ def check(config):
         raise ConfigError(f"val_metrics={config.val_metrics}: {wrong[0].strip()!r} is neither lpips nor fid")
     if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # a mere folder has none
         raise ConfigError(f"wandb={config.wandb} needs a package: pip install wandb, or leave it out")
+    if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
+        raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
+    parse_buckets(config)
+    check_together(config)
+
+
+def check_together(config):
+    """ConfigError for settings that exclude or need each other. This is the one place for those that no file, model or
+    machine has a say in."""
+    model, cached = config.model, bool(config.latent_cache)
     if config.best_by == "lpips" and "lpips" not in config.val_metrics:
         raise ConfigError("best_by=lpips needs val_metrics=lpips, which measures it")
     if config.min_frame_delta > config.max_frame_delta:
         raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
-    if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
-        raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
-    if config.model != "taehv" and not (config.train_encoder and config.train_decoder):
-        raise ConfigError(f"train_encoder=false or train_decoder=false with model={config.model}: only taehv can be "
-                          "trained by halves")
-    if config.latent_cache and config.model not in ("taehv", "vq_latents"):
-        raise ConfigError(f"latent_cache with model={config.model}: only taehv and vq_latents learn from a teacher")
-    if config.model == "vq_latents":
-        check_vq_latents(config)
-    if config.init == "pytorch" and (config.model != "taehv" or config.init_from):
-        given = f"init_from={config.init_from}" if config.init_from else f"model={config.model}"
+    if config.init == "pytorch" and (model != "taehv" or config.init_from):
+        given = f"init_from={config.init_from}" if config.init_from else f"model={model}"
         raise ConfigError(f"init=pytorch with {given}: it is for a taehv from scratch")
+
+    # ---- a latent cache
+    if cached and model not in ("taehv", "vq_latents"):
+        raise ConfigError(f"latent_cache with model={model}: only taehv and vq_latents learn from a teacher")
+    if cached and config.buckets:
+        raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
+    if cached and config.val_size:
+        raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
+    if model == "vq_latents":
+        for key in ("gan_weight", "seraena_weight"):
+            if getattr(config, key) > 0:
+                raise ConfigError(f"{key}={getattr(config, key)} with model=vq_latents: its decoder is frozen, set it "
+                                  "to 0")
+        if config.decoder_input != "own":
+            raise ConfigError("decoder_input=teacher with model=vq_latents: its decoder is frozen and gets its own "
+                              "latents")
+        if not config.init_from:
+            raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
+        if not cached:
+            raise ConfigError("model=vq_latents needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
+    from_teacher = config.decoder_input == "teacher"
+    if not cached and (from_teacher or config.encoder_weight > 0):
+        name = "decoder_input=teacher" if from_teacher else f"encoder_weight={config.encoder_weight}"
+        raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
+
+    # ---- what the loss trains
+    if model != "taehv" and not (config.train_encoder and config.train_decoder):
+        raise ConfigError(f"train_encoder=false or train_decoder=false with model={model}: only taehv can be trained "
+                          "by halves")
     if not (config.train_encoder or config.train_decoder):
         raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
-    if config.latent_cache and config.buckets:
-        raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
-    if config.latent_cache and config.val_size:
-        raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
-    parse_buckets(config)
+    learns = what_learns(config)
+    if learns.encoder and not learns.from_latents and (from_teacher or not learns.from_pixels):
+        raise ConfigError("no term of the loss trains the encoder: set encoder_weight above 0, or train_encoder=false")
+    if learns.decoder and not learns.from_pixels:
+        raise ConfigError("no term of the loss trains the decoder: set pixel_weight above 0, or train_decoder=false")
+    if config.gan_weight > 0 and learns.from_pixels and config.gan_dims == 2:
+        for size, *_ in parse_buckets(config):
+            if size < 24:
+                raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {size}")
+
+
+class Learns(NamedTuple):
+    """Which parts of a model learn, and from what."""
+    encoder: bool       # the encoder learns (in vq_latents: the quantizer and the network behind it)
+    decoder: bool       # the decoder learns
+    from_pixels: bool   # what is decoded is compared with the clips
+    from_latents: bool  # what is encoded is compared with the teacher's latents
+
+
+def what_learns(config):
+    """The Learns of a run."""
+    decoder = config.train_decoder and config.model != "vq_latents"  # there it is frozen
+    reached = decoder or config.train_encoder and config.decoder_input == "own"
+    pixels = reached and max(config.pixel_weight, config.perceptual_weight, config.seraena_weight) > 0
+    return Learns(config.train_encoder, decoder, pixels, config.train_encoder and config.encoder_weight > 0)
 
 
 def check_workers(key, workers):
@@ -490,14 +541,6 @@ def may_be_large(config):
                 for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, (int, float))]
     codes = ("n_embed", "nb_entries", "vocab_size")
     return any(number > (16 if key in DEPTHS else 2 ** 17 if key in codes else 512) for key, number in numbers)
-
-
-def check_vq_latents(config):
-    for key in ("gan_weight", "seraena_weight"):
-        if getattr(config, key) > 0:
-            raise ConfigError(f"{key}={getattr(config, key)} with model=vq_latents: its decoder is frozen, set it to 0")
-    if config.decoder_input != "own":
-        raise ConfigError("decoder_input=teacher with model=vq_latents: its decoder is frozen and gets its own latents")
 
 
 def usage():

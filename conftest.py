@@ -201,6 +201,9 @@ CODES = [*COMMON, *NET.split(), "net.embed_dim=8", "batch_size=2"]
 FRAMES = ["vqgan_ema", *CODES, *"net.n_embed=16 net.kmeans_init=false net.restart_below=0 size=16 gan_weight=0".split()]
 BATCH_NORM = "vqvae2 net.hidden_channels=8 net.res_channels=4 net.nb_res_layers=1 net.nb_levels=2".split()
 BATCH_NORM += [*"net.embed_dim=4 net.nb_entries=8 net.scaling_rates=(4,2) size=16 batch_size=2".split(), *COMMON]
+# What presets want besides: these are checked by config.py, which opens no file.
+NEEDS = {"taehv_finetune": ["init_from=FILE.pth"], "vq_latents": ["init_from=FILE.pth", "latent_cache=FOLDER"],
+         "taehv_distill": ["latent_cache=FOLDER"], "taehv_seraena": ["latent_cache=FOLDER"]}
 NARROW = ["net.encoder_widths=32,32,32,32", "net.decoder_widths=64,32,32,32"]  # for what width has no part in
 SERAENA = "taehv size=16 frames=4 batch_size=1 seraena_weight=0.5 seraena_replay_mb=2".split() + COMMON + NARROW
 

@@ -131,8 +131,6 @@ def make_model(cfg, buckets):
                               "variant, patch_size and latent_channels to match, or leave them out") from None
     model = make_fresh_model(cfg, buckets)
     if not cfg.init_from:
-        if cfg.model == "vq_latents":
-            raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
         if cfg.init == "pytorch":
             pytorch_weights(model)
         elif cfg.variant == "taecvx" and cfg.model == "taehv":

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from adversary import Adversary
-from config import ConfigError, parse_buckets
+from config import ConfigError, parse_buckets, what_learns
 from evaluate import LATENT_FACTS
 from losses import PerceptualLoss, pixel_loss
 from quantize import Quantizer, quantizers
@@ -18,7 +18,7 @@ from watch import Figures
 
 
 class Objective:
-    """The loss of a micro-batch, with everything that it needs besides the model. ConfigError for settings in conflict.
+    """The loss of a micro-batch, with everything that it needs besides the model. ConfigError if that cannot be had.
 
     `names` are the scalars that a call gives: "loss" (weighted, with its graph), the unweighted terms ("..._loss"),
     "squared_error" of the pixels, and mean and mean square of the latents, ours and the teacher's: a wrong scale shows
@@ -27,24 +27,10 @@ class Objective:
 
     def __init__(self, cfg, model, device, autocast):
         self.cfg, self.model, self.device, self.autocast, self.together = cfg, model, device, autocast, False
-        teacher, from_teacher = bool(cfg.latent_cache), cfg.decoder_input == "teacher"
         self.requantizes = hasattr(model, "requantize")  # a tokenizer of latents, between a frozen encoder and decoder
-        if self.requantizes and not teacher:
-            raise ConfigError(f"model={cfg.model} needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
-        if not teacher and (from_teacher or cfg.encoder_weight > 0):
-            name = "decoder_input=teacher" if from_teacher else f"encoder_weight={cfg.encoder_weight}"
-            raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
-        train_decoder = self.trains_decoder = cfg.train_decoder and not self.requantizes
-        reaches_weights = train_decoder or cfg.train_encoder and not from_teacher
-        self.pixels = reaches_weights and max(cfg.pixel_weight, cfg.perceptual_weight, cfg.seraena_weight) > 0
-        self.latents = cfg.train_encoder and cfg.encoder_weight > 0
-        if cfg.train_encoder and not self.latents and (from_teacher or not self.pixels):
-            raise ConfigError("no term of the loss trains the encoder: set encoder_weight above 0, or "
-                              "train_encoder=false")
-        if train_decoder and not self.pixels:
-            raise ConfigError("no term of the loss trains the decoder: set pixel_weight above 0, or "
-                              "train_decoder=false")
-        self.runs_encoder = self.latents or self.pixels and not from_teacher
+        learns, teacher = what_learns(cfg), bool(cfg.latent_cache)
+        self.trains_decoder, self.pixels, self.latents = learns.decoder, learns.from_pixels, learns.from_latents
+        self.runs_encoder = self.latents or self.pixels and cfg.decoder_input == "own"
         weights = {"reconstruction_loss": cfg.pixel_weight, "perceptual_loss": cfg.perceptual_weight,
                    "seraena_loss": cfg.seraena_weight} if self.pixels else {}
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
@@ -251,9 +237,6 @@ def make_seraena(cfg, model, device):
 
 
 def make_adversary(cfg, model, device):
-    for size, *_ in parse_buckets(cfg):
-        if cfg.gan_dims == 2 and size < 24:
-            raise ConfigError(f"gan_weight={cfg.gan_weight}: its discriminator needs 24 pixels, size is {size}")
     return Adversary(dims=cfg.gan_dims, loss=cfg.gan_loss, norm=cfg.gan_norm, weight=cfg.gan_weight, lr=cfg.gan_lr,
                      start=cfg.gan_start, ramp=cfg.gan_ramp, every=cfg.gan_every, adaptive=cfg.gan_adaptive,
                      max_weight=cfg.gan_max_weight, lecam=cfg.gan_lecam, betas=(cfg.gan_beta1, cfg.gan_beta2),

@@ -14,7 +14,7 @@ import config
 import data
 import infer
 import models
-from conftest import ROOT, mistake, run
+from conftest import NEEDS, ROOT, mistake, run
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
 COMMON = ["size=32", "frames=2", "batch_size=1", "workers=0", "val_fraction=0", "warmup_steps=2", "schedule=constant",
@@ -41,7 +41,7 @@ def tokenizer(clips, tmp_path_factory):
 
 def test_every_preset_builds_its_model():
     for name in config.PRESETS:
-        cfg = config.load_config([name, *["init_from=FILE.pth"] * (name == "taehv_finetune")])
+        cfg = config.load_config([name, *NEEDS.get(name, [])])
         with torch.device("meta"):
             model = models.build_model(cfg.model, models.model_config(cfg))
         for size, frames, *_ in config.parse_buckets(cfg):

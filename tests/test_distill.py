@@ -295,7 +295,7 @@ def test_the_settings_that_a_cache_proposes_make_a_model_for_it(latents, setting
     proposed = latent_cache.student_settings(plan)
     assert proposed.startswith(settings) and bool(proposed) == bool(settings)
     if proposed:
-        cfg = config.load_config(["taehv_distill", *proposed.split(), "size=32", "frames=12"])
+        cfg = config.load_config(["taehv_distill", "latent_cache=x", *proposed.split(), "size=32", "frames=12"])
         with torch.device("meta"), torch.no_grad():
             model = models.build_model(cfg.model, models.model_config(cfg))
             shape = model.encode(torch.empty(1, 12, 3, 32, 32)).shape

@@ -32,7 +32,7 @@ import models
 import synthetic
 import train
 from bench import published
-from conftest import ROOT, mistake, write_clip
+from conftest import NEEDS, ROOT, mistake, write_clip
 from golden.fill import fill_, make_input
 from losses import PIXEL_LOSSES, pixel_loss
 from model_taehv import TAEHV, VARIANTS, load_taehv, recognise
@@ -630,6 +630,13 @@ def test_settings_are_parsed_and_checked():
         (["min_frame_delta=9"], "above max_frame_delta"),
         (["name=../x"], "letters"),
         (["train_encoder=0", "train_decoder=0"], "nothing to train"),
+        (["taehv_distill"], "decoder_input=teacher needs teacher latents: set latent_cache=FOLDER"),
+        (["encoder_weight=1"], "encoder_weight=1.0 needs teacher latents: set latent_cache=FOLDER"),
+        (["vq_latents", "init_from=x"], "model=vq_latents needs latents: set latent_cache=FOLDER"),
+        (["vq_latents", "latent_cache=x"], "model=vq_latents needs init_from=FILE"),
+        (["taehv_distill", "latent_cache=x", "encoder_weight=0"], "no term of the loss trains the encoder"),
+        (["pixel_weight=0", "train_encoder=0"], "no term of the loss trains the decoder"),
+        (["gan_weight=1", "buckets=64x1:1:1,16x1:1:1"], "its discriminator needs 24 pixels, size is 16"),
     ):
         with pytest.raises(config.ConfigError, match=words):
             config.load_config(arguments)
@@ -638,14 +645,15 @@ def test_settings_are_parsed_and_checked():
 def test_a_presets_quantizer_options_go_with_its_quantizer():
     net = config.load_config(["vqgan_ema", "net.quantizer=fsq", "net.ch=64"]).net
     assert net == {"quantizer": "fsq", "ch": 64}
-    net = config.load_config(["vq_latents", "net.quantizer=rvq", "net.depth=2", "net.kind=ema"]).net
+    residual = ["net.quantizer=rvq", "net.depth=2", "net.kind=ema"]
+    net = config.load_config(["vq_latents", *NEEDS["vq_latents"], *residual]).net
     assert net["kmeans_init"] and net["restart_below"] == 0.1
     assert config.load_config(["vqgan_optvq", "net.quantizer=ema", "net.num_head=2"]).net["num_head"] == 2  # as asked
     assert config.load_config(["vqgan_ema"]).net == config.PRESETS["vqgan_ema"]["net"]
     for quantizer in ("vq", "ema", "optvq", "fsq", "rvq"):
         more = ["net.depth=2"] if quantizer == "rvq" else []
         for preset in ("vq_latents", "vqgan", "vqgan_ema", "vqgan_optvq"):
-            cfg = config.load_config([preset, f"net.quantizer={quantizer}", *more])
+            cfg = config.load_config([preset, *NEEDS.get(preset, []), f"net.quantizer={quantizer}", *more])
             with torch.device("meta"):
                 model = models.build_model(cfg.model, models.model_config(cfg))
             assert len(model.codebook_sizes) >= 1
@@ -689,7 +697,7 @@ def test_every_setting_is_documented_and_read():
     assert "  gan_dims=2                       one of 2, 3\n" in help_text
     assert "  precision=auto                   one of auto, bf16, fp32\n" in help_text
     for preset in config.PRESETS:
-        config.load_config([preset, *["init_from=FILE.pth"] * (preset == "taehv_finetune")])
+        config.load_config([preset, *NEEDS.get(preset, [])])
 
 
 def test_no_files_import_each_other_in_a_circle():
