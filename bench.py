@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+import progress
 from bench_loader import loader
 from config import load_config
 from device import DeviceError, describe, pick_device, pick_precision, place, tune
@@ -269,14 +269,15 @@ def learning_curve(options, recipe, seed, folder):
     batch = load_config(recipe).batch_size
     settings = [f"data={options.data}", f"val_data={options.val_data}", "val_size=128", "val_clips_per_video=4",
                 f"val_every={max(1, options.val_every // batch)}", f"max_minutes={options.minutes}",
-                f"device={options.device}", f"seed={seed}", f"out_dir={folder}"]
+                f"device={options.device}", f"seed={seed}", f"out_dir={folder}", "name=run"]
     if options.quick:
         settings += ["size=32", "batch_size=2", "val_size=32", "val_clips=2", "workers=0"]
-    done = subprocess.run([sys.executable, script, *recipe, *settings], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, script, *recipe, *settings], stdout=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(done.returncode)  # train.py has said why
-    found = re.findall(r"validation psnr (\S+) dB.* after (\S+) minutes", done.stdout)
-    return [(float(minutes), float(psnr)) for psnr, minutes in found]
+    with open(os.path.join(folder, "run", progress.FILE), "rb") as file:
+        lines = [line for line in map(progress.parse, file) if line and line["kind"] == "val"]
+    return [(line["seconds"] / 60, math.nan if line["psnr"] is None else line["psnr"]) for line in lines]
 
 
 def quality(options):

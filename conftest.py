@@ -1,5 +1,6 @@
 """Clips and helpers that the tests share."""
 
+import json
 import os
 import signal
 import subprocess
@@ -244,6 +245,12 @@ def at(monkeypatch):
 
 def log_of(folder):
     return (folder / "train.log").read_text()
+
+
+def metrics_of(folder):
+    """The lines of metrics.jsonl, each of which must be JSON without NaN or Infinity."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
 def state_of(folder, step):

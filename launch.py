@@ -37,18 +37,17 @@ import time
 import uuid
 
 import lock
+import progress
 from config import PRESETS, Config, ConfigError, load_config, nearest
 from screen import guard_screen, one_line, text_is_lost
-from untrusted import SETTINGS, read_json
+from untrusted import SETTINGS, open_regular, read_json
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 LINUX = sys.platform == "linux"
-NUMBER = r"-?\d+\.\d+|-?inf|nan"
-LINES = [re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d " + words) for words in (  # of train.log, see train.py
-    rf"step (?P<step>\d{{1,12}}): loss (?P<loss>{NUMBER})(?:.*, (?P<speed>{NUMBER}) clips/s)?",
-    rf"step \d+: validation psnr (?P<psnr>{NUMBER}) dB",
-    r"resumed from .* at step (?P<step>\d{1,12})$",
-    r"(?P<ending>done\b|nothing to do\b|stopped by a signal\b|not saved: .*)")]
+PIECE = 1 << 20  # bytes of metrics.jsonl that are taken in at once
+ENDINGS = "done", "nothing to do", "stopped", "not saved"  # the kinds of its lines that are a run's last
+FIGURES = {"train": {"loss": ("loss", 5), "clips_per_second": ("speed", 2)},  # of its lines: the table's name for each,
+           "val": {"psnr": ("psnr", 2)}}                                      # and how many decimals
 
 
 @dataclasses.dataclass
@@ -66,8 +65,8 @@ class Task:
     mark: str = ""              # in the environment of all its processes
     log: object = None          # launch.log, open and locked ...
     log_start: int = 0          # ... where what this launch adds begins
-    read: int = 0               # bytes of train.log that are in `seen`
-    seen: dict = dataclasses.field(default_factory=dict)  # the newest step, loss, speed, psnr, ending: texts
+    read: int = 0               # bytes of metrics.jsonl that are in `seen`
+    seen: dict = dataclasses.field(default_factory=dict)  # the newest step, a number; loss, speed, psnr, ending: texts
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -314,7 +313,7 @@ def finish(task, stopping):
     follow(task)
     task.log.close()
     code, ending, task.devices, task.note = task.process.returncode, task.seen["ending"], (), ""
-    full = code and not ending and no_room(task.folder)  # then train.log says nothing
+    full = code and not ending and no_room(task.folder)  # then metrics.jsonl says nothing
     if ending.startswith("not saved") or full:
         task.state, task.note = "failed", one_line(ending, 400) or f"exit code {code}, and its disk is full"
         task.seen["step"] = saved_step(task.folder)
@@ -382,18 +381,29 @@ def run_all(tasks, devices, on_gpus, command):
 
 
 def follow(task):
-    """Take in the whole lines that train.log has gained, of its last megabyte."""
+    """Take in the whole lines that metrics.jsonl has gained, of its last megabyte."""
     try:
-        with open(os.path.join(task.folder, "train.log"), "rb") as file:
+        with open_regular(os.path.join(task.folder, progress.FILE)) as file:
             size = file.seek(0, os.SEEK_END)
-            task.read = file.seek(max(task.read if task.read <= size else 0, size - (1 << 20)))
-            lines, newline, _ = file.read(1 << 20).rpartition(b"\n")
+            task.read = file.seek(max(task.read if task.read <= size else 0, size - PIECE))
+            lines, newline, _ = file.read(PIECE).rpartition(b"\n")
     except OSError:
         return
     task.read += len(lines + newline)
-    for line in lines.decode("utf-8", "replace").split("\n"):
-        for match in filter(None, (pattern.match(line) for pattern in LINES)):
-            task.seen.update({key: text for key, text in match.groupdict().items() if text})
+    for found in filter(None, map(progress.parse, lines.split(b"\n"))):
+        kind, task.seen["step"] = found["kind"], found["step"]
+        if kind in ENDINGS:
+            task.seen["ending"] = kind if not found.get("reason") else f"{kind}: {found['reason']}"
+        for name, (column, decimals) in FIGURES.get(kind, {}).items():
+            if type(value := found.get(name, "")) is not str:
+                task.seen[column] = figure(value, decimals)
+
+
+def figure(value, decimals):
+    """A number of metrics.jsonl for the table; None, one that was not finite, is nan."""
+    if value is None:
+        return "nan"
+    return f"{value:.{decimals}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 class Screen:
@@ -478,9 +488,9 @@ def main(arguments=None, command=train_command):
             if task.gpus > len(devices):
                 raise ConfigError(f"task {task.name}: gpus={task.gpus} of {len(devices)}"
                                   + ("" if on_gpus else " (without GPUs: --slots)"))
-            if finished(task):
-                task.state, task.note = "done", "nothing to do"
             follow(task)
+            if finished(task):
+                task.state, task.note, task.seen["step"] = "done", "nothing to do", saved_step(task.folder)
         waiting = [task for task in tasks if task.state == "queued"]
         if waiting:  # those of finished tasks were built before
             check_models(waiting)

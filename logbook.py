@@ -1,4 +1,5 @@
-"""What a run writes for people: lines on the screen and in train.log, TensorBoard's curves, pictures and clips."""
+"""What a run says of itself: for people, lines on the screen and in train.log, TensorBoard's curves, pictures and
+clips; for programs, a line of metrics.jsonl for each set of curves and each event (progress.py)."""
 import contextlib
 import io
 import json
@@ -12,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import progress
 from config import ConfigError
 from device import is_out_of_memory
 
@@ -23,6 +25,8 @@ class Logbook:
         self.folder, self.rank, self.noted, self.complained = folder, rank, set(), False
         self.board = self.copy = self.config = None  # TensorBoard's writer; the run at Weights & Biases; its settings
         self.drawn, self.missing = None, ""  # the newest step that has curves; why some before it have got lost
+        self.clock = None  # the run's Clock, as soon as it trains
+        self.metrics = None  # metrics.jsonl: open until the process ends, for its last line comes after `close`
 
     def __call__(self, line, screen=True):
         if self.rank > 0:
@@ -35,6 +39,23 @@ class Logbook:
         with self.unharmed(), open(os.path.join(self.folder, "train.log"), "a", encoding="utf-8",
                                    errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def event(self, kind, step, line, reason=None, screen=True):
+        """A line for people, and for programs its kind, a word of docs/formats.md."""
+        self(line, screen)
+        self.record(kind, step, reason=reason)
+
+    def record(self, kind, step, **values):
+        """A line of metrics.jsonl, written at once. A line that was cut off, by a full disk or a kill, ends first.
+        The file stays open: after the folder was removed, the next of that name may be another run's."""
+        if self.rank > 0:
+            return
+        line = progress.as_line(kind, step, values)
+        with self.unharmed():
+            if self.metrics is None:
+                self.metrics = open(os.path.join(self.folder, progress.FILE), "a+b", buffering=0)  # noqa: SIM115
+            self.metrics.seek(max(0, self.metrics.seek(0, os.SEEK_END) - 1))
+            self.metrics.write(line if self.metrics.read(1) in (b"", b"\n") else b"\n" + line)
 
     @contextlib.contextmanager
     def unharmed(self):
@@ -55,6 +76,7 @@ class Logbook:
             return
         self.config, self.drawn = config, step
         self.write_config()
+        self.record("start", step)
         self.draw(step, lambda board: board.flush())
 
     def write_config(self):
@@ -66,6 +88,7 @@ class Logbook:
         """In a folder that was removed and is made again, on rank 0: new files from here on."""
         self(f"warning: {self.folder} was removed, and with it what was saved; it is made again")
         self.write_config()
+        self.metrics = None
         if self.board is not None:
             with self.unharmed():
                 self.board.close()
@@ -150,7 +173,10 @@ class Logbook:
                  "before the new ones; start a TensorBoard that shows them again")
 
     def scalars(self, step, group, **values):
-        """Curves: group "train", loss=0.1 is drawn as train/loss; None is left out."""
+        """Curves: group "train", loss=0.1 is drawn as train/loss; None is left out. And a line of metrics.jsonl, which
+        has the seconds of training too."""
+        self.record(group, step, seconds=self.clock and self.clock.total(), **values)
+
         def write(board):
             for name, value in values.items():
                 if value is not None:

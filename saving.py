@@ -22,13 +22,13 @@ class Saver:
 
     def __init__(self, folder, keep_last, control, log, trend):
         self.folder, self.keep_last, self.control, self.log, self.trend = folder, keep_last, control, log, trend
-        self.on_disk = ""  # what was there when a checkpoint could not be saved, in words
+        self.step, self.on_disk = 0, ""  # of the last save; what was there when that was not possible, in words
 
     def run(self, step, rank_state, random_state, make_state):
         """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
         holds, or None; make_state([random_state of each rank]): what rank 0 saves. Returns, on every rank, why the run
         could not be saved, or ""."""
-        sound = self.trend.judge(step)
+        self.step, sound = step, self.trend.judge(step)
         problem = from_rank_0(self.control, self.find_folder) or self.save_ranks(step, rank_state)
         if not problem:
             states = gather(self.control, random_state)
@@ -38,7 +38,7 @@ class Saver:
             self.on_disk = from_rank_0(self.control, self.look)
         else:
             self.trend.sound = sound
-            self.log(f"step {step}: saved {self.folder}/step_{step:08d}.pt")
+            self.log.event("saved", step, f"step {step}: saved {self.folder}/step_{step:08d}.pt")
         return problem
 
     def find_folder(self):
@@ -85,9 +85,9 @@ class Saver:
 
     def not_saved(self, problem):
         """The words of a NotSaved, which are logged too."""
-        words = f"not saved: {problem}; {self.on_disk}"
-        self.log(words, screen=False)
-        return words
+        reason = f"{problem}; {self.on_disk}"
+        self.log.event("not saved", self.step, f"not saved: {reason}", reason, screen=False)
+        return f"not saved: {reason}"
 
     def lack_of_room(self, *states):
         """A warning, or "" if the disk has room for a file of these nested states, or has it without older checkpoints.

@@ -127,8 +127,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # What is logged is averaged along, and BatchNorm's statistics.
         self.gradients = Gradients(self.parameters, self.world, len(self.objective.names), batch_statistics(model))
-        # eps: gradients of 1e-10 are rounding noise, which PyTorch's 1e-8 turns into steps (3e-6 apart on 1 and 2
-        # ranks).
+        # eps: gradients of 1e-10 are rounding noise. PyTorch's 1e-8 makes steps of it: 1 and 2 ranks part by 3e-6.
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, eps=1e-7,
             fused=self.device.type in ("cuda", "cpu"))
@@ -174,8 +173,9 @@ class Trainer:
         run, cfg = self.run, self.cfg
         if run.step < cfg.max_steps and run.seconds < self.time_limit:
             return False
-        self.log(f"nothing to do: step {run.step} of {cfg.max_steps}, {run.seconds / 60:.1f} minutes of training; set "
-                 "max_steps or max_minutes higher to go on, or name=... for a new run")
+        self.log.event("nothing to do", run.step, f"nothing to do: step {run.step} of {cfg.max_steps}, "
+                       f"{run.seconds / 60:.1f} minutes of training; set max_steps or max_minutes higher to go on, or "
+                       "name=... for a new run")
         return True
 
     def start(self):
@@ -198,8 +198,8 @@ class Trainer:
         for line in filter(None, [*self.clips.lines, self.unlocked and f"warning: {self.unlocked}", lack]):
             log(line)
         if self.resumed_from:
-            log(f"resumed from {self.resumed_from} at step {run.step}"
-                + (f"; micro-batches are split in {run.pieces}, since memory ran out" if run.pieces > 1 else ""))
+            log.event("resumed", run.step, f"resumed from {self.resumed_from} at step {run.step}"
+                      + (f"; micro-batches are split in {run.pieces}, since memory ran out" if run.pieces > 1 else ""))
 
         schedule = data.TrainSchedule(self.clips.train, self.buckets, cfg.seed, self.world, self.rank, cfg.accumulation,
                                       run.step, run.samples)
@@ -212,7 +212,8 @@ class Trainer:
                           (lambda model: self.evaluate(model)[0]) if self.validates else None)
         self.bar = tqdm(initial=run.step, total=cfg.max_steps, unit="step", disable=self.rank > 0, dynamic_ncols=True,
                         smoothing=0.05)
-        self.clock, self.clips_done = Clock(run.seconds), 0  # clips since the last log line
+        self.clock = log.clock = Clock(run.seconds)
+        self.clips_done = 0  # since the last log line
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -289,8 +290,7 @@ class Trainer:
     def log_step(self):
         """A line and the curves of the steps since the last one. The run ends here if all was not finite for long."""
         run, log, meter = self.run, self.log, self.meter.read()
-        values = spread(meter.means)
-        values.update(self.objective.codes_used())
+        values = {**spread(meter.means), **self.objective.codes_used()}
         figures, (course, warnings) = self.objective.figures.read(), self.trend.read(run.step)
         synchronize(self.device)
         speed, self.clips_done = self.clips_done / self.clock.lap(), 0
@@ -360,10 +360,11 @@ class Trainer:
         if stopped_by:
             again = "resume=auto" if self.cfg.resume == "none" else "the same command"
             cause = "torchrun was killed: stopped" if stopped_by.orphaned() else "stopped by a signal"
-            self.log(f"{cause} after step {self.run.step} of {self.cfg.max_steps}: {again} goes on from here")
+            self.log.event("stopped", self.run.step, f"{cause} after step {self.run.step} of {self.cfg.max_steps}: "
+                           f"{again} goes on from here")
             return stopped_by.exit_code(self.control)
-        self.log(f"done: {self.run.step} steps in {self.clock.total() / 60:.1f} minutes. Look at them: python infer.py "
-                 f"{self.folder} VIDEO, and tensorboard --logdir {self.folder}")
+        self.log.event("done", self.run.step, f"done: {self.run.step} steps in {self.clock.total() / 60:.1f} minutes. "
+                       f"Look at them: python infer.py {self.folder} VIDEO, and tensorboard --logdir {self.folder}")
         return 0
 
 

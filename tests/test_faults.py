@@ -19,8 +19,8 @@ import config
 import data
 import model_vqvae
 import objective
-from conftest import (BATCH_NORM, CODES, FRAMES, ROOT, SERAENA, command, different, log_of, run, spoilt, state_of,
-                      write_clip)
+from conftest import (BATCH_NORM, CODES, FRAMES, ROOT, SERAENA, command, different, log_of, metrics_of, run, spoilt,
+                      state_of, write_clip)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and /proc as Linux has them")
 
@@ -267,6 +267,9 @@ def test_damaged_checkpoints_are_passed_over_and_lose_nothing_but_time(here):
     log = log_of(folder)
     assert log.count("warning: ") == 3 and log.count("; the one before it is used") == 3
     assert "step_00000001.pt at step 1" in log
+    steps = [(line["kind"], line["step"]) for line in metrics_of(folder) if line["kind"] in ("start", "train")]
+    assert steps == [("start", 0), ("train", 1), ("train", 2), ("train", 3), ("train", 4),
+                     ("start", 1), ("train", 2), ("train", 3), ("train", 4)]
     assert different(whole, state_of(folder, 4)) == []
     for path in folder.glob("step_*.pt"):
         path.write_bytes(b"")

@@ -420,8 +420,13 @@ def readers(written, command_lines, cache, clips, teacher):
               f"out_dir={runs}", "name=cached"]
     build = ["latent_cache", *(word.replace("NEW", "c") for word in command_lines["latent_cache"][""])]
 
+    metrics = [json.loads(line) for line in open(f"{runs}/a/metrics.jsonl")]
+
     def text(tree):
         return json.dumps(tree).encode()
+
+    def lines(tree):
+        return b"".join(text(part) + b"\n" for part in (tree if isinstance(tree, list) else [tree]))
 
     return [
         *((f"video, {suffix}", f"v/a.{suffix}", None, None, [*of_taehv, f"v/a.{suffix}"])
@@ -449,7 +454,7 @@ def readers(written, command_lines, cache, clips, teacher):
         ("settings of a run, train.py", "runs/taehv/config.json", config_tree, text,
          ["runs/taehv/config.json", "max_steps=3", f"out_dir={runs}"]),
         ("settings of a run, launch.py", "runs/a/config.json", config_tree, text, of_launch),
-        ("train.log, launch.py", "runs/a/train.log", None, None, of_launch),
+        ("metrics.jsonl, launch.py", "runs/a/metrics.jsonl", metrics, lines, of_launch),
         ("tasks", "tasks.json", json.loads((written / "tasks.json").read_text()), text, of_launch),
         ("cache, index", "cache/index.json", json.loads((written / "cache/index.json").read_text()), text, cached),
         ("cache, origins", "cache/shard_00000.json", json.loads((written / "cache/shard_00000.json").read_text()), text,

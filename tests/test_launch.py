@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 
 import launch
 import train
 from conftest import ROOT, mistake
+from logbook import Logbook
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 
@@ -285,16 +287,18 @@ def test_the_tasks_of_a_killed_launch_end_and_nobody_joins_their_folder_before(t
 NOT_SAVED = "not saved: [Errno 28] No space left on device; on disk: step 4 (runs/a)"
 
 
-@pytest.mark.parametrize("code, line, room, stopping, state, note, step", [
-    (1, NOT_SAVED, True, False, "failed", NOT_SAVED, 4),
-    (1, NOT_SAVED, True, True, "failed", NOT_SAVED, 4),
+@pytest.mark.parametrize("code, kind, room, stopping, state, note, step", [
+    (1, "not saved", True, False, "failed", NOT_SAVED, 4),
+    (1, "not saved", True, True, "failed", NOT_SAVED, 4),
     (1, "", False, False, "failed", "exit code 1, and its disk is full", 4),
     (1, "", False, True, "failed", "exit code 1, and its disk is full", 4),
-    (1, "", True, False, "failed", "exit code 1", "9"),
-    (1, "", True, True, "stopped", "", "9"),
-    (0, "done: 9 steps", False, False, "done", "", "9")], ids=str)
-def test_a_task_that_could_not_save_has_failed(code, line, room, stopping, state, note, step, tmp_path, monkeypatch):
-    """With the step that is on disk. On a full disk train.log may say nothing."""
+    (1, "", True, False, "failed", "exit code 1", 9),
+    (1, "", True, True, "stopped", "", 9),
+    (1, "stopped", True, False, "stopped", "", 9),
+    (0, "nothing to do", True, True, "done", "", 9),
+    (0, "done", False, False, "done", "", 9)], ids=str)
+def test_a_task_that_could_not_save_has_failed(code, kind, room, stopping, state, note, step, tmp_path, monkeypatch):
+    """With the step that is on disk. On a full disk metrics.jsonl may say nothing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "no_room", lambda folder: not room)
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [task("a", max_steps=9)]}))
@@ -303,8 +307,10 @@ def test_a_task_that_could_not_save_has_failed(code, line, room, stopping, state
     launch.start(one, ["0"], False, lambda task: [sys.executable, "-c", f"raise SystemExit({code})"])
     for name in ("step_00000004.pt", "step_00000002.pt", "best.pt"):
         (tmp_path / "runs" / "a" / name).touch()
-    stamp = "2026-01-02 03:04:05"
-    (tmp_path / "runs" / "a" / "train.log").write_text(f"{stamp} step 9: loss 1.0\n{stamp} {line}\n")
+    log = Logbook(one.folder, 0)
+    log.record("train", 9, loss=1.0)
+    if kind:
+        log.record(kind, 9, reason=NOT_SAVED.removeprefix("not saved: ") if kind == "not saved" else None)
     (tmp_path / "runs" / "a" / "config.json").write_text(
         json.dumps({**dataclasses.asdict(one.config), "variant": "taehv"}))
     assert one.process.wait(60) == code
@@ -341,27 +347,45 @@ def test_the_table_is_redrawn_on_a_terminal(tmp_path):
     assert "1 running, 1 queued; Ctrl-C saves and ends" in screens[0] and re.search(r"b +done", screens[-1])
 
 
-def test_train_log_is_read_in_pieces_and_whatever_it_holds(tmp_path, monkeypatch):
+def test_metrics_are_read_in_pieces_and_whatever_they_hold(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [task("a")]}))
     one = launch.read_tasks("tasks.json")[0]
     launch.follow(one)
     assert one.seen == {}
     os.makedirs(one.folder)
-    stamp, log = b"2026-01-02 03:04:05 ", tmp_path / "runs" / "a" / "train.log"
-    log.write_bytes(stamp + b"step 4: loss 0.04310, psnr 13.00 dB, gradient norm 1.000, 2.50 clips/s\n"
-                    + stamp + b"step 4: validation psnr 20.45 dB, ssim 0.5\n"
-                    + stamp + b"data, rank 0, oddity 1: step 9: loss 9.0: \xff\x00\n"
-                    + b"step 8: loss 1.0\n" + stamp + b"step x: loss 1.0\n" + stamp + b"step 5: lo")
+    path = tmp_path / "runs" / "a" / "metrics.jsonl"
+    odd = [b"\xff\x00", b"", b"null", b"8", b"[" * 100_000, b'{"step": 8, "kind": "train", "loss": 1.0',
+           b'{"step": 8, "loss": 1.0}', b'{"kind": "train", "loss": 1.0}', b'{"step": 8, "kind": ["train"]}']
+    odd += [b'{"step": %s, "kind": "done"}' % step for step in (b'"8"', b"true", b"8.5", b"NaN", b"-1", b"9" * 5000,
+                                                               b"1" + b"0" * 400, b"null", b"[]")]
+    odd += [b'{"step": 4, "kind": "train", "loss": %s}' % loss for loss in (b'"1.0"', b"true", b"NaN", b"1e999", b"[]",
+                                                                            b"{}", b"1" + b"0" * 400)]
+    odd += [b'{"step": 4, "kind": "\\u001b[2J", "loss": 1.0}', b'{"step": 4, "kind": "train", "loss": null} x']
+    path.write_bytes(b'{"step": 4, "kind": "train", "loss": 0.0431, "clips_per_second": 2.5}\n'
+                     b'{"step": 4, "kind": "val", "psnr": 20.449}\n' + b"\n".join(odd)
+                     + b'\n{"step": 5, "kind": "train", "lo')
     launch.follow(one)
-    assert one.seen == {"step": "4", "loss": "0.04310", "speed": "2.50", "psnr": "20.45"}
-    with log.open("ab") as file:
-        file.write(b"ss nan, gradient norm nan, 2.60 clips/s\n" + stamp + b"stopped by a signal after step 5 of 9\n")
+    assert one.seen == {"step": 4, "loss": "0.04310", "speed": "2.50", "psnr": "20.45"}
+    with path.open("ab") as file:
+        file.write(b'ss": null, "clips_per_second": 2e40}\n{"step": 5, "kind": "stopped"}\n')
     launch.follow(one)
-    assert one.seen == {"step": "5", "loss": "nan", "speed": "2.60", "psnr": "20.45", "ending": "stopped by a signal"}
-    log.write_bytes(b"x" * (3 << 20) + b"\n" + stamp + b"resumed from runs/a/step_00000007.pt at step 7\n")
+    assert one.seen == {"step": 5, "loss": "nan", "speed": "2e+40", "psnr": "20.45", "ending": "stopped"}
+    path.write_bytes(b"x" * (3 << 20) + b'\n{"step": 7, "kind": "resumed"}\n')
     launch.follow(one)
-    assert one.seen["step"] == "7", "a huge log: its end"
+    assert one.seen["step"] == 7, "a huge file: its end"
+    os.truncate(path, 1 << 40)  # a hole, without a line in it
+    tracemalloc.start()
+    launch.follow(one)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 23 and one.seen["step"] == 7
+    tracemalloc.stop()
+    path.unlink()
+    os.mkfifo(path)
+    launch.follow(one)
+    path.unlink()
+    path.write_bytes(b'{"step": 8, "kind": "not saved", "reason": "\\u001b[2J"}\n')
+    launch.follow(one)
+    assert one.seen["step"] == 8 and launch.one_line(one.seen["ending"]) == "not saved: \\x1b[2J", "read anew"
 
 
 # ---- mistakes: one line, exit code 2, nothing started ------------------------------------------------------------

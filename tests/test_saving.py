@@ -14,10 +14,11 @@ import pytest
 
 import checkpoint
 import data
+import launch
 import lock
 import saving
 import train
-from conftest import FRAMES, SERAENA, log_of, mistake, run, spoilt
+from conftest import FRAMES, SERAENA, log_of, metrics_of, mistake, run, spoilt
 from test_faults import run_state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and locks as Linux has them")
@@ -139,6 +140,9 @@ def test_a_run_that_could_not_save_says_so_however_it_ends(name, here, at, disk,
     log = log_of(folder)
     assert ("the checkpoint of step 4 could not be saved: [Errno 28] No space left on device; the run goes on; on disk:"
             f" step 2 ({folder})") in log
+    last, = [line for line in metrics_of(folder) if line["kind"] in launch.ENDINGS]
+    assert last == {"step": 6 if name == "its last step" else 5, "kind": "not saved", "reason": last["reason"]}
+    assert re.fullmatch(end, f"not saved: {last['reason']}") and metrics_of(folder)[-1] == last
     assert re.search(end + "\n$", log) and not re.search("done|goes on from here|run is saved", log)
     assert steps_in(folder) == [2] and not list(folder.glob("*.tmp"))
 
@@ -189,6 +193,8 @@ def test_a_folder_that_is_removed_is_made_and_locked_again(here, at, tmp_path):
     assert json.loads((folder / "config.json").read_text())["max_steps"] == 6
     log = log_of(folder)
     assert f"{folder} was removed, and with it what was saved; it is made again" in log and "done: 6 steps" in log
+    assert [(line["kind"], line["step"]) for line in metrics_of(folder)] == [
+        ("saved", 4), ("train", 5), ("train", 6), ("val", 6), ("saved", 6), ("done", 6)]
     assert str(os.getpid()) in holders[0] and not (folder / ".lock").exists()
     assert "TensorBoard's curves go on, in a new file; some before this step are missing" in log
 

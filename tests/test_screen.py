@@ -4,6 +4,7 @@ import ast
 import errno
 import glob
 import io
+import math
 import os
 import re
 import resource
@@ -18,10 +19,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import logbook
+import progress
 import report
 import screen
 import train
-from conftest import FRAMES, ROOT, log_of, state_of
+from conftest import FRAMES, ROOT, log_of, metrics_of, state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /dev/full as Linux has them")
 
@@ -190,6 +192,34 @@ def test_after_a_moment_of_full_disk_the_curves_go_on(tmp_path, capsys):
     assert len(told) == 2 and "go on, in a new file; some before this step are missing: [Errno 27]" in told[1]
     assert [line.split(":")[0] for line in told] == ["step 3", "step 8"]
     assert capsys.readouterr().err.count("cannot be written: [Errno 27] File too large; the run goes on") == 1
+
+
+def test_metrics_are_lines_of_json_and_go_on_after_a_moment_of_full_disk(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    log = logbook.Logbook(str(tmp_path), 0)
+    log.scalars(1, "train", loss=math.nan, psnr=-math.inf, ssim=0.5, missing=None)
+    log.event("not saved", 2, "not saved: r\udce4ume", reason="r\udce4ume\n", screen=False)
+    logbook.Logbook(str(tmp_path), 1).record("train", 3, loss=1.0)  # not the first rank
+    assert metrics_of(tmp_path) == [{"step": 1, "kind": "train", "loss": None, "psnr": None, "ssim": 0.5},
+                                    {"step": 2, "kind": "not saved", "reason": "r\udce4ume\n"}]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9, hard))
+    try:
+        for step in (3, 4):
+            log.record("train", step, loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.record("train", 5, loss=1.0)
+    with path.open("ab") as file:
+        file.write(b'{"step": 6, "ki')  # a machine that lost its power
+    logbook.Logbook(str(tmp_path), 0).record("start", 5)
+    found = [progress.parse(line) for line in path.read_bytes().splitlines()]
+    assert [line and line["step"] for line in found] == [1, 2, None, 5, None, 5]
+    assert capsys.readouterr().err.count("cannot be written: [Errno 27] File too large; the run goes on") == 1
+    path.unlink()
+    os.mkfifo(path)
+    logbook.Logbook(str(tmp_path), 0).record("start", 5)
+    assert "the run goes on" in capsys.readouterr().err, "a FIFO is not waited for"
 
 
 def test_a_clock_that_jumps_costs_no_curve_and_no_step(here, at, monkeypatch):

@@ -16,7 +16,7 @@ import data
 import objective
 import ranks
 import train
-from conftest import CODES, COMMON, FRAMES, ROOT, SERAENA, command, different, log_of, state_of
+from conftest import CODES, COMMON, FRAMES, ROOT, SERAENA, command, different, log_of, metrics_of, state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and terminals as Linux has them")
 
@@ -46,6 +46,12 @@ FAMILIES = {
 }
 
 
+def curves_of(metrics):
+    """What is measured in each line, without what depends on the machine."""
+    return [{name: value for name, value in line.items() if not re.search("second|memory|fps", name)}
+            for line in metrics if line["kind"] in ("train", "val")]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stopped_anywhere_a_run_goes_on_as_if_never_stopped(name, here, at):
     """SIGTERM in step 5 of 8: no multiple of anything, and in the middle of an epoch of four files."""
@@ -64,6 +70,11 @@ def test_stopped_anywhere_a_run_goes_on_as_if_never_stopped(name, here, at):
              for folder in (whole, parts)]
     assert lines[0] == lines[1] and [line.split(":")[0] for line in lines[0]] == ["step 3", "step 4", "step 6",
                                                                                   "step 8", "step 8"]
+    metrics = [metrics_of(folder) for folder in (whole, parts)]
+    assert [(line["kind"], line["step"]) for line in metrics[1]] == [
+        ("start", 0), ("val", 3), ("train", 4), ("saved", 4), ("saved", 5), ("stopped", 5), ("start", 5),
+        ("resumed", 5), ("val", 6), ("train", 8), ("val", 8), ("saved", 8), ("done", 8)]
+    assert curves_of(metrics[0]) == curves_of(metrics[1]) and len(curves_of(metrics[0])) == 5
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(parts))
