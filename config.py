@@ -512,7 +512,8 @@ def what_learns(config):
     """The Learns of a run."""
     decoder = config.train_decoder and config.model != "vq_latents"  # there it is frozen
     reached = decoder or config.train_encoder and config.decoder_input == "own"
-    pixels = reached and max(config.pixel_weight, config.perceptual_weight, config.seraena_weight) > 0
+    weights = (config.pixel_weight, config.perceptual_weight, config.seraena_weight)
+    pixels = reached and max(weights) > 0
     return Learns(config.train_encoder, decoder, pixels, config.train_encoder and config.encoder_weight > 0)
 
 

@@ -1,20 +1,31 @@
 """What training minimises.
 
 A term of the loss has a weight in config.py. One whose weight is 0 is not computed, nor is a half of the model that no
-term needs.
+term term needs. To add a term that compares pixels: its function in losses.py, its weight in config.py, a line in
+`pixel_terms`.
 """
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
+import losses
 from adversary import Adversary
 from config import ConfigError, parse_buckets, what_learns
 from evaluate import LATENT_FACTS
-from losses import PerceptualLoss, pixel_loss
 from quantize import Quantizer, quantizers
 from seraena import Seraena
 from watch import Figures
+
+
+def pixel_terms(cfg, device):
+    """The terms that compare the reconstruction with its target: {name: (weight, function that makes it)}. What is made
+    takes the two, N T 3 H W, the target in [0, 1], and returns a scalar."""
+    return {
+        "reconstruction_loss": (cfg.pixel_weight, lambda: functools.partial(losses.pixel_loss, cfg.pixel_loss)),
+        "perceptual_loss": (cfg.perceptual_weight, lambda: make_perceptual(cfg, device)),
+    }
 
 
 class Objective:
@@ -31,12 +42,12 @@ class Objective:
         learns, teacher = what_learns(cfg), bool(cfg.latent_cache)
         self.trains_decoder, self.pixels, self.latents = learns.decoder, learns.from_pixels, learns.from_latents
         self.runs_encoder = self.latents or self.pixels and cfg.decoder_input == "own"
-        weights = {"reconstruction_loss": cfg.pixel_weight, "perceptual_loss": cfg.perceptual_weight,
-                   "seraena_loss": cfg.seraena_weight} if self.pixels else {}
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        terms = pixel_terms(cfg, device)
+        weights = {**{name: weight for name, (weight, _) in terms.items()}, "seraena_loss": cfg.seraena_weight}
+        self.weights = {name: weight for name, weight in weights.items() if self.pixels and weight > 0}
         if self.latents:
             self.weights["encoder_loss"] = cfg.encoder_weight
-        self.perceptual = make_perceptual(cfg, device) if "perceptual_loss" in self.weights else None
+        self.pixel_terms = {name: make() for name, (_, make) in terms.items() if name in self.weights}
         self.seraena = make_seraena(cfg, model, device) if "seraena_loss" in self.weights else None
         self.adversary = make_adversary(cfg, model, device) if cfg.gan_weight > 0 and self.pixels else None
         self.quantizers = quantizers(model)
@@ -105,10 +116,8 @@ class Objective:
             else:
                 target = model.targets(video)
             values["squared_error"] = F.mse_loss(output.detach(), target)
-            if cfg.pixel_weight > 0:
-                values["reconstruction_loss"] = pixel_loss(cfg.pixel_loss, output, target)
-            if self.perceptual:
-                values["perceptual_loss"] = self.perceptual(output, target)
+            for name, term in self.pixel_terms.items():
+                values[name] = term(output, target)
             if self.seraena:
                 with self.autocast:
                     corrected = self.seraena.targets(target, output.detach(), source.detach().float(), share)
@@ -216,7 +225,7 @@ class Objective:
 
 def make_perceptual(cfg, device):
     try:
-        return PerceptualLoss(cfg.perceptual_net, cfg.perceptual_frames).to(device)
+        return losses.PerceptualLoss(cfg.perceptual_net, cfg.perceptual_frames).to(device)
     except ImportError:
         raise ConfigError(f"perceptual_weight={cfg.perceptual_weight} needs a package: pip install lpips, or set "
                           "perceptual_weight=0") from None
