@@ -1,7 +1,7 @@
 """What quality means: one code for the validation of a run and for the reconstructions of infer.py.
 
-To add a metric: its function in metrics.py and a row in `MEASURES`. Validation, TensorBoard, infer.py and its report
-then have it; judge.py and report.py say how it is shown.
+To add a metric: its function in metrics.py and a row in `MEASURES` there. Validation, TensorBoard, infer.py and its
+report then have it.
 """
 import time
 
@@ -10,26 +10,25 @@ import torch
 import metrics
 from config import ConfigError
 from device import synchronize
+from metrics import MEASURES, Measure
 
 TIMED_CLIPS = 3  # of a validation: encoded and decoded once more, for their speed
 LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
 
 
-# What is measured of each frame: {name: (function of reconstructions and originals N T 3 H W in [0, 1] -> N T, the
-# fewest pixels of height and width that it needs)}. Their means over all frames are what is reported.
-MEASURES = {"mse": (metrics.mse, 1),
-            "psnr": (lambda output, target: metrics.psnr(output, target).clamp(max=100), 1),
-            "ssim": (metrics.ssim, 11),
-            "detail": (lambda output, target: metrics.laplacian_variance(output), 1),
-            "original_detail": (lambda output, target: metrics.laplacian_variance(target), 1)}
+# What sharpness is made of: see `metrics.sharpness`.
+DETAILS = {"detail": Measure(lambda output, target: metrics.laplacian_variance(output), ""),
+           "original_detail": Measure(lambda output, target: metrics.laplacian_variance(target), "")}
 
 
 class Quality:
-    """Means over frames of the `MEASURES` (or of those named in `only`), and of LPIPS if its function is given. `fid`,
-    a metrics.FID that others may add to as well, or None, gets each `every`-th frame."""
+    """Means over frames of `metrics.MEASURES` and of sharpness (or of those named in `only`), and of LPIPS if its
+    function is given. `fid`, a metrics.FID that others may add to as well, or None, gets each `every`-th frame."""
 
-    def __init__(self, lpips=None, fid=None, every=1, only=MEASURES):
-        self.measures = {name: MEASURES[name] for name in only} | ({"lpips": (lpips, 32)} if lpips else {})
+    def __init__(self, lpips=None, fid=None, every=1, only=(*MEASURES, *DETAILS)):
+        measures = {**MEASURES, "lpips": MEASURES["lpips"]._replace(function=lpips), **DETAILS}
+        self.measures = {name: measure for name, measure in measures.items()
+                         if measure.function and name in (*only, "lpips")}
         self.fid, self.every, self.frames = fid, every, 0
         self.sums = torch.zeros(len(self.measures), 2, dtype=torch.float64)  # of each measure; and over how many frames
 
@@ -42,9 +41,9 @@ class Quality:
             if wanted:
                 self.fid.add(*(video.flatten(0, -4)[wanted] for video in (output, target)))
         self.frames += frames
-        for sums, (measure, least) in zip(self.sums, self.measures.values()):
-            if min(output.shape[-2:]) >= least:
-                sums += torch.tensor([measure(output, target).cpu().double().sum(), frames])
+        for sums, measure in zip(self.sums, self.measures.values()):
+            if min(output.shape[-2:]) >= measure.least:
+                sums += torch.tensor([measure.function(output, target).cpu().double().sum(), frames])
 
     def reduce(self, group=None):
         """{"mse": its mean over all ranks of `group`, or None where no frame was measured, ...}; "sharpness" in the
@@ -151,8 +150,10 @@ def load_judges(cfg, device):
 
 def describe_validation(result):
     sharpness = "-" if result["sharpness"] is None else f"{result['sharpness']:.3f}"
+    others = [name for name in (*MEASURES, "fid")
+              if name not in ("psnr", "ssim", "mse") and result.get(name) is not None]
     line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness {sharpness}"
-            + "".join(f", {name} {result[name]:.4g}" for name in ("lpips", "fid") if name in result)
+            + "".join(f", {name} {result[name]:.4g}" for name in others)
             + f" over {result['count']} frames")
     if "codebook_use" in result:
         line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "

@@ -148,7 +148,8 @@ def run(options):
         **({"teacher": f"{teacher.name} ({teacher.spec})"} if model and teacher else {}),
         **({"FID": f"{distance:.3f} (over {fid.count} frames)"} if fid else {}),
         **({"targets": report.in_words(options.targets)} if options.targets else {}),
-        created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets)
+        created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets,
+        {name: measure.heading for name, measure in metrics.MEASURES.items()})
     print(*judge.table(rows, options.targets), sep="\n")
     if options.targets:
         print(f"targets: {report.in_words(options.targets)}")

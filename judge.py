@@ -1,17 +1,19 @@
 """Targets of quality, as the command line names them, and the table for a terminal. Rows are those of
-`report.write_report`. Needs report.py.
+`report.write_report`. Needs report.py and metrics.py.
 """
 import math
 
+from metrics import MEASURES
 from report import AT_LEAST, summarize, verdict, versus
 
 TARGETS = "mse=0.005,psnr=25,ssim=0.85"
 
 # key, heading, width, format of the value; of its ratio to a teacher's for all but the PSNR, whose difference is shown
-COLUMNS = [("frames", "frames", 7, ".0f"), ("mse", "MSE", 9, ".5f"), ("psnr", "PSNR dB", 9, ".2f"),
-           ("ssim", "SSIM", 8, ".4f"), ("lpips", "LPIPS", 8, ".4f"), ("seconds", "seconds", 9, ".2f"),
-           ("encode_fps", "encode f/s", 11, ".1f"), ("decode_fps", "decode f/s", 11, ".1f"),
-           ("peak_memory_mb", "peak MB", 9, ".0f")]
+COLUMNS = [("frames", "frames", 7, ".0f"),
+           *((name, measure.heading, 2 + max(len(measure.heading), len(f"{0:{measure.style}}")), measure.style)
+             for name, measure in MEASURES.items()),
+           ("seconds", "seconds", 9, ".2f"), ("encode_fps", "encode f/s", 11, ".1f"),
+           ("decode_fps", "decode f/s", 11, ".1f"), ("peak_memory_mb", "peak MB", 9, ".0f")]
 
 
 def parse_targets(text):

@@ -6,6 +6,7 @@ This file works alone with torch; LPIPS needs losses.py beside it and the packag
 """
 import contextlib
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,21 @@ def laplacian_variance(images):
     middle = grey[..., 1:-1, 1:-1]
     around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
     return (around - 4 * middle).var((-2, -1), correction=0)
+
+
+class Measure(NamedTuple):
+    """What is measured of each frame, and how tables show its mean over all frames."""
+    function: object    # reconstructions and originals, N T 3 H W in [0, 1] -> N T; None for one that has to be loaded
+    heading: str
+    style: str = ".4f"  # format of the number
+    least: int = 1      # pixels of height and width that it needs; smaller frames are left out
+
+
+# Validation, TensorBoard, infer.py's table and its report have all of these. A frame without an error counts as 100 dB.
+MEASURES = {"mse": Measure(mse, "MSE", ".5f"),
+            "psnr": Measure(lambda output, target: psnr(output, target).clamp(max=100), "PSNR dB", ".2f"),
+            "ssim": Measure(ssim, "SSIM", least=11),
+            "lpips": Measure(None, "LPIPS", least=32)}  # `load_lpips`
 
 
 # What rounding to 8 bits makes by itself: an error of variance 1/12 of a level squared, times the Laplacian's 4^2 + 4.

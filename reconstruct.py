@@ -16,7 +16,7 @@ from codec import TOKENS, Codec, InputError, Spill, padded_length, to_uint8
 from compare import TeacherPass, compare_latents, teacher_row
 from evaluate import Quality
 from latent_file import LATENTS, LatentWriter
-from metrics import CodeStatistics
+from metrics import MEASURES, CodeStatistics
 from token_file import TokenWriter
 
 
@@ -187,7 +187,7 @@ def as_video(frame, device):
 
 def measured(quality):
     """A row's metrics, None for what was not measured, and "count"."""
-    return {**dict.fromkeys(("mse", "psnr", "ssim", "lpips")), **quality.reduce()}
+    return {**dict.fromkeys(MEASURES), **quality.reduce()}
 
 
 def draw_latents(name, latents, numbers, total, options):

@@ -453,7 +453,7 @@ def _section(number, row, clean):
     return text + "</div>"
 
 
-def write_report(out_dir, rows, info, targets=None):
+def write_report(out_dir, rows, info, targets=None, headings=None):
     """Writes out_dir/metrics.json and out_dir/summary_report.html (self-contained); returns the path of the latter.
 
     rows: one dict an input: name, source, frames, fps, height, width, latent_shape, metrics (psnr in dB, ssim, lpips,
@@ -462,7 +462,7 @@ def write_report(out_dir, rows, info, targets=None):
     None). An input that could not be read has name, source and failed (the reason) only. row["teacher"], if there,
     holds a teacher's metrics, times, memory and latent_error; the tables then show ours, the teacher's, and ours
     against it: the difference for PSNR, the ratio for the others. targets: as of `judge.parse_targets`; row["targets"]
-    is what `judge` says of a row.
+    is what `judge` says of a row. headings: {metric: heading} for metrics that `QUANTITIES` lacks.
     info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says
     why LPIPS is missing.
     metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values; targets, judged on
@@ -471,7 +471,7 @@ def write_report(out_dir, rows, info, targets=None):
     done = [row for row in rows if not row.get("failed")]
     teachers = [row["teacher"] for row in done if row.get("teacher")]
     others = sorted({key for row in done for key in row["metrics"]} - {key for key, *_ in QUANTITIES})
-    quantities = QUANTITIES[:4] + [(key, key, "", ".4g") for key in others] + QUANTITIES[4:]
+    quantities = QUANTITIES[:4] + [(key, (headings or {}).get(key, key), "", ".4g") for key in others] + QUANTITIES[4:]
     quantities = quantities if teachers else quantities[:-1]
     if not values(done + teachers, "lpips"):
         quantities = [quantity for quantity in quantities if quantity[0] != "lpips"]  # the note says why
