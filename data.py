@@ -113,8 +113,7 @@ def find_sources(data, data_root="", only_images=False):
         if not sources:
             raise DataError(f"data: no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}) under {data!r}")
         return sources
-    if data.lower().endswith((".json", ".csv")):
-        read = read_table if data.lower().endswith(".csv") else read_annotation
+    if read := LISTS.get(os.path.splitext(data)[1].lower()):
         root = data_root or os.path.dirname(data)
         return [Source(os.path.join(root, path), path) for path in read(data)]
     if not data.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):  # FFmpeg would render a text file as video
@@ -165,6 +164,10 @@ def read_table(path):
     if not paths or not all(p and "\0" not in p for p in paths):
         raise DataError(f"data: {path!r} must list at least one file, and have a file name in each row's \"path\"")
     return list(dict.fromkeys(paths))
+
+
+# What reads the lists of files: {suffix: function of the list's path that returns the paths in it}.
+LISTS = {".json": read_annotation, ".csv": read_table}
 
 
 def probe(sources, max_pixels=MAX_PIXELS, workers=8):
