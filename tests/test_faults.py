@@ -151,8 +151,9 @@ def test_the_ranks_of_a_killed_launcher_save_and_one_rank_goes_on_with_their_sam
     assert f"step_{step:08d}.pt at step {step}" in log_of(tmp_path / "orphans")
     orphans, whole = (state_of(tmp_path / name, step + 3) for name in ("orphans", "whole"))
     assert orphans["samples"] == whole["samples"] == 2 * (step + 3)
-    worst = max((orphans["model"][k] - whole["model"][k]).abs().max().item() for k in whole["model"])
-    assert worst < 1e-4, "the same samples in the same order"
+    apart = torch.cat([(orphans["model"][k] - whole["model"][k]).abs().flatten() for k in whole["model"]])
+    # The mean: AdamW makes a whole step of rounding noise where a gradient is next to nothing.
+    assert apart.mean() < 1e-6 and apart.max() < 1e-3, "the same samples in the same order"
 
 
 def test_an_error_of_one_rank_is_readable_and_ends_all_at_once(clips, tmp_path):
