@@ -1,7 +1,7 @@
 """What training minimises.
 
 A term of the loss has a weight in config.py. One whose weight is 0 is not computed, nor is a half of the model that no
-term term needs. To add a term that compares pixels: its function in losses.py, its weight in config.py, a line in
+term needs. To add a term that compares pixels: its function in losses.py, its weight in config.py, a line in
 `pixel_terms`.
 """
 import functools
