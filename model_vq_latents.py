@@ -44,8 +44,9 @@ class Rectifier(nn.Module):
 class VQLatents(nn.Module):
     """taehv: a dict of TAEHV's arguments; it is frozen, and its weights are to be loaded into `model.taehv`.
 
-    quantizer, n_embed, beta, **quantizer_options: as VQGAN has them. width, blocks: of the rectifier. `calibrate` comes
-    before any use: latents are quantized with zero mean and unit deviation. ValueError for what does not fit.
+    quantizer, n_embed (the number of codes), beta, **quantizer_options: as VQGAN has them. width, blocks: of the
+    rectifier. `calibrate` comes before any use: latents are quantized with zero mean and unit deviation. ValueError for
+    what does not fit.
     """
 
     def __init__(self, taehv=None, quantizer="ema", n_embed=4096, beta=0.25, width=64, blocks=2, **quantizer_options):

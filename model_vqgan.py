@@ -152,11 +152,11 @@ class VQGAN(nn.Module):
 
     ch, ch_mult, num_res_blocks: widths and depth of the levels, each half the size of the one before. attn_resolutions:
     at which sizes blocks attend, for frames of `resolution` pixels (other sizes work as well). z_channels, embed_dim:
-    channels before and behind the 1x1 convolution that leads to the quantizer. n_embed, beta: codes and the weight of
-    the commitment. quantizer: a key of quantize.QUANTIZERS; quantizer_options go to its class there: "rvq" needs
-    depth=..., "fsq" takes levels=... instead of n_embed and beta, and "optvq" gets eval_nearest=True unless told
-    otherwise (as published, a frame's codes would depend on the other frames of the batch). ValueError for what does
-    not fit.
+    channels before and behind the 1x1 convolution that leads to the quantizer. n_embed: number of codes, which the
+    models of model_vqvae.py call nb_entries and vocab_size. beta: weight of the commitment. quantizer: a key of
+    quantize.QUANTIZERS; quantizer_options go to its class there: "rvq" needs depth=..., "fsq" takes levels=... instead
+    of n_embed and beta, and "optvq" gets eval_nearest=True unless told otherwise (as published, a frame's codes would
+    depend on the other frames of the batch). ValueError for what does not fit.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256,

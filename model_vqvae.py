@@ -9,6 +9,11 @@ github.com/vvvm23/vqvae-2 (after Razavi et al. 2019), names and shapes of VqVae2
 github.com/zhangxuan1918/VqVaeVideo. What differs: videos are in [0, 1] (the networks see [-1, 1]; the second one was
 published for ImageNet's mean and deviation), and codebooks are those of quantize.py.
 
+The two classes have almost one name, and are two different networks: VQVAE2 (model=vqvae2) has several codebooks for
+each frame, VqVae2 (model=vqvae_video) has one codebook for a whole clip. Both keep the names under which they were
+published, and so do their arguments: the number of codes in a codebook is nb_entries in VQVAE2, vocab_size in VqVae2,
+and n_embed in VQGAN and quantize.py.
+
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are the quantized vectors, N T' C h w.
 """
 import math
@@ -227,10 +232,11 @@ class OtherCodeLayer(nn.Module):
 class VQVAE2(Tokenizer):
     """VQ-VAE-2: each frame becomes nb_levels maps of codes, level l + 1 smaller than level l by scaling_rates[l + 1].
 
-    hidden_channels, res_channels, nb_res_layers: width and depth. embed_dim, nb_entries: every level's codebook.
-    scaling_rates: powers of two; the first is the finest level's, in pixels. quantizer: "ema" (published), "vq" or
-    "optvq" (with eval_nearest=True unless told otherwise); quantizer_options go to its class in quantize.py. beta: the
-    weight of the commitment in vq_loss (published: 0.25, applied by the trainer; beta=1 gives the model's own number).
+    (VqVae2, below, is another network.) hidden_channels, res_channels, nb_res_layers: width and depth. embed_dim,
+    nb_entries: channels of a code and number of codes (elsewhere n_embed) in every level's codebook. scaling_rates:
+    powers of two; the first is the finest level's, in pixels. quantizer: "ema" (published), "vq" or "optvq" (with
+    eval_nearest=True unless told otherwise); quantizer_options go to its class in quantize.py. beta: the weight of the
+    commitment in vq_loss (published: 0.25, applied by the trainer; beta=1 gives the model's own number).
 
     Codes are listed coarse to fine. A latent holds the vectors of all levels, coarse to fine, each cut into the cells
     that one coarsest code covers (pixel_unshuffle), as channels. ValueError for settings that do not fit.
@@ -375,6 +381,7 @@ class ClipQuantizer(EMAQuantizer):
 class VqVae2(Tokenizer):
     """A clip of sequence_length frames becomes one map of codes, 2 ** (group_count - 1) times smaller than a frame.
 
+    (VQVAE2, above, is another network; vocab_size, the number of codes, is its nb_entries, and elsewhere n_embed.)
     group_count groups of n_blk_per_group residual blocks, of widths n_hid, 2 n_hid, ..., with max-pooling between; one
     convolution, grouped by channel, then folds the frames into n_init channels, for an EMA codebook of vocab_size codes
     (commitment_cost, decay, and quantizer_options as EMAQuantizer has them). The mirror image decodes. Defaults are the

@@ -472,6 +472,9 @@ class EMAQuantizer(TableQuantizer):
 class SinkhornQuantizer(StartingQuantizer):
     """OptVQ (Zhang et al. 2024, github.com/zbr17/OptVQ): codes by optimal transport between a batch and the codebook.
 
+    It is "optvq" in QUANTIZERS and "sinkhorn" as the kind of a ResidualQuantizer: one thing, after the paper and after
+    the algorithm (Sinkhorn's iterations) that solves the transport.
+
     state_dict: `embedding.weight` (n_embed, dim / num_head), `proj.weight`, `proj.bias`. A vector is cut into num_head
     pieces, all coded with the same (projected) codebook. normalize_mode: how distances become costs: "all" (zero mean,
     unit deviation), "dim" (over sqrt(dim)), "null". use_prob: draw codes from the plan, not its largest entries.
