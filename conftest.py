@@ -128,11 +128,12 @@ def mistake(capsys, monkeypatch, module, *arguments):
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """Weights of a TAEHV."""
+    from init_taehv import colours
     from model_taehv import TAEHV
 
     path = tmp_path_factory.mktemp("teacher") / "taehv.pth"
     torch.manual_seed(3)
-    torch.save(TAEHV().state_dict(), path)
+    torch.save(colours(TAEHV()).state_dict(), path)
     return str(path)
 
 

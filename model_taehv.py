@@ -11,7 +11,7 @@ results are those of github.com/madebyollin/taehv (taehv.py). What differs: one 
 alike, everything is channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four
 times less work there), and `targets()` says which input frames an output stands for. Nothing here looks for other
 files: what makes it quicker is attached from outside (`step_taehv.speed_up` for training, `fast_taehv.fast` for
-inference on a CPU).
+inference on a CPU), and `init_taehv.colours` gives fresh weights a better start than random ones.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
 """
@@ -207,15 +207,9 @@ def build_super_decoder(patch_size, latent_channels, growth, space, widths, acti
     return nn.Sequential(*layers, conv(widths[-1], 3 * patch_size ** 2))
 
 
-def init_weights(encoder, decoder, patch_size, frame_places, shift):
-    """Start as the autoencoder that keeps the mean colour of each cell in each frame.
-
-    All layers keep a signal's size (He et al. 2015; PyTorch's default shrinks it to a hundredth over the encoder), and
-    memory blocks begin by passing their input on. On top of that, for each frame of a group six channels carry colours
-    above and below mid-grey (ReLU keeps one sign each) through all layers, three latents hold twice the difference, and
-    the rest is random. With fewer than three latents for each frame, the group's first frame stands for all.
-    frame_places: places of the decoded frames in a group, each of which stands for the frame `shift` places before.
-    """
+def draw_weights(encoder, decoder, grey):
+    """Random weights with which all layers keep a signal's size (He et al. 2015; PyTorch's default shrinks it to a
+    hundredth over the encoder). Memory blocks begin by passing their input on, and pictures are around `grey`."""
     for blocks in (encoder, decoder):
         for layer, following in zip(blocks, [*blocks[1:], None]):
             block = isinstance(layer, MEMORY_BLOCKS)
@@ -227,87 +221,7 @@ def init_weights(encoder, decoder, patch_size, frame_places, shift):
                         nn.init.zeros_(module.bias)
             if block:
                 nn.init.zeros_(layer.conv[-1].weight)
-    nn.init.constant_(decoder[-1].bias, 0.5)  # mid-grey, as the published training notebook starts
-    if room_for_colours(encoder, decoder, 1, len(frame_places)):
-        with torch.no_grad():
-            carry_colours(encoder, decoder, patch_size ** 2, [place - shift for place in frame_places])
-
-
-def room_for_colours(encoder, decoder, frames, frames_out):
-    """Whether the layers can carry the colours of so many frames of a group, and give back `frames_out` frames. The
-    super decoder shuffles channels into pixels and the wide one's are in groups: these start from random weights."""
-    plain = isinstance(decoder[0], Clamp) and not any(isinstance(layer, WideMemBlock) for layer in decoder)
-    widths = [[layer.out_channels for layer in blocks[:-1] if isinstance(layer, nn.Conv2d)]
-              for blocks in (encoder, decoder)]
-    return (plain and 3 * frames <= max(3, encoder[-1].out_channels) and min(widths[0]) >= 6 * frames
-            and widths[1][0] >= 12 * frames - 6 and min(widths[1]) >= 6 * frames_out)
-
-
-def carry_colours(encoder, decoder, cell, places):
-    """The channels of `init_weights`; per frame six: red, green and blue above mid-grey, then the same below."""
-    own = torch.zeros(3, 3)
-    own[1, 1] = 1                              # a pixel alone
-    mean = F.pad(torch.full((2, 2), 0.25), (1, 0, 1, 0))
-    smooth = torch.tensor([0.1, 0.8, 0.1])     # 20.9 dB on four real videos; 20.6 for nearest, 20.3 for linear (0.25)
-    smooth = smooth[:, None] * smooth
-    pools = [layer for layer in encoder if isinstance(layer, TPool)]
-    group = math.prod(pool.stride for pool in pools)
-    frames = group if room_for_colours(encoder, decoder, group, len(places)) else 1
-
-    n = 6
-    for i in range(6):
-        sign, colour = 1 - i // 3 * 2, slice(i % 3 * cell, (i % 3 + 1) * cell)
-        encoder[0].weight[i] = 0
-        encoder[0].weight[i, colour, 1, 1], encoder[0].bias[i] = sign / cell, -0.5 * sign
-        decoder[-1].weight[:, i] = 0
-        decoder[-1].weight[colour, i, 1, 1] = sign
-    decoder[-1].weight[:, 6:] *= 0.1
-    for layer in encoder:
-        if isinstance(layer, TPool):
-            kept = layer.stride if frames > 1 else 1
-            pass_on(layer.conv, [k * layer.conv.out_channels + i for k in range(kept) for i in range(n)])
-            n *= kept
-        elif isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
-            pass_on(layer, range(n), mean)
-    encoder[-1].weight[:min(n // 2, encoder[-1].out_channels)] = 0
-    decoder[1].weight[:n] = 0
-    for i in range(n):
-        latent, sign = i // 6 * 3 + i % 3, 1 - i % 6 // 3 * 2
-        if latent < encoder[-1].out_channels:
-            encoder[-1].weight[latent, i, 1, 1], decoder[1].weight[i, latent, 1, 1] = 2 * sign, 0.5 * sign
-
-    # Frames of the latent before reach this one through the first memory block, all but its first: none wants that.
-    first, second, third = next(b for b in decoder if isinstance(b, MemBlock)).conv[::2]
-    pass_on(first, range(first.in_channels // 2 + 6, first.in_channels // 2 + n), own)
-    pass_on(second, range(n - 6), own)
-    decoder[1].weight[n:2 * n - 6] = 0
-    pass_on(third, range(n - 6), own, start=n)
-    starts = [0 if frames == 1 else 6 * p if p >= 0 else n + 6 * (frames + p - 1) for p in places]
-    channels = [start + i for start in starts for i in range(6)]
-    for layer in decoder:
-        if isinstance(layer, TGrow):
-            size = len(channels) // layer.stride  # the first half of the frames to come, then the second
-            for k in range(layer.stride):
-                pass_on(layer.conv, channels[k * size:(k + 1) * size], start=k * layer.conv.in_channels)
-            channels = range(size)
-        elif isinstance(layer, nn.Conv2d) and layer.bias is None:
-            pass_on(layer, channels, smooth)
-
-
-def move_range(first, last):
-    """Let fresh layers for pixels in [0, 1] see them in [-1, 1]: the same results but at the frames' edges."""
-    with torch.no_grad():
-        first.weight.mul_(0.5)
-        first.bias.add_(first.weight.sum((1, 2, 3)))
-        last.weight.mul_(2)
-        last.bias.mul_(2).sub_(1)
-
-
-def pass_on(layer, channels, kernel=1.0, start=0):
-    """Let a convolution's outputs from `start` on be these input channels, through `kernel`."""
-    rows = list(range(start, start + len(channels)))
-    layer.weight[rows] = 0
-    layer.weight[rows, list(channels)] = torch.as_tensor(kernel)
+    nn.init.constant_(decoder[-1].bias, grey)  # as the published training notebook starts
 
 
 def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
@@ -358,7 +272,7 @@ class TAEHV(nn.Module):
 
     variant: a row of VARIANTS, for fresh weights. Or the path of a weights file, here or as checkpoint_path (as in the
     published file): then the weights tell the arguments that are not given, as in `load_taehv`, and the model is in
-    eval mode. The published TAEHV() reads "taehv.pth"; without a path this one has fresh weights.
+    eval mode. The published TAEHV() reads "taehv.pth"; without a path this one has fresh random weights.
     The other arguments override what the variant or the file stands for: patch_size, latent_channels,
     encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
     decoder_space_upscale (three booleans), arch_variant (None, "super" or "wide": the decoder), encoder_widths and
@@ -429,15 +343,15 @@ class TAEHV(nn.Module):
         self.t_downscale, self.t_upscale = self.time_factor, math.prod(growth)  # the published names
         self.frames_to_trim = self.t_upscale - 1
         self.space_upscale = math.prod(space) * self.patch_size
-        # A preview decoder gives some frames of each latent; these are their places among its time_factor frames.
+        # A preview decoder gives some frames of each latent; these are their positions among its time_factor frames.
         full = growth if self.t_upscale == self.time_factor else row_growth
         if math.prod(full) != self.time_factor or any(g > f for g, f in zip(growth, full)):
             raise ValueError(f"the encoder joins {self.time_factor} frames into a latent, which decoder_time_upscale "
                              f"{growth} cannot undo: the strides must multiply to {self.time_factor}, or switch off "
                              f"some of {row_growth} for a preview")
-        self.frame_places = [0]
+        self.frame_positions = [0]
         for g, f in zip(growth, full):
-            self.frame_places = [p * f + k for p in self.frame_places for k in range(f - g, f)]
+            self.frame_positions = [p * f + k for p in self.frame_positions for k in range(f - g, f)]
         self.is_h3, self.is_cogvideox = variant == "taeh3", variant == "taecvx"
         self.encoder = build_encoder(self.patch_size, self.latent_channels, pooling, self.encoder_widths,
                                      self.activation)
@@ -458,16 +372,9 @@ class TAEHV(nn.Module):
             if value != default:
                 self.config[name] = value if isinstance(value, str) else list(value)
 
-    def fresh_weights(self, frames=1):
-        """New weights that begin as `init_weights` says, for clips of `frames` frames. That matters to CogVideoX alone:
-        an even number of latents is not trimmed, so that decoded frames stand for others than in an odd number. At
-        64 px, 16 frames begin at 17.7 dB, where weights for 17 frames give 15.9; 17 frames at 17.7, where weights for
-        16 give 17.1 (16 clips of four real videos)."""
-        untrimmed = self.is_h3 or self.is_cogvideox and self.latent_frames(frames) % 2 == 0
-        init_weights(self.encoder, self.decoder, self.patch_size, self.frame_places,
-                     shift=0 if untrimmed else self.time_factor - 1)
-        if self.output_range == (-1, 1):
-            move_range(self.encoder[0], self.decoder[-1])
+    def fresh_weights(self):
+        """Draw new random weights (`draw_weights`); init_taehv.py makes a better start of them."""
+        draw_weights(self.encoder, self.decoder, grey=0.5 if self.output_range == (0, 1) else 0.0)
 
     # ---- frame counts and alignment: here, and nowhere else -------------------------------------------------------
 
@@ -489,11 +396,11 @@ class TAEHV(nn.Module):
         `latents`: how many latents are decoded; None: as many as `encode` makes of `frames` frames.
         """
         latents = latents or self.latent_frames(frames)
-        places = [self.time_factor * k + p for k in range(latents) for p in self.frame_places]
+        places = [self.time_factor * k + p for k in range(latents) for p in self.frame_positions]
         if self.is_h3:
             chunk = H3_LATENTS * self.time_factor  # 3 blank frames and 17 of the clip
             places = [self.time_factor * k + p for k in range(-(-latents // H3_LATENTS) * H3_LATENTS)
-                      for p in self.frame_places]
+                      for p in self.frame_positions]
             size = H3_LATENTS * self.t_upscale
             kept = [p for i, p in enumerate(places) if i % size >= self.frames_to_trim]
             kept = kept[:len(kept) - H3_DROPPED * self.t_upscale]

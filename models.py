@@ -20,6 +20,7 @@ from torch.nn.modules import module as registration
 import fast_dcae
 import fast_taehv
 import fast_vqgan
+import init_taehv
 import model_vqgan
 from checkpoint import MISSHAPEN, CheckpointError, check_finite, first_line, newest_checkpoint, read
 from config import ConfigError, check_net, load_config, may_be_large, parse_buckets, tuples
@@ -132,9 +133,11 @@ def make_model(cfg, buckets):
     model = make_fresh_model(cfg, buckets)
     if not cfg.init_from:
         if cfg.init == "pytorch":
-            pytorch_weights(model)
-        elif cfg.variant == "taecvx" and cfg.model == "taehv":
-            model.fresh_weights(buckets[0].frames)
+            init_taehv.pytorch_weights(model)
+        elif cfg.model == "taehv":
+            if cfg.variant == "taecvx":
+                model.fresh_weights()  # a second time, as it has always been: the same seed gives the same run
+            init_taehv.colours(model, buckets[0].frames)
         return model, "from scratch"
     target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
     given, own = source.state_dict(), target.state_dict()
@@ -211,14 +214,6 @@ def problem_of(arguments):
     except ConfigError as error:
         return str(error)
     return ""
-
-
-def pytorch_weights(model):
-    """Start as the published training notebook does: PyTorch's own random weights, mid-grey at the end."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.reset_parameters()
-    torch.nn.init.constant_(model.decoder[-1].bias, 0.5)
 
 
 # ---- from files --------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ import train
 from bench import published
 from conftest import NEEDS, ROOT, mistake, write_clip
 from golden.fill import fill_, make_input
+from init_taehv import colours
 from losses import PIXEL_LOSSES, pixel_loss
 from model_taehv import TAEHV, VARIANTS, load_taehv, recognise
 
@@ -115,8 +116,8 @@ def test_stream_gives_the_whole_clip_however_it_is_cut(name, frames):
 
 
 def test_targets_are_the_frames_that_outputs_reveal():
-    """Fresh weights keep the mean colour of each frame: so outputs show which frame they stand for."""
-    model = TAEHV().eval()
+    """Weights that start from colours keep the mean colour of each frame: so outputs show which frame they stand for."""
+    model = colours(TAEHV()).eval()
     with torch.no_grad():
         model.decoder[-1].weight[:, 6:] = 0  # the random channels
         clip = (0.1 + torch.arange(12) / 15).view(1, 12, 1, 1, 1).expand(1, 12, 3, 24, 24)

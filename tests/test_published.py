@@ -23,6 +23,7 @@ import train
 from conftest import ROOT, mistake
 from fast_taehv import fast
 from golden.fill import fill_, make_input
+from init_taehv import colours
 from model_taehv import PUBLISHED, RELATIVES, TAEHV, StreamingTAEHV, load_taehv, recognise
 
 # ---- relatives: one clip, retyped from the published files, straight from the weights -----------------------------
@@ -161,7 +162,9 @@ def test_widths_are_read_off_the_weights(tmp_path):
     dict(activation="leaky_relu", output_range=[-1, 1], decoder_widths=[48, 40, 24, 24])])
 def test_fresh_weights_start_from_colours_all_the_same(changes):
     torch.manual_seed(0)
-    model, video = TAEHV(**changes).eval(), torch.rand(1, 12, 3, 4, 4)
+    model, video, drawn = TAEHV(**changes).eval(), torch.rand(1, 12, 3, 4, 4), torch.get_rng_state()
+    colours(model)
+    assert torch.equal(torch.get_rng_state(), drawn), "what a run draws later is the same with any start"
     video = F.interpolate(video[0], scale_factor=8, mode="nearest")[None]
     with torch.no_grad():
         error = (model(video)[0] - model.targets(video)).square().mean()

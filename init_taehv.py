@@ -1,0 +1,129 @@
+"""How the weights of a fresh TAEHV start.
+
+    model = colours(TAEHV(), frames=12)    # as the autoencoder that keeps the mean colour of each cell in each frame
+    model = pytorch_weights(TAEHV())       # as the published training notebook
+
+`colours` works on the random weights that a TAEHV has (model_taehv.draw_weights), and draws none of its own. This file
+needs torch and model_taehv.py beside it.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model_taehv import Clamp, MemBlock, TGrow, TPool, WideMemBlock
+
+
+@torch.no_grad()
+def colours(model, frames=1):
+    """Let a fresh TAEHV start as the autoencoder that keeps the mean colour of each cell in each frame. Returns it.
+
+    For each frame of a group, six channels carry colours above and below mid-grey (ReLU keeps one sign each) through
+    all layers, and three latents hold twice the difference. All other weights stay random. With fewer than three
+    latents for each frame, the group's first frame stands for all.
+
+    frames: the length of the clips. It matters to CogVideoX alone: an even number of latents is not trimmed, so that
+    decoded frames stand for others than in an odd number. At 64 px, 16 frames begin at 17.7 dB, where weights for 17
+    frames give 15.9; 17 frames at 17.7, where weights for 16 give 17.1 (16 clips of four real videos).
+    """
+    encoder, decoder, positions = model.encoder, model.decoder, model.frame_positions
+    trimmed = not (model.is_h3 or model.is_cogvideox and model.latent_frames(frames) % 2 == 0)
+    shift = model.time_factor - 1 if trimmed else 0  # a decoded frame stands for the one so many frames before it
+    if room_for_colours(encoder, decoder, 1, len(positions)):
+        carry_colours(encoder, decoder, model.patch_size ** 2, [position - shift for position in positions])
+    if model.output_range == (-1, 1):
+        move_range(encoder[0], decoder[-1])
+    return model
+
+
+def pytorch_weights(model):
+    """Let a TAEHV start as the published training notebook does: with PyTorch's own random weights, mid-grey at the
+    end. Returns it."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    nn.init.constant_(model.decoder[-1].bias, 0.5)
+    return model
+
+
+# ---- the channels of colours -------------------------------------------------------------------------------------
+
+
+def room_for_colours(encoder, decoder, frames, frames_out):
+    """Whether the layers can carry the colours of `frames` frames of a group, and give back `frames_out` frames. The
+    super decoder shuffles channels into pixels and the wide one's are in groups: both keep their random weights."""
+    plain = isinstance(decoder[0], Clamp) and not any(isinstance(layer, WideMemBlock) for layer in decoder)
+    widths = [[layer.out_channels for layer in blocks[:-1] if isinstance(layer, nn.Conv2d)]
+              for blocks in (encoder, decoder)]
+    return (plain and 3 * frames <= max(3, encoder[-1].out_channels) and min(widths[0]) >= 6 * frames
+            and widths[1][0] >= 12 * frames - 6 and min(widths[1]) >= 6 * frames_out)
+
+
+def carry_colours(encoder, decoder, cell, sources):
+    """Let the layers carry colours, six channels for each frame: red, green and blue above mid-grey, then the same
+    below it. cell: the pixels that `patch_size` folds into channels. sources: for each decoded frame of a group, the
+    frame that it stands for, counted from the group's first (negative: from the group before)."""
+    own = torch.zeros(3, 3)
+    own[1, 1] = 1                              # a pixel alone
+    mean = F.pad(torch.full((2, 2), 0.25), (1, 0, 1, 0))
+    smooth = torch.tensor([0.1, 0.8, 0.1])     # 20.9 dB on four real videos; 20.6 for nearest, 20.3 for linear (0.25)
+    smooth = smooth[:, None] * smooth
+    pools = [layer for layer in encoder if isinstance(layer, TPool)]
+    group = math.prod(pool.stride for pool in pools)
+    frames = group if room_for_colours(encoder, decoder, group, len(sources)) else 1
+
+    n = 6
+    for i in range(6):
+        sign, colour = 1 - i // 3 * 2, slice(i % 3 * cell, (i % 3 + 1) * cell)
+        encoder[0].weight[i] = 0
+        encoder[0].weight[i, colour, 1, 1], encoder[0].bias[i] = sign / cell, -0.5 * sign
+        decoder[-1].weight[:, i] = 0
+        decoder[-1].weight[colour, i, 1, 1] = sign
+    decoder[-1].weight[:, 6:] *= 0.1
+    for layer in encoder:
+        if isinstance(layer, TPool):
+            kept = layer.stride if frames > 1 else 1
+            pass_on(layer.conv, [k * layer.conv.out_channels + i for k in range(kept) for i in range(n)])
+            n *= kept
+        elif isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
+            pass_on(layer, range(n), mean)
+    encoder[-1].weight[:min(n // 2, encoder[-1].out_channels)] = 0
+    decoder[1].weight[:n] = 0
+    for i in range(n):
+        latent, sign = i // 6 * 3 + i % 3, 1 - i % 6 // 3 * 2
+        if latent < encoder[-1].out_channels:
+            encoder[-1].weight[latent, i, 1, 1], decoder[1].weight[i, latent, 1, 1] = 2 * sign, 0.5 * sign
+
+    # Some decoded frames stand for frames of the latent before: the first memory block passes these on. The first frame
+    # of that latent is left out, for no decoded frame stands for it.
+    first, second, third = next(b for b in decoder if isinstance(b, MemBlock)).conv[::2]
+    pass_on(first, range(first.in_channels // 2 + 6, first.in_channels // 2 + n), own)
+    pass_on(second, range(n - 6), own)
+    decoder[1].weight[n:2 * n - 6] = 0
+    pass_on(third, range(n - 6), own, start=n)
+    starts = [0 if frames == 1 else 6 * s if s >= 0 else n + 6 * (frames + s - 1) for s in sources]
+    channels = [start + i for start in starts for i in range(6)]
+    for layer in decoder:
+        if isinstance(layer, TGrow):
+            size = len(channels) // layer.stride  # the first half of the frames to come, then the second
+            for k in range(layer.stride):
+                pass_on(layer.conv, channels[k * size:(k + 1) * size], start=k * layer.conv.in_channels)
+            channels = range(size)
+        elif isinstance(layer, nn.Conv2d) and layer.bias is None:
+            pass_on(layer, channels, smooth)
+
+
+def move_range(first, last):
+    """Let layers that carry colours of pixels in [0, 1] see them in [-1, 1]: the same results but at the frames'
+    edges. (The last bias is mid-grey in either range.)"""
+    first.weight.mul_(0.5)
+    first.bias.add_(first.weight.sum((1, 2, 3)))
+    last.weight.mul_(2)
+
+
+def pass_on(layer, channels, kernel=1.0, start=0):
+    """Let a convolution's outputs from `start` on be these input channels, through `kernel`."""
+    rows = list(range(start, start + len(channels)))
+    layer.weight[rows] = 0
+    layer.weight[rows, list(channels)] = torch.as_tensor(kernel)
