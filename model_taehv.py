@@ -14,6 +14,8 @@ files: what makes it quicker is attached from outside (`step_taehv.speed_up` for
 inference on a CPU), and `init_taehv.colours` gives fresh weights a better start than random ones.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
+
+In this order: the variants, the blocks, the model, streaming, what the model's arguments come to, loading.
 """
 import contextlib
 import difflib
@@ -22,6 +24,7 @@ import http.client
 import math
 import os
 import socket
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -49,53 +52,19 @@ VARIANTS = {
 ENCODER_WIDTHS = (64, 64, 64, 64)
 DECODER_WIDTHS = {None: (256, 128, 64, 64), "super": (512, 256, 128, 64), "wide": (1024, 512, 256, 64)}
 
-# What shapes do not tell of LightX2V's weights (github.com/ModelTC/LightX2V: tae.py, vae_tiny.py, lighttae_hy15.py):
-# the activation, the range of the pixels, and the mean and deviation of the big VAE's own latents. They were trained on
-# these latents, the others of the family on what the diffusion model consumes, (own - mean) / deviation. ComfyUI takes
-# lighttaehy1_5's latents times 1.03682, its authors the diffusion model's divided by it: so does this file.
-RELATIVES = {
-    "lighttaew2_1": dict(
-        mean=[-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-              0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-        deviation=[2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-                   3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]),
-    "lighttaew2_2": dict(
-        mean=[-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-              0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-              -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-              -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
-        deviation=[0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-                   0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-                   0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-                   0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]),
-    "lighttaehy1_5": dict(activation="leaky_relu", output_range=(-1, 1),
-                          mean=[0.0] * 32, deviation=[1 / 1.03682] * 32),
-}
-
-# Published weights: name.pth at github.com/madebyollin/taehv, and the id that git gives to its contents (`blob_id`).
-# TAEHV_URL, an environment variable, names another place that holds the same files.
-URL = "https://raw.githubusercontent.com/madebyollin/taehv/1f14a568f24bf8811e0a0ac601613e04fc1581e8"
-WIDE_URL = "https://raw.githubusercontent.com/madebyollin/taehv/32ac0146b11007cda5a57b60a3b35653361fb8a4"
-PUBLISHED = {
-    "taehv":          "e1409542548a72fe9259cc6dc92f0504555616c4",
-    "taew2_1":        "d6ffa27358914606153bbb790bd1da1c5cf822fd",
-    "taeos1_3":       "932cae63cf7c1f0cbfb37a35cce233e154dd044b",
-    "taecvx":         "faf18249d011f1188d28ac3dbcca7d91316baef2",
-    "taew2_2":        "4b51ee2578346051cb091d6280213927b9403d61",
-    "taew2_2_super":  "88641133a999bd6a9f4aa17a41d2bc9b6241d077",
-    "taehv1_5":       "73960d2af787dd8e05c9e1df93da27dc0c32deb3",
-    "taehv1_5_super": "b69a23b4db996fe47ca75371a0f840b5def1ce83",
-    "taeltx_2":       "415c1d34395097beed07efe5b3b9432771b02d70",
-    "taeltx2_3":      "d1b7ab9b7e106aed3b1ca907dc3ec02ef8e61005",
-    "taeltx2_3_wide": "1da8954033693369aa34de1840dc0fad00fe7d46",
-    "taeh3":          "8c459d15868be182ca52f95c82410767e06ef510",
-}
-
 H3_FRAMES, H3_LATENTS, H3_DROPPED = 17, 5, 3  # per chunk; the last three latents of a clip are dropped
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------
 
 
 def conv(n_in, n_out, **kwargs):
     return nn.Conv2d(n_in, n_out, 3, padding=1, **kwargs)
+
+
+def activate(name):
+    """The activation of that name: "relu", or "leaky_relu" with slope 0.2."""
+    return nn.LeakyReLU(0.2, inplace=True) if name == "leaky_relu" else nn.ReLU(inplace=True)
 
 
 class Clamp(nn.Module):
@@ -103,11 +72,6 @@ class Clamp(nn.Module):
 
     def forward(self, x):
         return torch.tanh(x / 3) * 3
-
-
-def activate(name):
-    """The activation of that name: "relu", or "leaky_relu" with slope 0.2."""
-    return nn.LeakyReLU(0.2, inplace=True) if name == "leaky_relu" else nn.ReLU(inplace=True)
 
 
 class MemBlock(nn.Module):
@@ -183,6 +147,9 @@ class TGrow(nn.Module):
         return x.permute(0, 3, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)  # the channels-last layout
 
 
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+
 def build_encoder(patch_size, latent_channels, pooling, widths, activation):
     layers = [conv(3 * patch_size ** 2, widths[0]), activate(activation)]
     for n_in, n_out, stride in zip(widths, widths[1:], pooling):
@@ -207,21 +174,238 @@ def build_super_decoder(patch_size, latent_channels, growth, space, widths, acti
     return nn.Sequential(*layers, conv(widths[-1], 3 * patch_size ** 2))
 
 
-def draw_weights(encoder, decoder, grey):
-    """Random weights with which all layers keep a signal's size (He et al. 2015; PyTorch's default shrinks it to a
-    hundredth over the encoder). Memory blocks begin by passing their input on, and pictures are around `grey`."""
-    for blocks in (encoder, decoder):
-        for layer, following in zip(blocks, [*blocks[1:], None]):
-            block = isinstance(layer, MEMORY_BLOCKS)
-            for module in layer.modules():
-                if isinstance(module, nn.Conv2d):
-                    gain = 2 if block or isinstance(following, (nn.ReLU, nn.LeakyReLU)) else 1
-                    nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-            if block:
-                nn.init.zeros_(layer.conv[-1].weight)
-    nn.init.constant_(decoder[-1].bias, grey)  # as the published training notebook starts
+class TAEHV(nn.Module):
+    """One autoencoder of the family.
+
+    variant: a row of VARIANTS, for fresh weights. Or the path of a weights file, here or as checkpoint_path (as in the
+    published file): then the weights tell the arguments that are not given, as in `load_taehv`, and the model is in
+    eval mode. The published TAEHV() reads "taehv.pth"; without a path this one has fresh random weights.
+    The other arguments override what the variant or the file stands for: patch_size, latent_channels,
+    encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
+    decoder_space_upscale (three booleans), arch_variant (None, "super" or "wide": the decoder), encoder_widths and
+    decoder_widths (four channel counts each, from the first layer to the last), activation ("relu", or "leaky_relu"
+    with slope 0.2), output_range ((0, 1) or (-1, 1): the pixels that the layers see; video is in [0, 1] outside).
+    Upscaling that is switched off in the decoder alone makes a cheaper preview of the same latents. ValueError for a
+    combination that makes no sense.
+    """
+
+    def __init__(self, variant=None, patch_size=None, latent_channels=None, encoder_time_downscale=None,
+                 decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None, encoder_widths=None,
+                 decoder_widths=None, activation=None, output_range=None, checkpoint_path=None):
+        given = dict(patch_size=patch_size, latent_channels=latent_channels, arch_variant=arch_variant,
+                     encoder_time_downscale=encoder_time_downscale, decoder_time_upscale=decoder_time_upscale,
+                     decoder_space_upscale=decoder_space_upscale, encoder_widths=encoder_widths,
+                     decoder_widths=decoder_widths, activation=activation, output_range=output_range)
+        path_first = isinstance(variant, (str, os.PathLike)) and variant not in VARIANTS and os.path.isfile(variant)
+        if checkpoint_path is None and path_first:
+            checkpoint_path, variant = variant, None
+        if checkpoint_path is not None:
+            path = find_weights(checkpoint_path)
+            state_dict = read_weights(path)
+            found = arguments_of(state_dict, path, variant)
+            TAEHV.__init__(self, **{**found, **{name: value for name, value in given.items() if value is not None}})
+            put_weights(self, state_dict, path)
+            self.eval()
+            return
+        super().__init__()
+        shape = settle(variant or "taehv", **given)
+        self.variant, self.patch_size, self.latent_channels = shape.variant, shape.patch_size, shape.latent_channels
+        self.arch_variant, self.activation, self.output_range = shape.arch_variant, shape.activation, shape.output_range
+        self.encoder_widths, self.decoder_widths = shape.encoder_widths, shape.decoder_widths
+        self.frame_positions, self.image_channels = shape.frame_positions, 3
+        self.time_factor, self.space_factor = math.prod(shape.pooling), 8 * self.patch_size
+        self.t_downscale, self.t_upscale = self.time_factor, math.prod(shape.growth)  # the published names
+        self.frames_to_trim = self.t_upscale - 1
+        self.space_upscale = math.prod(shape.space) * self.patch_size
+        self.is_h3, self.is_cogvideox = self.variant == "taeh3", self.variant == "taecvx"
+        for name, values in (("latents_mean", shape.mean), ("latents_std", shape.deviation)):
+            values = values and torch.tensor(values).view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)  # the state_dict stays the published one
+        self.encoder = build_encoder(self.patch_size, self.latent_channels, shape.pooling, self.encoder_widths,
+                                     self.activation)
+        decoder = (self.patch_size, self.latent_channels, shape.growth, shape.space, self.decoder_widths,
+                   self.activation)
+        self.decoder = (build_super_decoder(*decoder) if self.arch_variant == "super"
+                        else build_decoder(*decoder, wide=self.arch_variant == "wide"))
+        self.fresh_weights()
+        self.gradient_checkpointing = False
+        self.run_with_gradients = None  # what `step_taehv.speed_up` puts in the place of `run_blocks` for training
+        self.config = config_of(shape)
+
+    def forward(self, video):
+        """Returns (reconstruction N T' 3 H W, {"latents": ...}); compare it with `targets(video)`."""
+        latents = self.encode(video)
+        return self.decode(latents), {"latents": latents}
+
+    def encode(self, video):
+        """Video N T 3 H W in [0, 1] -> latents N T' C H/s W/s. ValueError if H or W is no multiple of s."""
+        if video.ndim != 5 or video.shape[2] != 3:
+            raise ValueError(f"expected video as N T 3 H W, got shape {tuple(video.shape)}")
+        if any(size % self.space_factor for size in video.shape[-2:]):
+            raise ValueError(f"height and width must be multiples of {self.space_factor}, got "
+                             f"{video.shape[-2]}x{video.shape[-1]}: crop, or pad with torch.nn.functional.pad")
+        return self._encode(video)
+
+    def decode(self, latents):
+        """Latents N T C h w -> video N T' 3 s*h s*w, clamped to [0, 1] except in training mode."""
+        if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
+            raise ValueError(f"expected latents as N T {self.latent_channels} H W, got shape {tuple(latents.shape)}")
+        video = self._decode(latents)
+        return video if self.training else video.clamp(0, 1)
+
+    def _encode(self, video, progress=None):
+        n, frames = video.shape[:2]
+        if frames == 0:
+            raise ValueError("a clip of 0 frames cannot be encoded")
+        chunk = H3_FRAMES if self.is_h3 else self.time_factor
+        if frames % chunk:  # pad with the last frame
+            video = torch.cat([video, video[:, -1:].expand(-1, -frames % chunk, -1, -1, -1)], 1)
+        if self.is_h3:  # every chunk is a clip of its own, led by three black frames
+            lead = H3_LATENTS * self.time_factor - H3_FRAMES
+            video = F.pad(video.unflatten(1, (-1, chunk)).flatten(0, 1), (0, 0, 0, 0, 0, 0, lead, 0))
+        latents = self._normalised(self._run(self.encoder, self._unshuffle(video), progress=progress))
+        if self.is_h3:
+            latents = latents.unflatten(0, (n, -1)).flatten(1, 2)[:, :-H3_DROPPED]
+        return latents
+
+    def _decode(self, latents, progress=None):
+        video = self._run(self.decoder, self._own(latents), progress=progress)
+        if self.is_h3:
+            size = H3_LATENTS * self.t_upscale
+            video = F.pad(video, (0, 0, 0, 0, 0, 0, 0, -video.shape[1] % size))
+            video = video.unflatten(1, (-1, size))[:, :, self.frames_to_trim:].flatten(1, 2)
+            video = video[:, :video.shape[1] - H3_DROPPED * self.t_upscale]
+        elif not (self.is_cogvideox and latents.shape[1] % 2 == 0):
+            video = video[:, self.frames_to_trim:]
+        return self._shuffle(video)
+
+    def _run(self, blocks, x, memory=None, progress=None):
+        if self.run_with_gradients and torch.is_grad_enabled() and memory is None and progress is None:
+            return self.run_with_gradients(blocks, x, self.gradient_checkpointing)
+        return run_blocks(blocks, x, memory, self.gradient_checkpointing and torch.is_grad_enabled(), progress)
+
+    def _frames(self, blocks, x, memory):
+        """What `_run` gives, frame by frame."""
+        yield from self._run(blocks, x, memory).split(1, 1)
+
+    # The borders of the layers: pixels in [0, 1] to what the encoder takes, and from what the decoder gives; latents as
+    # the encoder gives and the decoder takes them, and as the diffusion model has them.
+
+    def _unshuffle(self, video):
+        video = video * 2 - 1 if self.output_range == (-1, 1) else video
+        return F.pixel_unshuffle(video, self.patch_size) if self.patch_size > 1 else video
+
+    def _shuffle(self, video):
+        video = F.pixel_shuffle(video, self.patch_size) if self.patch_size > 1 else video
+        return (video + 1) / 2 if self.output_range == (-1, 1) else video
+
+    def _normalised(self, latents):
+        return latents if self.latents_std is None else (latents - self.latents_mean) / self.latents_std
+
+    def _own(self, latents):
+        return latents if self.latents_std is None else latents * self.latents_std + self.latents_mean
+
+    def fresh_weights(self):
+        """Draw new random weights (`draw_weights`); init_taehv.py makes a better start of them."""
+        draw_weights(self.encoder, self.decoder, grey=0.5 if self.output_range == (0, 1) else 0.0)
+
+    # ---- frame counts and alignment: here, and nowhere else --------------------------------------------------------
+
+    def check_frames(self, frames):
+        """ValueError if the big VAE of these latents does not take clips of `frames` frames."""
+        if self.is_cogvideox:
+            check_cogvideox_frames(frames)
+
+    def latent_frames(self, frames):
+        """How many latents `frames` input frames give."""
+        if self.is_h3:
+            return H3_LATENTS * math.ceil(frames / H3_FRAMES) - H3_DROPPED
+        return math.ceil(frames / self.time_factor)
+
+    def frame_index(self, frames, latents=None):
+        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for.
+
+        Numbers past the clip's end (H3 and CogVideoX give such frames) stand for repetitions of its last frame.
+        `latents`: how many latents are decoded; None: as many as `encode` makes of `frames` frames.
+        """
+        latents = latents or self.latent_frames(frames)
+        positions = [self.time_factor * k + p for k in range(latents) for p in self.frame_positions]
+        if self.is_h3:
+            chunk = H3_LATENTS * self.time_factor  # 3 blank frames and 17 of the clip
+            positions = [self.time_factor * k + p for k in range(-(-latents // H3_LATENTS) * H3_LATENTS)
+                         for p in self.frame_positions]
+            size = H3_LATENTS * self.t_upscale
+            kept = [p for i, p in enumerate(positions) if i % size >= self.frames_to_trim]
+            kept = kept[:len(kept) - H3_DROPPED * self.t_upscale]
+            return [p // chunk * H3_FRAMES + p % chunk - (chunk - H3_FRAMES) for p in kept]
+        if self.is_cogvideox and latents % 2 == 0:
+            return positions
+        return [p - (self.time_factor - 1) for p in positions[self.frames_to_trim:]]
+
+    def aligned(self, frames, latents):
+        """How `latents` latents that a teacher made of `frames` frames stand to this model, as two counts.
+
+        The first: so many of the teacher's latents, from the start, are the ones that `encode` should give (latent k of
+        the family ends with input frame k * time_factor, as in causal video VAEs). The second: so many frames of
+        `decode(teacher's latents)`, from the start, stand for input frames; `targets(video)[:, :count]` are these.
+        A teacher may have one latent more than `encode` where it repeats the last frame to fill up a group (12 frames
+        as 13). ValueError for counts that cannot belong together, or that the big VAE does not take.
+        """
+        self.check_frames(frames)
+        own = self.latent_frames(frames)
+        repeats_last = latents == own + 1 and own * self.time_factor == frames and not self.is_cogvideox
+        if latents != own and not repeats_last:
+            raise ValueError(f"the teacher gives {latents} latents for {frames} frames, and variant {self.variant} "
+                             f"{own}: they do not belong together")
+        return own, sum(i < frames for i in self.frame_index(frames, latents))
+
+    def targets(self, video, latents=None):
+        """The frames that `forward(video)` reconstructs: N T C H W -> N T' C H' W' (a view where possible).
+
+        12 frames give the first 9. A preview decoder gives fewer or smaller frames, and so does this (area average).
+        `latents`: how many latents are decoded; None: as many as `encode` makes of the video.
+        """
+        index = self.frame_index(video.shape[1], latents)
+        if index == list(range(len(index))) and len(index) <= video.shape[1]:
+            target = video[:, :len(index)]
+        else:
+            # (Indexing by a list would have the host wait for a GPU.)
+            target = torch.stack([video[:, min(i, video.shape[1] - 1)] for i in index], 1)
+        if self.space_upscale != self.space_factor:
+            size = [s * self.space_upscale // self.space_factor for s in video.shape[-2:]]
+            target = F.interpolate(target.flatten(0, 1), size=size, mode="area").unflatten(0, target.shape[:2])
+        return target
+
+    # ---- piece by piece, and the published calls -------------------------------------------------------------------
+
+    def stream(self, memory_limit=None, total_latents=None):
+        """A TAEHVStream: the same results, piece by piece. `memory_limit`: bytes for activations (see there)."""
+        return TAEHVStream(self, memory_limit, total_latents)
+
+    def encode_video(self, x, parallel=True, show_progress_bar=True):
+        """As the published file has it: like `encode`, but any size is taken that the patch size divides.
+
+        parallel=False runs a few frames at a time, in memory that does not grow with the clip.
+        """
+        return self._published(x, self._encode, TAEHVStream.encode, TAEHVStream.flush_encoder, parallel,
+                               show_progress_bar)
+
+    def decode_video(self, x, parallel=True, show_progress_bar=True):
+        """As the published file has it: like `decode`, and always clamped to [0, 1]."""
+        return self._published(x, self._decode, TAEHVStream.decode, TAEHVStream.flush_decoder, parallel,
+                               show_progress_bar).clamp(0, 1)
+
+    def _published(self, x, whole, step, flush, parallel, show_progress_bar):
+        if x.ndim != 5:
+            raise ValueError(f"TAEHV takes N T C H W tensors, got {x.ndim} dimensions")
+        bar = None
+        if show_progress_bar:
+            from tqdm.auto import tqdm as bar
+        if parallel:
+            return whole(x, progress=bar)
+        stream = TAEHVStream(self, total_latents=x.shape[1])
+        pieces = [step(stream, frame) for frame in (bar or iter)(x.split(1, 1))]
+        return torch.cat([*pieces, flush(stream)], 1)
 
 
 def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
@@ -267,285 +451,24 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
     return x.unflatten(0, (n, -1))
 
 
-class TAEHV(nn.Module):
-    """One autoencoder of the family.
+def draw_weights(encoder, decoder, grey):
+    """Random weights with which all layers keep a signal's size (He et al. 2015; PyTorch's default shrinks it to a
+    hundredth over the encoder). Memory blocks begin by passing their input on, and pictures are around `grey`."""
+    for blocks in (encoder, decoder):
+        for layer, following in zip(blocks, [*blocks[1:], None]):
+            block = isinstance(layer, MEMORY_BLOCKS)
+            for module in layer.modules():
+                if isinstance(module, nn.Conv2d):
+                    gain = 2 if block or isinstance(following, (nn.ReLU, nn.LeakyReLU)) else 1
+                    nn.init.normal_(module.weight, std=(gain / module.weight[0].numel()) ** 0.5)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+            if block:
+                nn.init.zeros_(layer.conv[-1].weight)
+    nn.init.constant_(decoder[-1].bias, grey)  # as the published training notebook starts
 
-    variant: a row of VARIANTS, for fresh weights. Or the path of a weights file, here or as checkpoint_path (as in the
-    published file): then the weights tell the arguments that are not given, as in `load_taehv`, and the model is in
-    eval mode. The published TAEHV() reads "taehv.pth"; without a path this one has fresh random weights.
-    The other arguments override what the variant or the file stands for: patch_size, latent_channels,
-    encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
-    decoder_space_upscale (three booleans), arch_variant (None, "super" or "wide": the decoder), encoder_widths and
-    decoder_widths (four channel counts each, from the first layer to the last), activation ("relu", or "leaky_relu"
-    with slope 0.2), output_range ((0, 1) or (-1, 1): the pixels that the layers see; video is in [0, 1] outside).
-    Upscaling that is switched off in the decoder alone makes a cheaper preview of the same latents. ValueError for a
-    combination that makes no sense.
-    """
 
-    def __init__(self, variant=None, patch_size=None, latent_channels=None, encoder_time_downscale=None,
-                 decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None, encoder_widths=None,
-                 decoder_widths=None, activation=None, output_range=None, checkpoint_path=None):
-        path_first = isinstance(variant, (str, os.PathLike)) and variant not in VARIANTS and os.path.isfile(variant)
-        if checkpoint_path is None and path_first:
-            checkpoint_path, variant = variant, None
-        if checkpoint_path is not None:
-            given = dict(patch_size=patch_size, latent_channels=latent_channels, arch_variant=arch_variant,
-                         encoder_time_downscale=encoder_time_downscale, decoder_time_upscale=decoder_time_upscale,
-                         decoder_space_upscale=decoder_space_upscale, encoder_widths=encoder_widths,
-                         decoder_widths=decoder_widths, activation=activation, output_range=output_range)
-            path = find_weights(checkpoint_path)
-            state_dict = read_weights(path)
-            found = arguments_of(state_dict, path, variant)
-            TAEHV.__init__(self, **{**found, **{name: value for name, value in given.items() if value is not None}})
-            put_weights(self, state_dict, path)
-            self.eval()
-            return
-        super().__init__()
-        variant = variant or "taehv"
-        if variant not in VARIANTS:
-            raise ValueError(f"unknown TAEHV variant or file {str(variant)!r}{nearest(variant, VARIANTS)}; there are "
-                             f"{', '.join(VARIANTS)}, and paths of weights")
-        row_patch, row_channels, row_pooling, row_growth, row_arch = VARIANTS[variant]
-        relative = RELATIVES.get(variant, {})
-        self.variant = variant
-        self.patch_size = patch_size or row_patch
-        self.latent_channels = latent_channels or row_channels
-        self.image_channels = 3
-        for name, value in (("patch_size", self.patch_size), ("latent_channels", self.latent_channels)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number from 1 on is wanted")
-        pooling = strides(encoder_time_downscale, "encoder_time_downscale") or row_pooling
-        growth = strides(decoder_time_upscale, "decoder_time_upscale") or row_growth
-        space = strides(decoder_space_upscale, "decoder_space_upscale") or (2, 2, 2)
-        self.arch_variant = arch_variant or row_arch
-        if self.arch_variant not in DECODER_WIDTHS:
-            raise ValueError(f"unknown arch_variant {self.arch_variant!r}; there are None, 'super' and 'wide'")
-        self.encoder_widths = widths_of(encoder_widths, "encoder_widths") or ENCODER_WIDTHS
-        self.decoder_widths = widths_of(decoder_widths, "decoder_widths") or DECODER_WIDTHS[self.arch_variant]
-        if self.arch_variant == "wide" and any(n > 64 and n % (n // 64) for n in self.decoder_widths[:3]):
-            raise ValueError(f"decoder_widths {self.decoder_widths}: a wide decoder has groups of 64 channels, so that "
-                             "multiples of 64 are wanted")
-        self.activation = activation or relative.get("activation", "relu")
-        if self.activation not in ("relu", "leaky_relu"):
-            raise ValueError(f"unknown activation {self.activation!r}; there are 'relu' and 'leaky_relu'")
-        self.output_range = output_range or relative.get("output_range", (0, 1))
-        self.output_range = tuple(self.output_range) if isinstance(self.output_range, list) else self.output_range
-        if self.output_range not in ((0, 1), (-1, 1)):
-            raise ValueError(f"output_range {self.output_range}: (0, 1) or (-1, 1) is wanted")
-        mean, deviation = relative.get("mean"), relative.get("deviation")
-        if mean and len(mean) != self.latent_channels:
-            raise ValueError(f"variant {variant} has {len(mean)} latent channels, not {self.latent_channels}")
-        for name, values in (("latents_mean", mean), ("latents_std", deviation)):
-            values = values and torch.tensor(values).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)  # the state_dict stays the published one
-        self.time_factor = math.prod(pooling)
-        self.space_factor = 8 * self.patch_size
-        self.t_downscale, self.t_upscale = self.time_factor, math.prod(growth)  # the published names
-        self.frames_to_trim = self.t_upscale - 1
-        self.space_upscale = math.prod(space) * self.patch_size
-        # A preview decoder gives some frames of each latent; these are their positions among its time_factor frames.
-        full = growth if self.t_upscale == self.time_factor else row_growth
-        if math.prod(full) != self.time_factor or any(g > f for g, f in zip(growth, full)):
-            raise ValueError(f"the encoder joins {self.time_factor} frames into a latent, which decoder_time_upscale "
-                             f"{growth} cannot undo: the strides must multiply to {self.time_factor}, or switch off "
-                             f"some of {row_growth} for a preview")
-        self.frame_positions = [0]
-        for g, f in zip(growth, full):
-            self.frame_positions = [p * f + k for p in self.frame_positions for k in range(f - g, f)]
-        self.is_h3, self.is_cogvideox = variant == "taeh3", variant == "taecvx"
-        self.encoder = build_encoder(self.patch_size, self.latent_channels, pooling, self.encoder_widths,
-                                     self.activation)
-        decoder = self.patch_size, self.latent_channels, growth, space, self.decoder_widths, self.activation
-        self.decoder = (build_super_decoder(*decoder) if self.arch_variant == "super"
-                        else build_decoder(*decoder, wide=self.arch_variant == "wide"))
-        self.fresh_weights()
-        self.gradient_checkpointing = False
-        self.run_with_gradients = None  # what `step_taehv.speed_up` puts in the place of `run_blocks` for training
-        self.config = dict(variant=variant, patch_size=self.patch_size, latent_channels=self.latent_channels,
-                           encoder_time_downscale=list(pooling), decoder_time_upscale=list(growth),
-                           decoder_space_upscale=[s == 2 for s in space], arch_variant=self.arch_variant)
-        # What differs from the variant alone: checkpoints from before these arguments have none of them.
-        for name, default in (("encoder_widths", ENCODER_WIDTHS), ("decoder_widths", DECODER_WIDTHS[self.arch_variant]),
-                              ("activation", relative.get("activation", "relu")),
-                              ("output_range", relative.get("output_range", (0, 1)))):
-            value = getattr(self, name)
-            if value != default:
-                self.config[name] = value if isinstance(value, str) else list(value)
-
-    def fresh_weights(self):
-        """Draw new random weights (`draw_weights`); init_taehv.py makes a better start of them."""
-        draw_weights(self.encoder, self.decoder, grey=0.5 if self.output_range == (0, 1) else 0.0)
-
-    # ---- frame counts and alignment: here, and nowhere else -------------------------------------------------------
-
-    def check_frames(self, frames):
-        """ValueError if the big VAE of these latents does not take clips of `frames` frames."""
-        if self.is_cogvideox:
-            check_cogvideox_frames(frames)
-
-    def latent_frames(self, frames):
-        """How many latents `frames` input frames give."""
-        if self.is_h3:
-            return H3_LATENTS * math.ceil(frames / H3_FRAMES) - H3_DROPPED
-        return math.ceil(frames / self.time_factor)
-
-    def frame_index(self, frames, latents=None):
-        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for.
-
-        Numbers past the clip's end (H3 and CogVideoX give such frames) stand for repetitions of its last frame.
-        `latents`: how many latents are decoded; None: as many as `encode` makes of `frames` frames.
-        """
-        latents = latents or self.latent_frames(frames)
-        places = [self.time_factor * k + p for k in range(latents) for p in self.frame_positions]
-        if self.is_h3:
-            chunk = H3_LATENTS * self.time_factor  # 3 blank frames and 17 of the clip
-            places = [self.time_factor * k + p for k in range(-(-latents // H3_LATENTS) * H3_LATENTS)
-                      for p in self.frame_positions]
-            size = H3_LATENTS * self.t_upscale
-            kept = [p for i, p in enumerate(places) if i % size >= self.frames_to_trim]
-            kept = kept[:len(kept) - H3_DROPPED * self.t_upscale]
-            return [p // chunk * H3_FRAMES + p % chunk - (chunk - H3_FRAMES) for p in kept]
-        if self.is_cogvideox and latents % 2 == 0:
-            return places
-        return [p - (self.time_factor - 1) for p in places[self.frames_to_trim:]]
-
-    def aligned(self, frames, latents):
-        """How `latents` latents that a teacher made of `frames` frames stand to this model, as two counts.
-
-        The first: so many of the teacher's latents, from the start, are the ones that `encode` should give (latent k of
-        the family ends with input frame k * time_factor, as in causal video VAEs). The second: so many frames of
-        `decode(teacher's latents)`, from the start, stand for input frames; `targets(video)[:, :count]` are these.
-        A teacher may have one latent more than `encode` where it repeats the last frame to fill up a group (12 frames
-        as 13). ValueError for counts that cannot belong together, or that the big VAE does not take.
-        """
-        self.check_frames(frames)
-        own = self.latent_frames(frames)
-        repeats_last = latents == own + 1 and own * self.time_factor == frames and not self.is_cogvideox
-        if latents != own and not repeats_last:
-            raise ValueError(f"the teacher gives {latents} latents for {frames} frames, and variant {self.variant} "
-                             f"{own}: they do not belong together")
-        return own, sum(i < frames for i in self.frame_index(frames, latents))
-
-    def targets(self, video, latents=None):
-        """The frames that `forward(video)` reconstructs: N T C H W -> N T' C H' W' (a view where possible).
-
-        12 frames give the first 9. A preview decoder gives fewer or smaller frames, and so does this (area average).
-        `latents`: how many latents are decoded; None: as many as `encode` makes of the video.
-        """
-        index = self.frame_index(video.shape[1], latents)
-        if index == list(range(len(index))) and len(index) <= video.shape[1]:
-            target = video[:, :len(index)]
-        else:
-            # (Indexing by a list would have the host wait for a GPU.)
-            target = torch.stack([video[:, min(i, video.shape[1] - 1)] for i in index], 1)
-        if self.space_upscale != self.space_factor:
-            size = [s * self.space_upscale // self.space_factor for s in video.shape[-2:]]
-            target = F.interpolate(target.flatten(0, 1), size=size, mode="area").unflatten(0, target.shape[:2])
-        return target
-
-    # ---- whole clips ----------------------------------------------------------------------------------------------
-
-    def encode(self, video):
-        """Video N T 3 H W in [0, 1] -> latents N T' C H/s W/s. ValueError if H or W is no multiple of s."""
-        if video.ndim != 5 or video.shape[2] != 3:
-            raise ValueError(f"expected video as N T 3 H W, got shape {tuple(video.shape)}")
-        if any(size % self.space_factor for size in video.shape[-2:]):
-            raise ValueError(f"height and width must be multiples of {self.space_factor}, got "
-                             f"{video.shape[-2]}x{video.shape[-1]}: crop, or pad with torch.nn.functional.pad")
-        return self._encode(video)
-
-    def _encode(self, video, progress=None):
-        n, frames = video.shape[:2]
-        if frames == 0:
-            raise ValueError("a clip of 0 frames cannot be encoded")
-        chunk = H3_FRAMES if self.is_h3 else self.time_factor
-        if frames % chunk:  # pad with the last frame
-            video = torch.cat([video, video[:, -1:].expand(-1, -frames % chunk, -1, -1, -1)], 1)
-        if self.is_h3:  # every chunk is a clip of its own, led by three black frames
-            lead = H3_LATENTS * self.time_factor - H3_FRAMES
-            video = F.pad(video.unflatten(1, (-1, chunk)).flatten(0, 1), (0, 0, 0, 0, 0, 0, lead, 0))
-        latents = self._normalised(self._run(self.encoder, self._unshuffle(video), progress=progress))
-        if self.is_h3:
-            latents = latents.unflatten(0, (n, -1)).flatten(1, 2)[:, :-H3_DROPPED]
-        return latents
-
-    def decode(self, latents):
-        """Latents N T C h w -> video N T' 3 s*h s*w, clamped to [0, 1] except in training mode."""
-        if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
-            raise ValueError(f"expected latents as N T {self.latent_channels} H W, got shape {tuple(latents.shape)}")
-        video = self._decode(latents)
-        return video if self.training else video.clamp(0, 1)
-
-    def _decode(self, latents, progress=None):
-        video = self._run(self.decoder, self._own(latents), progress=progress)
-        if self.is_h3:
-            size = H3_LATENTS * self.t_upscale
-            video = F.pad(video, (0, 0, 0, 0, 0, 0, 0, -video.shape[1] % size))
-            video = video.unflatten(1, (-1, size))[:, :, self.frames_to_trim:].flatten(1, 2)
-            video = video[:, :video.shape[1] - H3_DROPPED * self.t_upscale]
-        elif not (self.is_cogvideox and latents.shape[1] % 2 == 0):
-            video = video[:, self.frames_to_trim:]
-        return self._shuffle(video)
-
-    def forward(self, video):
-        """Returns (reconstruction N T' 3 H W, {"latents": ...}); compare it with `targets(video)`."""
-        latents = self.encode(video)
-        return self.decode(latents), {"latents": latents}
-
-    def encode_video(self, x, parallel=True, show_progress_bar=True):
-        """As the published file has it: like `encode`, but any size is taken that the patch size divides.
-
-        parallel=False runs a few frames at a time, in memory that does not grow with the clip.
-        """
-        return self._published(x, self._encode, TAEHVStream.encode, TAEHVStream.flush_encoder, parallel,
-                               show_progress_bar)
-
-    def decode_video(self, x, parallel=True, show_progress_bar=True):
-        """As the published file has it: like `decode`, and always clamped to [0, 1]."""
-        return self._published(x, self._decode, TAEHVStream.decode, TAEHVStream.flush_decoder, parallel,
-                               show_progress_bar).clamp(0, 1)
-
-    def _published(self, x, whole, step, flush, parallel, show_progress_bar):
-        if x.ndim != 5:
-            raise ValueError(f"TAEHV takes N T C H W tensors, got {x.ndim} dimensions")
-        bar = None
-        if show_progress_bar:
-            from tqdm.auto import tqdm as bar
-        if parallel:
-            return whole(x, progress=bar)
-        stream = TAEHVStream(self, total_latents=x.shape[1])
-        pieces = [step(stream, frame) for frame in (bar or iter)(x.split(1, 1))]
-        return torch.cat([*pieces, flush(stream)], 1)
-
-    def stream(self, memory_limit=None, total_latents=None):
-        """A TAEHVStream: the same results, piece by piece. `memory_limit`: bytes for activations (see there)."""
-        return TAEHVStream(self, memory_limit, total_latents)
-
-    def _run(self, blocks, x, memory=None, progress=None):
-        if self.run_with_gradients and torch.is_grad_enabled() and memory is None and progress is None:
-            return self.run_with_gradients(blocks, x, self.gradient_checkpointing)
-        return run_blocks(blocks, x, memory, self.gradient_checkpointing and torch.is_grad_enabled(), progress)
-
-    def _frames(self, blocks, x, memory):
-        """What `_run` gives, frame by frame."""
-        yield from self._run(blocks, x, memory).split(1, 1)
-
-    # The borders of the layers: pixels in [0, 1] to what the encoder takes, and from what the decoder gives; latents as
-    # the encoder gives and the decoder takes them, and as the diffusion model has them.
-
-    def _unshuffle(self, video):
-        video = video * 2 - 1 if self.output_range == (-1, 1) else video
-        return F.pixel_unshuffle(video, self.patch_size) if self.patch_size > 1 else video
-
-    def _shuffle(self, video):
-        video = F.pixel_shuffle(video, self.patch_size) if self.patch_size > 1 else video
-        return (video + 1) / 2 if self.output_range == (-1, 1) else video
-
-    def _normalised(self, latents):
-        return latents if self.latents_std is None else (latents - self.latents_mean) / self.latents_std
-
-    def _own(self, latents):
-        return latents if self.latents_std is None else latents * self.latents_std + self.latents_mean
+# ---- streaming -----------------------------------------------------------------------------------------------------
 
 
 class TAEHVStream:
@@ -650,15 +573,15 @@ class TAEHVStream:
     def _decode_group(self, latents):
         model, trim = self.model, self.model.frames_to_trim
         for frame in model._frames(model.decoder, model._own(latents), self._decoder_memory):
-            place, self._decoded = self._decoded, self._decoded + 1
+            position, self._decoded = self._decoded, self._decoded + 1
             if model.is_h3:
-                if place % (H3_LATENTS * model.t_upscale) < trim:
+                if position % (H3_LATENTS * model.t_upscale) < trim:
                     continue
                 self._held_frames.append(frame)
                 if len(self._held_frames) <= H3_DROPPED * model.t_upscale:
                     continue
                 frame = self._held_frames.pop(0)
-            elif place < trim and not (model.is_cogvideox and self.total_latents % 2 == 0):
+            elif position < trim and not (model.is_cogvideox and self.total_latents % 2 == 0):
                 continue
             yield model._shuffle(frame).clamp(0, 1)
 
@@ -783,17 +706,88 @@ def join(empty, pieces):
     return pieces[0] if len(pieces) == 1 else torch.cat([empty, *pieces], 1)
 
 
-def check_cogvideox_frames(frames):
-    """ValueError for a number of frames that CogVideoX's VAE does not take: it takes 8k and 8k + 1.
+# ---- arguments -----------------------------------------------------------------------------------------------------
 
-    It halves time twice. An odd number keeps its first frame alone, as Wan's VAE does: 9 frames give latents of frame
-    0, frames 1-4 and 5-8. An even number is halved from the start: 8 frames give latents of frames 0-3 and 4-7. Its
-    decoder goes by the number of latents alone, so that 12 frames (latents of 0-3, 4-7 and 8-11) come back as 9 frames
-    that are up to three frames off. Measured on diffusers' AutoencoderKLCogVideoX, one input frame perturbed at a time.
-    """
-    if frames % 8 > 1:
-        lower = frames // 8 * 8 + 1
-        raise ValueError(f"CogVideoX's VAE takes 8k or 8k + 1 frames, say {lower} or {lower + 7}, not {frames}")
+
+class Shape(NamedTuple):
+    """What the arguments of a TAEHV come to: a row of VARIANTS, with what was given in the place of its own."""
+    variant: str
+    patch_size: int         # side of the squares of pixels that are folded into channels
+    latent_channels: int
+    pooling: tuple          # frames that each of the encoder's three stages joins into one
+    growth: tuple           # frames that each of the decoder's three stages makes of one
+    space: tuple            # how often each of these makes a frame larger
+    arch_variant: str       # of the decoder: None, "super" or "wide"
+    encoder_widths: tuple   # channels, from the first layer to the last
+    decoder_widths: tuple
+    activation: str
+    output_range: tuple     # of the pixels that the layers see
+    mean: list              # of the latents that the layers have, and their deviation; None: those of the video
+    deviation: list
+    frame_positions: list   # of a latent's decoded frames among the time_factor frames that it stands for
+
+
+def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder_time_upscale, decoder_space_upscale,
+           arch_variant, encoder_widths, decoder_widths, activation, output_range):
+    """The Shape of these arguments of TAEHV; ValueError for a combination that makes no sense."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown TAEHV variant or file {str(variant)!r}{nearest(variant, VARIANTS)}; there are "
+                         f"{', '.join(VARIANTS)}, and paths of weights")
+    row_patch, row_channels, row_pooling, row_growth, row_arch = VARIANTS[variant]
+    relative = RELATIVES.get(variant, {})
+    patch_size, latent_channels = patch_size or row_patch, latent_channels or row_channels
+    for name, value in (("patch_size", patch_size), ("latent_channels", latent_channels)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r}: a whole number from 1 on is wanted")
+    pooling = strides(encoder_time_downscale, "encoder_time_downscale") or row_pooling
+    growth = strides(decoder_time_upscale, "decoder_time_upscale") or row_growth
+    space = strides(decoder_space_upscale, "decoder_space_upscale") or (2, 2, 2)
+    arch_variant = arch_variant or row_arch
+    if arch_variant not in DECODER_WIDTHS:
+        raise ValueError(f"unknown arch_variant {arch_variant!r}; there are None, 'super' and 'wide'")
+    encoder_widths = widths_of(encoder_widths, "encoder_widths") or ENCODER_WIDTHS
+    decoder_widths = widths_of(decoder_widths, "decoder_widths") or DECODER_WIDTHS[arch_variant]
+    if arch_variant == "wide" and any(n > 64 and n % (n // 64) for n in decoder_widths[:3]):
+        raise ValueError(f"decoder_widths {decoder_widths}: a wide decoder has groups of 64 channels, so that "
+                         "multiples of 64 are wanted")
+    activation = activation or relative.get("activation", "relu")
+    if activation not in ("relu", "leaky_relu"):
+        raise ValueError(f"unknown activation {activation!r}; there are 'relu' and 'leaky_relu'")
+    output_range = output_range or relative.get("output_range", (0, 1))
+    output_range = tuple(output_range) if isinstance(output_range, list) else output_range
+    if output_range not in ((0, 1), (-1, 1)):
+        raise ValueError(f"output_range {output_range}: (0, 1) or (-1, 1) is wanted")
+    mean, deviation = relative.get("mean"), relative.get("deviation")
+    if mean and len(mean) != latent_channels:
+        raise ValueError(f"variant {variant} has {len(mean)} latent channels, not {latent_channels}")
+    time_factor = math.prod(pooling)
+    # A preview decoder switches some of `full` off, and gives the last frame of each group that it does not split.
+    full = growth if math.prod(growth) == time_factor else row_growth
+    if math.prod(full) != time_factor or any(g > f for g, f in zip(growth, full)):
+        raise ValueError(f"the encoder joins {time_factor} frames into a latent, which decoder_time_upscale {growth} "
+                         f"cannot undo: the strides must multiply to {time_factor}, or switch off some of {row_growth} "
+                         "for a preview")
+    frame_positions = [0]
+    for g, f in zip(growth, full):
+        frame_positions = [p * f + k for p in frame_positions for k in range(f - g, f)]
+    return Shape(variant, patch_size, latent_channels, pooling, growth, space, arch_variant, encoder_widths,
+                 decoder_widths, activation, output_range, mean, deviation, frame_positions)
+
+
+def config_of(shape):
+    """The arguments of TAEHV that give this Shape, as JSON holds them."""
+    config = dict(variant=shape.variant, patch_size=shape.patch_size, latent_channels=shape.latent_channels,
+                  encoder_time_downscale=list(shape.pooling), decoder_time_upscale=list(shape.growth),
+                  decoder_space_upscale=[s == 2 for s in shape.space], arch_variant=shape.arch_variant)
+    # What differs from the variant alone: checkpoints from before these arguments have none of them.
+    relative = RELATIVES.get(shape.variant, {})
+    for name, default in (("encoder_widths", ENCODER_WIDTHS), ("decoder_widths", DECODER_WIDTHS[shape.arch_variant]),
+                          ("activation", relative.get("activation", "relu")),
+                          ("output_range", relative.get("output_range", (0, 1)))):
+        value = getattr(shape, name)
+        if value != default:
+            config[name] = value if isinstance(value, str) else list(value)
+    return config
 
 
 def strides(value, name):
@@ -818,7 +812,68 @@ def widths_of(value, name):
     return value
 
 
-# ---- weights -----------------------------------------------------------------------------------------------------
+def check_cogvideox_frames(frames):
+    """ValueError for a number of frames that CogVideoX's VAE does not take: it takes 8k and 8k + 1.
+
+    It halves time twice. An odd number keeps its first frame alone, as Wan's VAE does: 9 frames give latents of frame
+    0, frames 1-4 and 5-8. An even number is halved from the start: 8 frames give latents of frames 0-3 and 4-7. Its
+    decoder goes by the number of latents alone, so that 12 frames (latents of 0-3, 4-7 and 8-11) come back as 9 frames
+    that are up to three frames off. Measured on diffusers' AutoencoderKLCogVideoX, one input frame perturbed at a time.
+    """
+    if frames % 8 > 1:
+        lower = frames // 8 * 8 + 1
+        raise ValueError(f"CogVideoX's VAE takes 8k or 8k + 1 frames, say {lower} or {lower + 7}, not {frames}")
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_taehv(path, variant=None, **overrides):
+    """Build the TAEHV that a .pth or .safetensors file of plain weights describes; runs no code from the file.
+
+    `path`: of the file, or a name in PUBLISHED (see `published_weights`). `variant` settles what shapes cannot (see
+    `recognise`); `overrides` are TAEHV's other arguments, say decoder_time_upscale=(False, False) for a preview.
+    ValueError if the weights do not fit; OSError if they cannot be had.
+    """
+    path = find_weights(path)
+    state_dict = read_weights(path)
+    model = TAEHV(**{**arguments_of(state_dict, path, variant), **overrides})
+    put_weights(model, state_dict, path)
+    return model.eval()
+
+
+def read_weights(path):
+    """The state_dict in a .pth or .safetensors file; runs no code from it."""
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file  # pip install safetensors
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def arguments_of(state_dict, path, variant=None):
+    """What `recognise` finds, with the variant that is given. ValueError if the weights cannot be of that one."""
+    arguments = recognise(state_dict, path)
+    if variant is not None:
+        found = tuple(arguments[key] for key in ("patch_size", "latent_channels", "encoder_time_downscale",
+                                                 "decoder_time_upscale", "arch_variant"))
+        if variant in VARIANTS and VARIANTS[variant] != found:
+            raise ValueError(f"these weights (patch size {found[0]}, {found[1]} latent channels, {found[4] or 'plain'} "
+                             f"decoder) are not of variant {variant}")
+        arguments["variant"] = variant
+    return arguments
+
+
+def put_weights(model, state_dict, path):
+    """Load weights into a model that may be a preview of theirs. ValueError, naming the file, if they do not fit."""
+    adapted, own = adapt_state_dict(state_dict, model), model.state_dict()
+    problems = [f"{k} is {tuple(adapted[k].shape)}, not {tuple(own[k].shape)}"
+                for k in own if k in adapted and adapted[k].shape != own[k].shape]
+    problems += [f"{k} is missing" for k in own if k not in adapted]
+    problems += [f"{k} is unknown" for k in adapted if k not in own]
+    if problems:
+        raise ValueError(f"{path} does not fit TAEHV variant {model.variant}: {problems[0]}"
+                         + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    model.load_state_dict(adapted)
 
 
 def recognise(state_dict, name=""):
@@ -874,18 +929,56 @@ def adapt_state_dict(state_dict, model):
     return adapted
 
 
-def nearest(word, words):
-    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
+def nearest(word, known):
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def blob_id(path):
-    """The id that git gives to a file's contents: SHA-1 of "blob", their size and themselves."""
-    digest = hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+# What shapes do not tell of LightX2V's weights (github.com/ModelTC/LightX2V: tae.py, vae_tiny.py, lighttae_hy15.py):
+# the activation, the range of the pixels, and the mean and deviation of the big VAE's own latents. They were trained on
+# these latents, the others of the family on what the diffusion model consumes, (own - mean) / deviation. ComfyUI takes
+# lighttaehy1_5's latents times 1.03682, its authors the diffusion model's divided by it: so does this file.
+RELATIVES = {
+    "lighttaew2_1": dict(
+        mean=[-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+              0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+        deviation=[2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                   3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]),
+    "lighttaew2_2": dict(
+        mean=[-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+              0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+              -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+              -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
+        deviation=[0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+                   0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+                   0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+                   0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]),
+    "lighttaehy1_5": dict(activation="leaky_relu", output_range=(-1, 1),
+                          mean=[0.0] * 32, deviation=[1 / 1.03682] * 32),
+}
+
+
+# ---- published weights by name -------------------------------------------------------------------------------------
+
+
+# Published weights: name.pth at github.com/madebyollin/taehv, and the id that git gives to its contents (`blob_id`).
+# TAEHV_URL, an environment variable, names another address with the same files.
+URL = "https://raw.githubusercontent.com/madebyollin/taehv/1f14a568f24bf8811e0a0ac601613e04fc1581e8"
+WIDE_URL = "https://raw.githubusercontent.com/madebyollin/taehv/32ac0146b11007cda5a57b60a3b35653361fb8a4"
+PUBLISHED = {
+    "taehv":          "e1409542548a72fe9259cc6dc92f0504555616c4",
+    "taew2_1":        "d6ffa27358914606153bbb790bd1da1c5cf822fd",
+    "taeos1_3":       "932cae63cf7c1f0cbfb37a35cce233e154dd044b",
+    "taecvx":         "faf18249d011f1188d28ac3dbcca7d91316baef2",
+    "taew2_2":        "4b51ee2578346051cb091d6280213927b9403d61",
+    "taew2_2_super":  "88641133a999bd6a9f4aa17a41d2bc9b6241d077",
+    "taehv1_5":       "73960d2af787dd8e05c9e1df93da27dc0c32deb3",
+    "taehv1_5_super": "b69a23b4db996fe47ca75371a0f840b5def1ce83",
+    "taeltx_2":       "415c1d34395097beed07efe5b3b9432771b02d70",
+    "taeltx2_3":      "d1b7ab9b7e106aed3b1ca907dc3ec02ef8e61005",
+    "taeltx2_3_wide": "1da8954033693369aa34de1840dc0fad00fe7d46",
+    "taeh3":          "8c459d15868be182ca52f95c82410767e06ef510",
+}
 
 
 def find_weights(path):
@@ -940,6 +1033,15 @@ def published_weights(name):
         raise ValueError(f"{url} is not the published {name}, and was removed: {by_hand}")
 
 
+def blob_id(path):
+    """The id that git gives to a file's contents: SHA-1 of "blob", their size and themselves."""
+    digest = hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def locked(folder, by_hand):
     """Makes the folder; of several processes on a machine (the ranks of a run) one at a time goes on."""
@@ -959,51 +1061,3 @@ def locked(folder, by_hand):
         yield
     finally:
         os.close(handle)
-
-
-def read_weights(path):
-    """The state_dict in a .pth or .safetensors file; runs no code from it."""
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file  # pip install safetensors
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def arguments_of(state_dict, path, variant=None):
-    """What `recognise` finds, with the variant that is given. ValueError if the weights cannot be of that one."""
-    arguments = recognise(state_dict, path)
-    if variant is not None:
-        found = tuple(arguments[key] for key in ("patch_size", "latent_channels", "encoder_time_downscale",
-                                                 "decoder_time_upscale", "arch_variant"))
-        if variant in VARIANTS and VARIANTS[variant] != found:
-            raise ValueError(f"these weights (patch size {found[0]}, {found[1]} latent channels, {found[4] or 'plain'} "
-                             f"decoder) are not of variant {variant}")
-        arguments["variant"] = variant
-    return arguments
-
-
-def put_weights(model, state_dict, path):
-    """Load weights into a model that may be a preview of theirs. ValueError, naming the file, if they do not fit."""
-    adapted, own = adapt_state_dict(state_dict, model), model.state_dict()
-    problems = [f"{k} is {tuple(adapted[k].shape)}, not {tuple(own[k].shape)}"
-                for k in own if k in adapted and adapted[k].shape != own[k].shape]
-    problems += [f"{k} is missing" for k in own if k not in adapted]
-    problems += [f"{k} is unknown" for k in adapted if k not in own]
-    if problems:
-        raise ValueError(f"{path} does not fit TAEHV variant {model.variant}: {problems[0]}"
-                         + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
-    model.load_state_dict(adapted)
-
-
-def load_taehv(path, variant=None, **overrides):
-    """Build the TAEHV that a .pth or .safetensors file of plain weights describes; runs no code from the file.
-
-    `path`: of the file, or a name in PUBLISHED (see `published_weights`). `variant` settles what shapes cannot (see
-    `recognise`); `overrides` are TAEHV's other arguments, say decoder_time_upscale=(False, False) for a preview.
-    ValueError if the weights do not fit; OSError if they cannot be had.
-    """
-    path = find_weights(path)
-    state_dict = read_weights(path)
-    model = TAEHV(**{**arguments_of(state_dict, path, variant), **overrides})
-    put_weights(model, state_dict, path)
-    return model.eval()

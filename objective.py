@@ -81,8 +81,8 @@ class Objective:
                 self.together = True
             self.adversary.begin(step)
 
-    def __call__(self, video, latents, share):
-        """{name: scalar} of a micro-batch that is `share` of its step.
+    def __call__(self, video, latents, fraction):
+        """{name: scalar} of a micro-batch. fraction: its clips' part of all clips of the step.
 
         video: N T 3 H W in [0, 1]; latents: the teacher's, N T' C h w, float, or None.
         """
@@ -120,14 +120,14 @@ class Objective:
                 values[name] = term(output, target)
             if self.seraena:
                 with self.autocast:
-                    corrected = self.seraena.targets(target, output.detach(), source.detach().float(), share)
+                    corrected = self.seraena.targets(target, output.detach(), source.detach().float(), fraction)
                 values["seraena_loss"] = F.mse_loss(output, corrected)
         values["loss"] = sum(weight * values[name] for name, weight in self.weights.items())
         if self.adversary:
             with self.autocast:
                 # A compiled graph can be walked once only: there the gradients are weighed at the pixels instead.
                 last = output if cfg.compile else self.last_layer()
-                term = self.adversary.generator_term(target, output, values["loss"], last, share)
+                term = self.adversary.generator_term(target, output, values["loss"], last, fraction)
             # Before gan_start the term is the number 0.0, which torch.as_tensor would have the GPU waited for.
             values["adversarial_loss"] = term if torch.is_tensor(term) else video.new_zeros(())
             values["loss"] = values["loss"] + term
@@ -160,17 +160,17 @@ class Objective:
         return totals @ self.without_demands
 
     def describe_loss(self):
-        """What `steady_loss` is made of: losses of different words do not compare."""
+        """What `steady_loss` is made of, as a text: losses with different texts do not compare."""
         return ", ".join([self.cfg.pixel_loss, *(f"{weight:g} x {name}" for name, weight in self.weights.items())])
 
     def codes_used(self):
         """{"codebook_use", "perplexity"} of all ranks' codes since the last call, means over the codebooks; or {}."""
         if not self.code_counts:
             return {}
-        shares = [counts / counts.sum(1, keepdim=True).clamp(min=1) for counts in self.code_counts.values()]
+        used = [counts / counts.sum(1, keepdim=True).clamp(min=1) for counts in self.code_counts.values()]
         self.code_counts = {}
-        return {"codebook_use": torch.stack([(s > 0).float().mean() for s in shares]).mean().item(),
-                "perplexity": torch.stack([torch.special.entr(s).sum(1).exp().mean() for s in shares]).mean().item()}
+        return {"codebook_use": torch.stack([(u > 0).float().mean() for u in used]).mean().item(),
+                "perplexity": torch.stack([torch.special.entr(u).sum(1).exp().mean() for u in used]).mean().item()}
 
     def state(self):
         """What a checkpoint keeps of it, the same on all ranks."""
@@ -198,12 +198,12 @@ class Objective:
             self.seraena.load_rank_state(state)
 
     def best_by(self):
-        """What `score` measures, in words: scores of different words do not compare."""
-        words = self.cfg.best_by
+        """What `score` measures, as a text: scores with different texts do not compare."""
+        description = self.cfg.best_by
         if self.from_teacher():
-            words = " x ".join([f"{words} from the teacher's latents"] * self.trains_decoder
-                               + ["latent error"] * self.latents)
-        return words
+            description = " x ".join([f"{description} from the teacher's latents"] * self.trains_decoder
+                                     + ["latent error"] * self.latents)
+        return description
 
     def from_teacher(self):
         """Whether the run is there to speak a teacher's latents: then own encoding and own decoding, which suit each
