@@ -110,7 +110,8 @@ def codec(options):
     """Encoding and decoding by each family at each size. Ratios are to the plain layers in the first type."""
     device = pick_device(options.device)
     for name in options.families:
-        has_fast = hasattr(families()[name](), "fast") and device.type == "cpu"
+        model = families()[name]().eval()
+        has_fast = device.type == "cpu" and models.fast(model) is not model
         ways = ["plain", *(["fast"] if has_fast else []),
                 *(["at once"] if options.at_once else [])]
         labels = [f"{way} {kind}" for kind in types(options) for way in ways]
@@ -157,10 +158,11 @@ def train_call(options, size, batch, label):
     """(a training step, its forward and backward passes, the reconstruction that it makes) of a TAEHV. "plain": the
     published routine and PyTorch's AdamW; "ours": as train.py does it, but without the norm of the gradients."""
     from model_taehv import TAEHV
+    from step_taehv import speed_up
     device = pick_device(options.device)
     tune(device)
     torch.manual_seed(0)
-    model = TAEHV().to(device) if label in ("plain fp32", "plain bf16") else place(TAEHV(), device)
+    model = TAEHV().to(device) if label in ("plain fp32", "plain bf16") else speed_up(place(TAEHV(), device))
     ours = label.startswith("ours")
     optimizer = torch.optim.AdamW(model.parameters(), **dict(fused=device.type in ("cpu", "cuda")) if ours else {})
     video = torch.rand(batch, 12, 3, size, size, device=device)

@@ -116,7 +116,7 @@ def test_stream_gives_the_whole_clip_however_it_is_cut(name, frames):
 
 
 def test_targets_are_the_frames_that_outputs_reveal():
-    """Weights that start from colours keep the mean colour of each frame: so outputs show which frame they stand for."""
+    """Weights that start from colours keep each frame's mean colour: so outputs show which frame they stand for."""
     model = colours(TAEHV()).eval()
     with torch.no_grad():
         model.decoder[-1].weight[:, 6:] = 0  # the random channels
