@@ -4,16 +4,15 @@ A term of the loss has a weight in config.py. One whose weight is 0 is not compu
 term needs. To add a term that compares pixels: its function in losses.py, its weight in config.py, a line in
 `pixel_terms`.
 """
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-import losses
 from adversary import Adversary
 from config import ConfigError, parse_buckets, what_learns
 from evaluate import LATENT_FACTS
+from losses import PerceptualLoss, pixel_loss
 from quantize import Quantizer, quantizers
 from seraena import Seraena
 from watch import Figures
@@ -23,7 +22,7 @@ def pixel_terms(cfg, device):
     """The terms that compare the reconstruction with its target: {name: (weight, function that makes it)}. What is made
     takes the two, N T 3 H W, the target in [0, 1], and returns a scalar."""
     return {
-        "reconstruction_loss": (cfg.pixel_weight, lambda: functools.partial(losses.pixel_loss, cfg.pixel_loss)),
+        "reconstruction_loss": (cfg.pixel_weight, lambda: lambda *pair: pixel_loss(cfg.pixel_loss, *pair)),
         "perceptual_loss": (cfg.perceptual_weight, lambda: make_perceptual(cfg, device)),
     }
 
@@ -225,7 +224,7 @@ class Objective:
 
 def make_perceptual(cfg, device):
     try:
-        return losses.PerceptualLoss(cfg.perceptual_net, cfg.perceptual_frames).to(device)
+        return PerceptualLoss(cfg.perceptual_net, cfg.perceptual_frames).to(device)
     except ImportError:
         raise ConfigError(f"perceptual_weight={cfg.perceptual_weight} needs a package: pip install lpips, or set "
                           "perceptual_weight=0") from None
