@@ -57,6 +57,7 @@ auto_precision.change(torch.cpu)
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds, for its ranks, runs or measurements; CI runs it too")
     config.addinivalue_line("markers", "auto_precision: runs commands that choose their precision by the machine")
     config.addinivalue_line("markers", "any_precision: asks what the machine would take, and is the same either way")
 
