@@ -357,7 +357,7 @@ class Trainer:
         self.log.close()
         if unsaved:
             raise NotSaved(self.saver.not_saved(unsaved))
-        if stopped_by:
+        if stopped_by is not None:  # it is false itself on ranks that got no signal
             again = "resume=auto" if self.cfg.resume == "none" else "the same command"
             cause = "torchrun was killed: stopped" if stopped_by.orphaned() else "stopped by a signal"
             self.log.event("stopped", self.run.step, f"{cause} after step {self.run.step} of {self.cfg.max_steps}: "
