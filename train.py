@@ -44,10 +44,11 @@ def train(cfg):
     CheckpointError, InUse or NotSaved say in one line what is wrong; all ranks raise the same."""
     with contextlib.ExitStack() as at_end:  # however the run ends, it lets its folder go
         trainer = Trainer(cfg, at_end)
-        cfg, run = trainer.cfg, trainer.run
         if trainer.nothing_to_do():
             return 0
         trainer.start()
+        cfg, run = trainer.cfg, trainer.run
+        at_end.callback(vars(trainer).pop, "batches")  # while they are held, Python waits for their processes
         stop = StopSignal()
         stopping = last = False  # stopped from outside; the run's last step
         while not last and not stopping:
@@ -86,8 +87,7 @@ class Run:
 
 
 class Trainer:
-    """What a run needs, made in the order in which it is needed, and what is done in each step. All ranks have one, and
-    call the same methods in the same order. Errors: see `train`."""
+    """What a run needs, and what is done in each step; all ranks call the same methods. Errors: see `train`."""
 
     def __init__(self, cfg, at_end):
         # ---- ranks, folder and log
@@ -107,8 +107,9 @@ class Trainer:
         self.model, self.origin = models.make_model(cfg, self.buckets)
         self.cfg = cfg = models.with_shape(cfg, self.model)  # what init_from settled is a setting of the run
         self.objective = Objective(cfg, self.model, self.device, self.autocast)
+        control = self.control  # not self: what it holds would be let go of late
         for quantizer in self.objective.quantizers:
-            quantizer.before_reduce = lambda: stay_together(self.control)
+            quantizer.before_reduce = lambda: stay_together(control)
         self.judges = load_judges(cfg, self.device)
         restarted, = agree(self.control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         self.resumed_from = from_rank_0(self.control, lambda: find_resume(cfg, self.folder, restarted, self.log))
@@ -238,8 +239,8 @@ class Trainer:
             for batch in micro_batches:
                 size = math.ceil(len(batch["video"]) / self.run.pieces)
                 for start in range(0, len(batch["video"]), size):
-                    part = {key: value[start:start + size].to(self.device, non_blocking=True).float()
-                            for key, value in batch.items()}
+                    part = {k: v[start:start + size].to(self.device, non_blocking=True).float()
+                            for k, v in batch.items()}
                     # The shares of a step add up to 1: its gradient is the mean over its clips, however they are cut.
                     share = len(part["video"]) / len(batch["video"]) / len(micro_batches)
                     values = self.objective(part["video"].div_(255), part.get("latents"), share)
@@ -346,8 +347,7 @@ class Trainer:
     def give_up(self, reason, way_out):
         """Save, and raise what ends the run."""
         self.gradients.begin()  # the statistics as they were before this step, if it is not done
-        unsaved = self.save(is_last=True)
-        if unsaved:
+        if unsaved := self.save(is_last=True):
             raise NotSaved(f"{reason} at step {self.run.step}; {self.saver.not_saved(unsaved)}. {way_out}")
         raise ConfigError(f"{reason} at step {self.run.step}; the run is saved. {way_out}")
 

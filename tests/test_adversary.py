@@ -411,6 +411,7 @@ if ranks:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["nan", "none"])
 def test_two_ranks_stay_equal_to_the_bit_and_skip_together(tmp_path, trouble):
     script = tmp_path / "ranks.py"

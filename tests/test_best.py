@@ -102,6 +102,7 @@ def test_a_fingerprint_is_of_the_clips_however_ranks_share_them(monkeypatch):
         assert best.fingerprint(changed, None) != whole
 
 
+@pytest.mark.slow
 def test_two_ranks_judge_best_pt_together(here, held_out, tmp_path):
     folder = here(*RUN, f"val_data={held_out}/grey", "max_steps=1")
     state = best_of(folder)

@@ -48,6 +48,7 @@ def test_every_preset_builds_its_model():
             assert size % model.space_factor == 0 and model.frame_index(frames)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["vqvae2", "vqvae2_optvq", "vqgan_optvq", "vqvae_video", "dcae_small"])
 def test_every_family_trains_and_loads(preset, clips, tmp_path):
     nets = SMALL_NETS.get(preset) or SMALL_NETS[preset.split("_")[0]]
@@ -63,6 +64,7 @@ def test_every_family_trains_and_loads(preset, clips, tmp_path):
             assert torch.equal(model.detokenize(model.tokenize(video)), model.decode(model.encode(video)))
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_codebook_of_one_with_accumulation(clips, tmp_path):
     common = [TRAIN, "vqgan_ema", *COMMON, *SMALL_NETS["vqgan"], f"data={clips}", "max_steps=4", "gan_weight=0",
               "net.kmeans_init=false", "net.restart_below=0",
@@ -77,6 +79,7 @@ def test_two_ranks_learn_the_codebook_of_one_with_accumulation(clips, tmp_path):
     assert all(not torch.equal(fresh.state_dict()[k], a[k]) for k in names)  # it learned
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_codebook_and_discriminator_is_exact(tokenizer, clips):
     folder, output = tokenizer
     assert re.search(r"codes used \d+\.\d %", output) and "codebook use" in output and "bits per pixel" in output
@@ -91,6 +94,7 @@ def test_a_resumed_run_with_codebook_and_discriminator_is_exact(tokenizer, clips
         assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(flat_a, flat_b)), part
 
 
+@pytest.mark.slow
 @pytest.mark.auto_precision
 def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, monkeypatch):
     folder, _ = tokenizer
@@ -122,6 +126,7 @@ def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, 
                                                           "--save-latents")
 
 
+@pytest.mark.slow
 @pytest.mark.auto_precision
 def test_images_train_as_videos_do(clips, tmp_path, capsys, monkeypatch):
     """A folder with videos and images: use_images takes the images, as clips of one frame."""

@@ -181,6 +181,7 @@ def test_linear_attention_is_float32_inside_autocast():
         assert (out - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_stream_is_stable_and_computes_what_it_says():
     model = small()
     for frames in (1, 36, 37, 65):

@@ -92,6 +92,7 @@ def revealing(folder, latents):
 # ---- the cache ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_cache_holds_clips_latents_and_where_they_are_from(cache, clips, teacher):
     kept = latent_cache.LatentCache(cache)
     assert len(kept) == 10 and kept.latent_shape == (3, 16, 4, 4) and kept.problem() == ""
@@ -112,6 +113,7 @@ def test_the_cache_holds_clips_latents_and_where_they_are_from(cache, clips, tea
     assert {o["flip"] for o in kept.origins} == {True, False} and len({o["file"] for o in kept.origins}) == 6
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_goes_on_and_two_ranks_build_the_same(cache, clips, teacher, tmp_path):
     index = json.load(open(os.path.join(cache, "index.json")))
     asked = [CACHE, "--teacher", f"taehv:{teacher}", "--data", clips, *SMALL, "--out"]
@@ -712,6 +714,7 @@ def test_terms_that_need_what_is_not_there(tmp_path, monkeypatch):
         values_of("buckets=32x12:1:1")
 
 
+@pytest.mark.slow
 def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones):
     """And the split is by file, terms are logged, a resumed run is the uninterrupted one to the bit, on two ranks."""
     path = tmp_path / "teacher.pth"
@@ -749,6 +752,7 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
     assert "learnt from another teacher" in output
 
 
+@pytest.mark.slow
 def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path):
     common = [TRAIN, *DISTILL, *NARROW, f"latent_cache={cache}", "max_steps=3"]
     run(*common, "name=two", ranks=2, cwd=tmp_path)
@@ -757,6 +761,7 @@ def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path):
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
 
 
+@pytest.mark.slow
 def test_distilling_brings_the_latents_nearer(cache, teacher, tmp_path, monkeypatch):
     """A student learns one teacher's latents and frames, and infer.py sets the two side by side."""
     monkeypatch.chdir(tmp_path)
@@ -795,6 +800,7 @@ def test_distilling_brings_the_latents_nearer(cache, teacher, tmp_path, monkeypa
     assert row["latent_error"] < 1e-10 and abs(row["metrics"]["psnr"] - row["teacher"]["metrics"]["psnr"]) < 0.01
 
 
+@pytest.mark.slow
 def test_best_pt_of_a_distillation_has_the_teachers_latents(cache, here, monkeypatch):
     """Own encoding and decoding suit each other before the latents are right."""
     early = dict(psnr=21.0, teacher_psnr=12.0, latent_mse=0.5)

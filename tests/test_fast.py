@@ -44,6 +44,7 @@ CASES = [(v, SMALLER.get(v, {})) for v in VARIANTS if v not in ALIKE] + [
     (v, p) for v in ("taehv", "taew2_2_super") for p in PREVIEWS[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("band", [1, 1 << 22])  # at least 8 rows: three bands of 48, or one
 @pytest.mark.parametrize(("variant", "changes"), CASES)
 @torch.no_grad()
@@ -203,6 +204,7 @@ def test_training_mode_is_refused():
         fast(TAEHV())
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_bench_prints_a_table_and_writes_json(tmp_path):
     output = run(os.path.join(ROOT, "bench.py"), "codec", "quantizer", "loader", "--quick", "--families", "taehv",
@@ -215,6 +217,7 @@ def test_bench_prints_a_table_and_writes_json(tmp_path):
     assert rows["quantizer,", "all distances, one-hot"]["memory"] > rows["quantizer,", "ours, VQ"]["memory"]
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_bench_compares_recipes_by_training(clips, tmp_path):
     write_clip(str(tmp_path / "val" / "a.mp4"))

@@ -51,6 +51,7 @@ def assert_ranks_are_equal(output, world=2):
     assert found
 
 
+@pytest.mark.slow
 def test_two_ranks_go_through_every_fault_of_one_together(clips, tmp_path):
     settings = ["vqgan_optvq", *CODES, "net.num_head=2", "net.n_embed=16", "size=32", "gan_weight=0.5", "batch_size=16"]
     script = spoilt(tmp_path, MANY)
@@ -67,6 +68,7 @@ def test_two_ranks_go_through_every_fault_of_one_together(clips, tmp_path):
     assert_ranks_are_equal(output)
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_the_same_batch_statistics(clips, tmp_path):
     """Also after a step that was not finite on one, and one that was done again."""
     faults = '''
@@ -104,6 +106,7 @@ def test_batch_statistics_forget_steps_that_are_bad_done_again_or_given_up(here,
     assert all(v.isfinite().all() for v in (*state["model"].values(), *state["ema"].values()))
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_a_save_costs_no_more_than_the_steps_since_the_last(clips, tmp_path):
     """And Seraena runs out of memory on one rank, in the last step, in both runs."""
     common = [*SERAENA, f"data={clips}", "max_steps=5", "save_every=2", "timeout_minutes=2"]
@@ -133,6 +136,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     assert not [name for name in os.listdir(killed) if name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_killed_launcher_save_and_one_rank_goes_on_with_their_samples(clips, here, tmp_path):
     common = [*FRAMES, "batch_size=1", "save_every=100"]
     faults = 'spoil(objective, "pixel_loss", {(3, 0): lambda call: (kill(os.getppid)(0), call())[1]})'
@@ -156,6 +160,7 @@ def test_the_ranks_of_a_killed_launcher_save_and_one_rank_goes_on_with_their_sam
     assert apart.mean() < 1e-6 and apart.max() < 1e-3, "the same samples in the same order"
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_is_readable_and_ends_all_at_once(clips, tmp_path):
     """Here in validation, where another rank waits for it."""
     faults = """
@@ -288,6 +293,7 @@ def kill_workers():
         os.kill(worker.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_killed_data_workers_are_replaced_and_no_sample_is_lost(here, at, monkeypatch):
     calm = here(*FRAMES, "max_steps=12", "workers=2", "name=calm")
     at({2: kill_workers, 5: kill_workers})
@@ -366,6 +372,7 @@ if __name__ == "__main__":  # data processes import this too
 """
 
 
+@pytest.mark.slow
 def test_memory_stops_growing(clips, tmp_path):
     """Of the run and its data process, with validation and checkpoints; the first steps fill caches."""
     (tmp_path / "watched.py").write_text(WATCHED.format(root=ROOT))

@@ -171,6 +171,7 @@ def test_scrambled_latents_are_refused_in_one_line(tmp_path):
     assert min(seen.count("read"), seen.count("refused")) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weights", "run"])
 def test_scrambled_checkpoints_are_refused_in_one_line(kind, here, tmp_path):
     rng, seen = random.Random(4), []
@@ -304,6 +305,7 @@ def test_any_text_for_any_setting_is_read_or_refused():
     assert min(seen.count("read"), seen.count("refused")) > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_any_setting_trains_or_is_refused(bases, places, tmp_path):
     """Each setting in a run of some model, alone or with another."""
@@ -321,6 +323,7 @@ def test_any_setting_trains_or_is_refused(bases, places, tmp_path):
     attempts(cases, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_any_argument_of_any_model_trains_or_is_refused(bases, tmp_path):
     def cases(rng):
@@ -365,6 +368,7 @@ def command_lines(written, clips):
             "bench": {"sections": ["codec"], "": codec}}
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_any_option_of_any_command_works_or_is_refused(command_lines, places, tmp_path):
     assert {*command_lines} == {*fuzz.commands()}
@@ -474,6 +478,7 @@ class Scripted(torch.nn.Module):
         return video[:, :1, :, ::8, ::8]
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_any_file_is_read_or_refused(readers, written):
     """Files of each kind, whose bytes are scrambled, or in whose contents something is odd, as their readers' commands

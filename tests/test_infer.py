@@ -185,6 +185,7 @@ def test_a_teachers_memory_is_not_counted_as_ours(command):
     assert beside["teacher"]["peak_memory_mb"] > alone["peak_memory_mb"] + 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [False, True])
 def test_a_long_video_is_never_held(command, monkeypatch, tokenizer):
     """Frames as read and as written, and latents or codes: as many are alive at once in a video three times as long."""

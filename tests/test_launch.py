@@ -162,6 +162,7 @@ def nothing_outlives_a_test(tmp_path):
 # ---- real training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_real_tasks_finish_and_the_same_command_passes_over_them(clips, tmp_path):
     tiny = {**TINY, "data": clips, "max_steps": 2}
     tasks = [
@@ -184,6 +185,7 @@ def test_real_tasks_finish_and_the_same_command_passes_over_them(clips, tmp_path
     assert "max_steps=3" in dry[0] and dry[1] == "b: nothing to do", "other settings are train.py's to judge"
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_ctrl_c_saves_a_task_of_two_ranks(clips, tmp_path, monkeypatch, capsys):
     """And nobody else trains in its folder before."""
@@ -471,6 +473,7 @@ def refused(folder, monkeypatch, capsys, content):
     return output.err.removeprefix("launch.py: ").rstrip("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_a_task_whose_model_cannot_be_built_is_named_before_any_starts(dry, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

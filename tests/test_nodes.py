@@ -83,6 +83,7 @@ def assert_same_end(whole, folder):
     assert set(different(state_of(whole, 9), state_of(folder, 9))) <= {"state.config.name", "state.config.out_dir"}
 
 
+@pytest.mark.slow
 def test_two_machines_are_one_with_as_many_ranks(agents, whole, tmp_path):
     port = free_port()
     both = [agents(name, port, "name=two") for name in "ab"]
@@ -91,6 +92,7 @@ def test_two_machines_are_one_with_as_many_ranks(agents, whole, tmp_path):
     assert_same_end(whole, tmp_path / "runs" / "two")
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_and_comes_back_costs_the_steps_since_the_last_checkpoint(agents, whole, tmp_path):
     """First torchrun alone is killed (its rank saves), then, in step 8, all that runs on that machine."""
     port = free_port()
@@ -107,6 +109,7 @@ def test_a_machine_that_dies_and_comes_back_costs_the_steps_since_the_last_check
     assert_same_end(whole, tmp_path / "runs" / "back")
 
 
+@pytest.mark.slow
 def test_without_the_machine_of_the_rendezvous_all_end_and_the_run_can_go_on(agents, here, tmp_path):
     port = free_port()
     host = agents("host", port, "name=again", f"out_dir={tmp_path}", fault="5:killed")
@@ -119,6 +122,7 @@ def test_without_the_machine_of_the_rendezvous_all_end_and_the_run_can_go_on(age
     assert "step_00000004.pt at step 4" in log and "done: 9 steps" in log
 
 
+@pytest.mark.slow
 def test_with_one_machine_allowed_the_other_goes_on_alone(agents, tmp_path):
     port = free_port()
     stays = agents("stays", port, "name=alone", nodes="1:2")
@@ -167,6 +171,7 @@ if not os.path.exists("requeued"):
 """
 
 
+@pytest.mark.slow
 def test_the_slurm_script_saves_before_its_time_is_up_queues_itself_again_and_goes_on(clips, whole, tmp_path):
     with open(os.path.join(ROOT, "docs", "cluster.md"), encoding="utf-8") as file:
         script = re.search(r"```bash\n(#!/bin/bash.*?)```", file.read(), re.S)[1]

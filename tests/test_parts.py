@@ -718,6 +718,7 @@ def test_no_files_import_each_other_in_a_circle():
     assert not wanted, "these are in a circle, or need one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config", "synthetic"]
 )

@@ -511,6 +511,7 @@ def many_steps(parts):
     return results
 
 
+@pytest.mark.slow
 def test_two_ranks_hold_what_one_rank_would(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
     run("ranks.py", ranks=2, cwd=tmp_path)

@@ -37,6 +37,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_nan_on_one_rank_is_skipped_by_both(clips, tmp_path):
     (tmp_path / "nan.py").write_text(FAULT.format(root=ROOT, calls=[3, 4], fault="loss = loss * float('nan')"))
     run("nan.py", *SMALL, f"data={clips}", "max_steps=6", "name=nan", ranks=2, cwd=tmp_path)
@@ -48,6 +49,7 @@ def test_nan_on_one_rank_is_skipped_by_both(clips, tmp_path):
     assert not re.search("step [56]: loss nan", log)
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_stop_the_run_with_a_checkpoint(clips, tmp_path):
     (tmp_path / "nan.py").write_text(FAULT.format(root=ROOT, calls="range(3, 99)", fault="loss = loss + float('inf')"))
     output = run(
@@ -65,6 +67,7 @@ def test_too_many_bad_steps_stop_the_run_with_a_checkpoint(clips, tmp_path):
     assert (tmp_path / "runs" / "nan" / "step_00000006.pt").exists()
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_rank_splits_the_batch_on_both(clips, tmp_path):
     fault = "raise torch.cuda.OutOfMemoryError('injected')"
     (tmp_path / "oom.py").write_text(FAULT.format(root=ROOT, calls=[3], fault=fault))
@@ -77,6 +80,7 @@ def test_out_of_memory_on_one_rank_splits_the_batch_on_both(clips, tmp_path):
     assert largest_difference(oom, fine) < 5e-5, "the step is done again in parts, so nothing is lost; a step is 3e-4"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(clips, tmp_path):
     arguments = [TRAIN, *SMALL, f"data={clips}", "name=stopped"]
     process = subprocess.Popen(
@@ -100,6 +104,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(clips, tmp_path):
     assert "nothing to do" in run(*arguments, f"max_steps={step + 1}", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_saves_too(clips, tmp_path):
     """As a terminal's Ctrl-C and schedulers send it: to the data workers as well, while the run waits for them."""
     arguments = [TRAIN, *SMALL, f"data={clips}", "name=group", "workers=1", "accumulation=8", "max_steps=100000"]
@@ -121,6 +126,7 @@ def test_a_signal_to_the_whole_group_saves_too(clips, tmp_path):
     assert process.returncode == 130 and "stopped by a signal" in output, output
 
 
+@pytest.mark.slow
 def test_branching_off_an_older_step_loses_nothing(trained, clips, tmp_path):
     folder, run_folder, _ = trained
     common = [*PLAIN, f"data={clips}", "val_fraction=0.3", "max_steps=3", f"resume={run_folder}/step_00000002.pt"]
@@ -134,6 +140,7 @@ def test_branching_off_an_older_step_loses_nothing(trained, clips, tmp_path):
     assert "at step 3" in output, "the same command goes on in its own folder"
 
 
+@pytest.mark.slow
 def test_one_clip_can_be_learnt(tmp_path):
     write_clip(str(tmp_path / "v" / "a.mp4"), frames=5, height=32, width=32)
     run(
@@ -169,6 +176,7 @@ def test_starting_from_weights_and_training_one_half(trained, clips, tmp_path):
     assert moved and all(k.startswith("decoder.") for k in moved)
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_a_mistake_in_a_real_process(tmp_path):
     output = run(TRAIN, "taehv", "data=nowhere", cwd=tmp_path, expect=2)
@@ -177,6 +185,7 @@ def test_a_mistake_in_a_real_process(tmp_path):
     assert os.listdir(tmp_path) == ["runs"] or os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.auto_precision
 def test_latents_of_another_model_or_cut_short_are_refused(trained, tmp_path, capsys, monkeypatch):
     folder, run_folder, _ = trained
@@ -220,12 +229,14 @@ print("left nothing behind")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
 def test_ranks_end_without_threads_that_could_abort_them(tmp_path):
     (tmp_path / "leaving.py").write_text(LEAVING)
     assert run(tmp_path / "leaving.py", ranks=2, cwd=tmp_path).count("left nothing behind") == 2
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_ends_by_itself_and_is_scored_at_another_size(clips, tmp_path):
     common = [*SMALL, f"data={clips}", f"val_data={clips}", "val_clips=2", "val_size=32", "name=timed"]
     output = run(TRAIN, *common, "max_minutes=0.02", cwd=tmp_path)

@@ -232,6 +232,7 @@ checkpoint.write_atomically = limited
 """
 
 
+@pytest.mark.slow
 def test_ranks_make_room_together_and_end_alike(clips, tmp_path):
     """In step 3 the ranks' files find room once step 1 is removed; in step 4 nothing makes room for the step file."""
     output = run(spoilt(tmp_path, FULL), *SERAENA, f"data={clips}", "max_steps=4", "save_every=1", "name=two",

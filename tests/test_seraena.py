@@ -438,6 +438,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_stay_equal_to_the_bit_and_step_as_one(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

@@ -136,6 +136,7 @@ def test_it_compiles_into_one_graph():
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*gradients))
 
 
+@pytest.mark.slow
 @pytest.mark.any_precision
 def test_bench_compares_it_with_the_published_routine(tmp_path):
     run(os.path.join(ROOT, "bench.py"), "train", "--quick", "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)

@@ -52,6 +52,7 @@ def curves_of(metrics):
             for line in metrics if line["kind"] in ("train", "val")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stopped_anywhere_a_run_goes_on_as_if_never_stopped(name, here, at):
     """SIGTERM in step 5 of 8: no multiple of anything, and in the middle of an epoch of four files."""

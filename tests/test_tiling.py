@@ -284,6 +284,7 @@ print(count + output.shape[1], *output.shape[-2:], peak() - before, stream_memor
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from Linux's /proc")
 def test_three_temporal_tiles_of_1080p_stay_within_the_stated_memory(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT_1080P)
@@ -305,6 +306,7 @@ def test_three_temporal_tiles_of_1080p_stay_within_the_stated_memory(tmp_path):
 # ---- infer.py ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_infer_tiles_the_dcae_and_decodes_its_latents_to_the_same(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(small_dcae().state_dict(), "dcae.pth")

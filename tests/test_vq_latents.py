@@ -102,6 +102,7 @@ def tokenizer(cache, teacher, tmp_path_factory):
     return folder, settings, output
 
 
+@pytest.mark.slow
 def test_training_on_cached_latents(tokenizer, teacher):
     folder, settings, output = tokenizer
     assert "codebook use" in output and "psnr from the teacher's" in output
@@ -119,6 +120,7 @@ def test_training_on_cached_latents(tokenizer, teacher):
         assert torch.equal(plain(clip())[0], newest(clip())[0])
 
 
+@pytest.mark.slow
 def test_resuming_is_exact_and_one_rank_equals_two(tokenizer):
     folder, settings, _ = tokenizer
     run(TRAIN, "vq_latents", *settings, "max_steps=5", "name=b", ranks=2, cwd=folder)
@@ -129,6 +131,7 @@ def test_resuming_is_exact_and_one_rank_equals_two(tokenizer):
     assert max((a[k].float() - c[k].float()).abs().max().item() for k in a) < 1e-5
 
 
+@pytest.mark.slow
 def test_learning_through_the_decoder(tokenizer):
     folder, settings, _ = tokenizer
     output = run(TRAIN, "vq_latents", *settings, "max_steps=2", "pixel_weight=1", "name=d", cwd=folder)
@@ -138,6 +141,7 @@ def test_learning_through_the_decoder(tokenizer):
     assert all(torch.equal(v, start.taehv.state_dict()[k]) for k, v in model.taehv.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.auto_precision
 def test_tokens_in_a_file(tokenizer, clips, tmp_path):
     run_folder, video = tokenizer[0] / "runs" / "a", os.path.join(clips, "sub0", "clip0.mp4")
