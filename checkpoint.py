@@ -25,6 +25,8 @@ LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt|probe)\.(
 # What contents that are not as expected raise.
 MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError,
              ZeroDivisionError)
+# What reading a file of weights raises that is damaged, or is none, besides pickle.UnpicklingError.
+UNREADABLE = (*MISSHAPEN, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError, struct.error)
 
 
 class CheckpointError(Exception):
@@ -72,7 +74,7 @@ def read(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"checkpoint: {path!r} is no file of weights, or holds code: it is not run") from None
-    except (*MISSHAPEN, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError, struct.error) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint: {path!r} holds a {type(state).__name__}, not weights")

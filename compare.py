@@ -151,7 +151,6 @@ def factors(teacher):
 
 def teacher_row(beside, metrics):
     """A teacher's metrics, seconds, speed and memory, for a report row."""
-    metrics = {name: value for name, value in metrics.items() if name != "count"}
     return dict(
         metrics=metrics, encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
         seconds=beside.encode_seconds + beside.decode_seconds,

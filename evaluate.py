@@ -149,6 +149,7 @@ def load_judges(cfg, device):
 
 
 def describe_validation(result):
+    """`evaluate`'s dict as a line of the log, with its units."""
     sharpness = "-" if result["sharpness"] is None else f"{result['sharpness']:.3f}"
     others = [name for name in (*MEASURES, "fid")
               if name not in ("psnr", "ssim", "mse") and result.get(name) is not None]

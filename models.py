@@ -10,8 +10,6 @@ import inspect
 import json
 import os
 import pickle
-import struct
-import zipfile
 from types import SimpleNamespace
 
 import torch
@@ -22,7 +20,7 @@ import fast_taehv
 import fast_vqgan
 import init_taehv
 import model_vqgan
-from checkpoint import MISSHAPEN, CheckpointError, check_finite, first_line, newest_checkpoint, read
+from checkpoint import MISSHAPEN, UNREADABLE, CheckpointError, check_finite, first_line, newest_checkpoint, read
 from config import ConfigError, check_net, load_config, may_be_large, parse_buckets, tuples
 from data import Bucket
 from device import host_memory
@@ -163,7 +161,7 @@ def make_fresh_model(cfg, buckets):
         model = build_model(cfg.model, model_config(cfg))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    except (*MISSHAPEN, ZeroDivisionError) as error:  # net.ch=-1, net.ch_mult=2
+    except MISSHAPEN as error:  # net.ch=-1, net.ch_mult=2
         raise ConfigError(f"model {cfg.model} with {cfg.net} cannot be built: {first_line(error)}") from None
     check_size(cfg, model)
     if max(getattr(model, "codebook_sizes", [0])) > MAX_VOCABULARY:
@@ -301,14 +299,15 @@ def load_foreign(path, state, variant, overrides):
 
 
 def read_foreign(path):
-    """Likewise of a .safetensors file, or of a .ckpt, which may hold objects of the program that wrote it."""
+    """The dict in a file of weights of any kind; a .ckpt may hold objects of the program that wrote it.
+    CheckpointError, or what safetensors raises."""
     if path.endswith(".safetensors"):
         return read_weights(path)
     if not path.endswith(".ckpt"):
         return read(path)
     try:
         check_weights(path)
-    except (*MISSHAPEN, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, struct.error) as error:
+    except (*UNREADABLE, pickle.UnpicklingError) as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
     return model_vqgan.read_weights(path)
 

@@ -128,13 +128,12 @@ def reconstruct(source, name, job):
                 teacher_quality.add(as_video(theirs, device), as_video(original, device))
             outputs.write(original, output, theirs, bool(beside))
         notes += reader.changes()
-    found = measured(quality)
-    count = found.pop("count")
+    count = quality.frames
     notes += sorted({writer.note for writer in outputs.writers.values() if writer.note})
     row = dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
                latent_picture=draw_latents(name, np.stack(picture), pictured, total_latents, options),
-               metrics=found,
+               metrics=measured(quality),
                encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
                seconds=sum(codec.seconds.values()),
                encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
@@ -186,8 +185,10 @@ def as_video(frame, device):
 
 
 def measured(quality):
-    """A row's metrics, None for what was not measured, and "count"."""
-    return {**dict.fromkeys(MEASURES), **quality.reduce()}
+    """A row's metrics, None for what was not measured."""
+    found = quality.reduce()
+    del found["count"]
+    return {**dict.fromkeys(MEASURES), **found}
 
 
 def draw_latents(name, latents, numbers, total, options):

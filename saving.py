@@ -26,19 +26,19 @@ class Saver:
 
     def run(self, step, rank_state, random_state, make_state):
         """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
-        holds, or None; make_state([random_state of each rank]): what rank 0 saves. Returns, on every rank, why the run
-        could not be saved, or ""."""
+        holds, or None; make_state([random_state of each rank], what `Trend.sound` becomes): what rank 0 saves. Returns,
+        on every rank, why the run could not be saved, or ""."""
         self.step, sound = step, self.trend.judge(step)
         problem = from_rank_0(self.control, self.find_folder) or self.save_ranks(step, rank_state)
         if not problem:
             states = gather(self.control, random_state)
             problem = from_rank_0(self.control, lambda: checkpoint.save_run(
-                self.folder, make_state(states), self.keep_last, self.log, sound[0], self.trend.sound[0]))
+                self.folder, make_state(states, sound), self.keep_last, self.log, sound[0], self.trend.sound[0]))
         if problem:
             self.on_disk = from_rank_0(self.control, self.look)
         else:
             self.trend.sound = sound
-            self.log.event("saved", step, f"step {step}: saved {self.folder}/step_{step:08d}.pt")
+            self.log.event("saved", step, f"step {step}: saved {checkpoint.step_path(self.folder, step)}")
         return problem
 
     def find_folder(self):

@@ -20,27 +20,12 @@ import data
 import infer
 import models
 import train
-from conftest import NARROW, ROOT, mistake, run, write_clip
+from conftest import COMMON, NARROW, ROOT, mistake, run, write_clip
 from model_taehv import TAEHV
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
 FP32 = ("--precision", "fp32")
-PLAIN = [
-    "taehv",
-    "size=16",
-    "frames=4",
-    "batch_size=1",
-    "workers=0",
-    "val_fraction=0",
-    "warmup_steps=2",
-    "schedule=constant",
-    "precision=fp32",
-    "device=cpu",
-    "log_every=1",
-    "save_every=100",
-    "val_every=100",
-    "color_jitter=0.1",
-]
+PLAIN = ["taehv", "size=16", "frames=4", "batch_size=1", *COMMON]
 SMALL = [*PLAIN, *NARROW]
 
 

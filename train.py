@@ -46,9 +46,9 @@ def train(cfg):
         trainer = Trainer(cfg, at_end)
         if trainer.nothing_to_do():
             return 0
+        at_end.callback(vars(trainer).pop, "batches", None)  # while they are held, Python waits for their processes
         trainer.start()
         cfg, run = trainer.cfg, trainer.run
-        at_end.callback(vars(trainer).pop, "batches")  # while they are held, Python waits for their processes
         stop = StopSignal()
         stopping = last = False  # stopped from outside; the run's last step
         while not last and not stopping:
@@ -332,12 +332,12 @@ class Trainer:
         with self.clock.stopped():
             run = {**vars(self.run), "seconds": self.clock.total()}
             unsaved = self.saver.run(
-                self.run.step, self.objective.rank_state(), checkpoint.random_state(self.device), lambda states: dict(
+                self.run.step, self.objective.rank_state(), checkpoint.random_state(self.device),
+                lambda states, sound: dict(
                     model_name=self.cfg.model, model_config=self.model.config, config=asdict(self.cfg), **run,
                     tally=self.meter.state(), world=self.world, random=states, teacher=self.clips.teacher,
                     model=self.model.state_dict(), ema=self.average.state_dict(),
-                    optimizer=self.optimizer.state_dict(),
-                    trend={**self.trend.state(), "sound": self.trend.judge(self.run.step)},
+                    optimizer=self.optimizer.state_dict(), trend={**self.trend.state(), "sound": sound},
                     objective=self.objective.state()))
         if unsaved and not is_last:
             self.log(f"the checkpoint of step {self.run.step} could not be saved: {unsaved}; the run goes on; "
