@@ -26,14 +26,14 @@ class Saver:
 
     def run(self, step, rank_state, random_state, make_state):
         """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
-        holds, or None; make_state([random_state of each rank], what `Trend.sound` becomes): what rank 0 saves. Returns,
-        on every rank, why the run could not be saved, or ""."""
+        holds, or None. make_state: called on rank 0 with the list of all ranks' random_state and with what `Trend.sound`
+        becomes, it returns what rank 0 saves. Returns, on every rank, why the run could not be saved, or ""."""
         self.step, sound = step, self.trend.judge(step)
         problem = from_rank_0(self.control, self.find_folder) or self.save_ranks(step, rank_state)
         if not problem:
             states = gather(self.control, random_state)
             problem = from_rank_0(self.control, lambda: checkpoint.save_run(
-                self.folder, make_state(states, sound), self.keep_last, self.log, sound[0], self.trend.sound[0]))
+                self.folder, make_state(states, sound), self.keep_last, self.log, sound[0], self.trend.sound_step))
         if problem:
             self.on_disk = from_rank_0(self.control, self.look)
         else:
@@ -60,13 +60,13 @@ class Saver:
             if not errors:
                 return ""
             if not all(map(checkpoint.is_full, errors)) or not from_rank_0(
-                    self.control, lambda: checkpoint.drop_oldest(self.folder, step, self.log, self.trend.sound[0])):
+                    self.control, lambda: checkpoint.drop_oldest(self.folder, step, self.log, self.trend.sound_step)):
                 return str(errors[0])
             state = state if error else None
 
     def best(self, state):
         """On rank 0: save the weights that validated best. Returns whether that could be done."""
-        problem = self.find_folder() or checkpoint.save_best(self.folder, state, self.log, self.trend.sound[0])
+        problem = self.find_folder() or checkpoint.save_best(self.folder, state, self.log, self.trend.sound_step)
         if problem:
             self.log(f"best.pt of step {state['step']} could not be saved: {problem}; the run goes on")
         return not problem
@@ -94,14 +94,14 @@ class Saver:
         It may be wrong: quotas are not seen, and some file systems compress."""
         needed = bytes_of(states)
         try:
-            there = shutil.disk_usage(self.folder).free + sum(map(os.path.getsize,
-                                                                  checkpoint.checkpoints(self.folder)[1:]))
+            room = shutil.disk_usage(self.folder).free + sum(map(os.path.getsize,
+                                                                 checkpoint.checkpoints(self.folder)[1:]))
         except OSError:
             return ""
-        if needed <= there:
+        if needed <= room:
             return ""
         return (f"warning: a checkpoint takes {needed / 1e6:,.0f} MB or more, and the disk of {self.folder} has "
-                f"{there / 1e6:,.0f} MB: make room before the first is saved")
+                f"{room / 1e6:,.0f} MB: make room before the first is saved")
 
 
 def bytes_of(state):
@@ -178,15 +178,15 @@ def same_model(saved, ours):
     return isinstance(saved, dict) and {**saved, "kmeans_init": None} == {**ours, "kmeans_init": None}
 
 
-def where_to_go_on(folder, model, trend, step, bad_row):
-    """After `bad_row` steps that were skipped, in words: what the weights are, and the checkpoint to go on from if they
-    were bad before."""
+def where_to_go_on(folder, model, trend, step, skipped):
+    """After `skipped` steps in a row that were not finite, in words: which step's weights these are, and the checkpoint
+    to go on from if the run had gone wrong before."""
     finite = not checkpoint.not_finite(model.state_dict())
-    words = f"The weights are those of step {step - bad_row}, from before"
+    words = f"The weights are those of step {step - skipped}, from before"
     if finite and not trend.has_risen(step):
         return f"{words}."
     words += ", when the loss had risen already." if finite else ", and not finite."
-    sound = checkpoint.step_path(folder, trend.sound[0])
+    sound = checkpoint.step_path(folder, trend.sound_step)
     if sound and os.path.exists(sound):
         words += f" resume={sound} name=OTHER goes on from before that."
     return words

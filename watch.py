@@ -181,6 +181,11 @@ class Trend:
         rise = after.mean() - before.mean()
         return bool(rise > (self.RISE - 1) * before.mean().abs() and rise > self.CHANCE * chance)
 
+    @property
+    def sound_step(self):
+        """The step of the newest sound checkpoint, or None."""
+        return self.sound[0]
+
     def has_risen(self, step):
         """Whether the loss has gone wrong after `step` steps: it rises, or it is far above what it was at the newest
         sound checkpoint. Steps that were skipped are left out; of fewer than ENOUGH nothing can be said."""
