@@ -1,7 +1,6 @@
 """Adversarial training: a PatchGAN discriminator for frames or clips, its losses, its optimizer, all in one object.
 
     adversary = Adversary(dims=2, start=30000, ramp=1000, device=device)
-    adversary.to_all_ranks()                                     # the same start everywhere
     for step in range(steps):
         adversary.begin(step)                                    # again, if the step has to be done again
         for video, share in micro_batches:                       # the shares of a step add up to 1
@@ -12,8 +11,9 @@
             (loss * share).backward()
         figures = adversary.step(limit=1.0)                      # all ranks together; the model's own step beside it
 
-This file works alone: torch only. Only `to_all_ranks` and `step` talk to the other ranks: what may run out of memory
-on one rank alone (`generator_term`) never waits for another. Nothing here waits for the GPU.
+This file works alone: torch only. Only `begin` (once) and `step` talk to the other ranks: what may run out of memory on
+one rank alone (`generator_term`) never waits for another. Nothing here waits for the GPU. Given `gradients=Gradients`
+(of ranks.py), it works on several ranks, and a step that is not finite or is done again leaves no trace.
 """
 import contextlib
 import math
@@ -123,18 +123,22 @@ class Adversary(nn.Module):
     channels, ndf, n_layers, norm, dropout: as PatchGAN, which is `discriminator`; published weights go in by
     `adversary.discriminator.load_state_dict(...)`.
 
-    Ranks: gradients, BatchNorm's running statistics and LeCam's means are averaged, so the discriminator stays equal to
-    the bit. The adaptive weight is each micro-batch's own: a mean over ranks would need them in the middle of the
-    backward pass. Two ranks thus match one rank with two micro-batches, not one with a batch twice as large; the same
-    holds for BatchNorm, which normalises by the micro-batch.
+    gradients: ranks.Gradients, or a class with the same calls. It averages gradients, BatchNorm's running statistics
+    and scores over the ranks, so the discriminator stays equal to the bit, and all skip a step that is not finite on
+    one. None: a single process, whose every step counts; ValueError on several ranks. The adaptive weight is each
+    micro-batch's own: a mean over ranks would need them in the middle of the backward pass. Two ranks thus match one
+    rank with two micro-batches, not one with a batch twice as large; the same holds for BatchNorm, which normalises by
+    the micro-batch.
     """
 
     FIGURES = ("discriminator_loss", "generator_loss", "score_real", "score_fake", "adaptive_weight")
 
     def __init__(self, dims=2, channels=3, ndf=64, n_layers=0, norm="batch", dropout=0.3, loss="hinge", weight=0.8,
                  start=0, ramp=0, every=1, adaptive=True, max_weight=1e4, lecam=0.0, lecam_decay=0.999, lr=1e-5,
-                 betas=(0.5, 0.9), weight_decay=0.0, device="cpu"):
+                 betas=(0.5, 0.9), weight_decay=0.0, device="cpu", gradients=None):
         super().__init__()
+        if gradients is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError("on several ranks Adversary needs gradients=Gradients, the class in ranks.py")
         if loss not in LOSSES:
             raise ValueError(f"unknown adversarial loss {loss!r}; there are {', '.join(LOSSES)}")
         if every < 1:
@@ -149,7 +153,7 @@ class Adversary(nn.Module):
         self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=lr, betas=betas,
                                            weight_decay=weight_decay,
                                            fused=torch.device(device).type in ("cuda", "cpu"))
-        self.now, self.before = -1, None
+        self.now, self.make_gradients, self.gradients = -1, gradients, None
 
     # ---- one step: begin, generator_term for each micro-batch, step ------------------------------------------------
 
@@ -162,18 +166,20 @@ class Adversary(nn.Module):
         return self.active() and (self.now - self.start) % self.every == 0
 
     def begin(self, step):
-        """Start step `step` (from 0), or start it again: what generator_term added up since is forgotten."""
+        """Start step `step` (from 0), or start it again: what generator_term added up since is forgotten (but not
+        what BatchNorm saw, without `gradients`)."""
         self.now = step
         if not self.active():
             return
-        for p in self.discriminator.parameters():
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            p.grad.zero_()
-        self.totals = torch.zeros_like(self.figures)
-        if self.before is None:
-            self.before = [b.clone() for b in self.discriminator.buffers()]
-        self.put_back()
+        if not self.make_gradients:
+            self.optimizer.zero_grad()
+            self.totals = torch.zeros_like(self.figures)
+            return
+        if self.gradients is None:
+            self.gradients = self.make_gradients(self.discriminator.parameters(), len(self.FIGURES),
+                                                 self.discriminator.buffers())
+        self.gradients.begin()
+        self.totals = self.gradients.totals
 
     def generator_term(self, real, fake, reconstruction_loss=None, last_layer=None, share=1.0):
         """The weighted term to add to the loss, a scalar (0.0 before `start`); adds up the discriminator's gradient.
@@ -235,57 +241,33 @@ class Adversary(nn.Module):
     def step(self, limit=0.0):
         """End the step; all ranks call it. The gradient's norm is held to `limit` if that is above 0.
 
-        A gradient, score or statistic that is not finite on any rank: no rank changes anything. Returns the figures of
-        the last step in which the discriminator learned, means over the ranks, as scalars on the device: FIGURES (zeros
-        before the first), and "skipped", how many steps were.
+        With `gradients`, a gradient, score or statistic that is not finite on any rank: no rank changes anything.
+        Returns the figures of the last step in which the discriminator learned, means over the ranks, as scalars on the
+        device: FIGURES (zeros before the first), and "skipped", how many steps were.
         """
         if self.learns():
             self.update(limit)
-        elif self.active():
-            self.put_back()  # this rank's fakes alone must not move the statistics
-        self.before = None
+        elif self.active() and self.gradients:
+            self.gradients.give_up()  # this rank's fakes alone must not move the statistics
         return {**dict(zip(self.FIGURES, self.figures.clone())), "skipped": self.skipped.clone()}
 
     @torch.no_grad()
     def update(self, limit):
         """The discriminator's own step, of all ranks together; nothing changes where a figure is not finite."""
-        gradients = [p.grad for p in self.discriminator.parameters()]
-        statistics = [b for b in self.discriminator.buffers() if b.is_floating_point()]
-        shared = [*gradients, self.totals, *statistics]
-        flat = torch.cat([t.flatten() for t in shared])
-        if dist.is_initialized():
-            dist.all_reduce(flat)  # one rank's NaN is in the sum, so all ranks see it
-            flat.div_(dist.get_world_size())
-            for mine, mean in zip(shared, flat.split([t.numel() for t in shared])):
-                mine.copy_(mean.view(mine.shape))
-        norm = torch.linalg.vector_norm(flat[:sum(g.numel() for g in gradients)])
-        bad = 1.0 - (norm.isfinite() & flat.isfinite().all()).float()
-        if limit > 0:
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1))
-        if self.optimizer.defaults["fused"]:
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # the kernel itself skips a bad step
+        if self.gradients:
+            _, bad = self.gradients.step(self.optimizer, limit)
+        else:
+            if limit > 0:
+                torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), limit)
             self.optimizer.step()
-        elif not bad:
-            self.optimizer.step()
-        self.put_back(bad)
+            bad = torch.zeros_like(self.skipped)
         seen = torch.stack([self.totals[2], self.totals[3], torch.ones_like(bad)])
         lecam_means = self.lecam_means.lerp(seen, 1 - self.lecam_decay)
         self.lecam_means.copy_(torch.where(bad > 0, self.lecam_means, lecam_means))
         self.figures.copy_(torch.where(bad > 0, self.figures, self.totals))
         self.skipped += bad
 
-    def put_back(self, bad=None):
-        """BatchNorm's statistics as they were before the step; if `bad` is given, only where it is 1."""
-        for now, before in zip(self.discriminator.buffers(), self.before):
-            now.copy_(before if bad is None else torch.where(bad > 0, before, now))
-
-    # ---- ranks and checkpoints -------------------------------------------------------------------------------------
-
-    def to_all_ranks(self):
-        """Rank 0's weights and statistics on every rank; all ranks call it, before the first step."""
-        if dist.is_initialized():
-            for tensor in self.state_dict().values():
-                dist.broadcast(tensor, src=0)
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def training_state(self):
         """All that an exact resume needs, the same on all ranks; torch.load(weights_only=True) reads it.
@@ -306,4 +288,4 @@ class Adversary(nn.Module):
         settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0].update(settings)
-        self.before = None
+        self.gradients = None

@@ -14,6 +14,7 @@ from config import ConfigError, parse_buckets, what_learns
 from evaluate import LATENT_FACTS
 from losses import PerceptualLoss, pixel_loss
 from quantize import Quantizer, quantizers
+from ranks import Gradients, stay_together
 from seraena import Seraena
 from watch import Figures
 
@@ -29,14 +30,15 @@ def pixel_terms(cfg, device):
 
 class Objective:
     """The loss of a micro-batch, with everything that it needs besides the model. ConfigError if that cannot be had.
+    control: the ranks' process group for messages, None for one rank.
 
     `names` are the scalars that a call gives: "loss" (weighted, with its graph), the unweighted terms ("..._loss"),
     "squared_error" of the pixels, and mean and mean square of the latents, ours and the teacher's: a wrong scale shows
     there first.
     """
 
-    def __init__(self, cfg, model, device, autocast):
-        self.cfg, self.model, self.device, self.autocast, self.together = cfg, model, device, autocast, False
+    def __init__(self, cfg, model, device, autocast, control=None):
+        self.cfg, self.model, self.device, self.autocast = cfg, model, device, autocast
         self.requantizes = hasattr(model, "requantize")  # a tokenizer of latents, between a frozen encoder and decoder
         learns, teacher = what_learns(cfg), bool(cfg.latent_cache)
         self.trains_decoder, self.pixels, self.latents = learns.decoder, learns.from_pixels, learns.from_latents
@@ -53,7 +55,8 @@ class Objective:
         if cfg.compile:
             Quantizer.forward = torch.compiler.disable(Quantizer.forward)  # see quantize.true_float32
         for quantizer in self.quantizers:
-            quantizer.deferred = True  # learns in step(), where all ranks are, and not in the forward pass
+            # It learns in `step`, where all ranks are. A reduction within forward first asks whether all are there.
+            quantizer.defer(lambda: stay_together(control))
         self.code_counts = {}  # number of a quantizer: how often each of its codes was used since `codes_used`
         if self.quantizers:
             self.weights["vq_loss"] = cfg.vq_weight
@@ -75,9 +78,6 @@ class Objective:
             if part:
                 part.begin()
         if self.adversary:
-            if not self.together:
-                self.adversary.to_all_ranks()
-                self.together = True
             self.adversary.begin(step)
 
     def __call__(self, video, latents, fraction):
@@ -235,7 +235,7 @@ def make_perceptual(cfg, device):
 def make_seraena(cfg, model, device):
     seraena = Seraena(3 * cfg.seraena_frames, model.latent_channels, lr=cfg.seraena_lr,
                       replay_bytes=cfg.seraena_replay_mb * 1_000_000, replay_device=cfg.seraena_replay_device,
-                      seed=cfg.seed).to(device, memory_format=torch.channels_last)
+                      seed=cfg.seed, gradients=Gradients).to(device, memory_format=torch.channels_last)
     sizes = {size for size, *_ in parse_buckets(cfg)}
     try:
         seraena.reserve(*((size, size, size // model.space_factor, size // model.space_factor) for size in sizes))
@@ -248,4 +248,4 @@ def make_adversary(cfg, model, device):
     return Adversary(dims=cfg.gan_dims, loss=cfg.gan_loss, norm=cfg.gan_norm, weight=cfg.gan_weight, lr=cfg.gan_lr,
                      start=cfg.gan_start, ramp=cfg.gan_ramp, every=cfg.gan_every, adaptive=cfg.gan_adaptive,
                      max_weight=cfg.gan_max_weight, lecam=cfg.gan_lecam, betas=(cfg.gan_beta1, cfg.gan_beta2),
-                     weight_decay=cfg.gan_weight_decay, device=device)
+                     weight_decay=cfg.gan_weight_decay, device=device, gradients=Gradients)

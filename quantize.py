@@ -15,14 +15,15 @@ bfloat16 or float16. Nothing of size positions x codes is ever held: such work i
 default, 64 MB).
 
 Several ranks. By default a training forward sums its statistics (codebook averages, perplexity, usage) over all ranks
-before it returns. With deferred=True a forward only collects them, without any communication, and the loop decides:
+before it returns. With deferred=True, or after `defer`, a forward only collects them, without any communication, and
+the loop decides:
 
     for q in quantizers(model): q.begin()        # forget what was collected; also to redo or to skip a step
     ... forward and backward of all micro-batches ...
     for q in quantizers(model): q.update()       # on all ranks: sum, learn; returns the step's perplexity and usage
 
 so a rank that fails inside its forward leaves no other rank waiting in a reduction (the one that is left,
-SinkhornQuantizer's, asks `before_reduce` first). Several micro-batches then count as one batch. Eval mode never
+SinkhornQuantizer's, can ask first: `defer`). Several micro-batches then count as one batch. Eval mode never
 communicates or learns, so ranks may evaluate different numbers of batches.
 """
 import contextlib
@@ -191,7 +192,7 @@ class Quantizer(nn.Module):
     def __init__(self, dim, num_codes, codes_per_position=1, deferred=False):
         super().__init__()
         self.dim, self.num_codes, self.codes_per_position = dim, num_codes, codes_per_position
-        self.deferred, self.before_reduce = deferred, None
+        self.deferred, self.before_reduce = deferred, None  # see `defer`
         # Registered before its memory is touched: what builds a stranger's model looks at sizes there.
         self.register_buffer("counts", torch.empty(codes_per_position, num_codes), persistent=False)
         self.counts.zero_()
@@ -244,6 +245,11 @@ class Quantizer(nn.Module):
 
     def learn(self, counts):
         """Learn from a step; counts (codes_per_position, num_codes) are those of all ranks."""
+
+    def defer(self, before_reduce=None):
+        """From now on learn in `update`, not in forward. before_reduce: called before each reduction that is left in a
+        forward; it raises where another rank has failed."""
+        self.deferred, self.before_reduce = True, before_reduce
 
     def begin(self):
         """Forget what was collected since the last update: before a step, and where one is redone or skipped."""
@@ -482,7 +488,7 @@ class SinkhornQuantizer(StartingQuantizer):
         eval mode, so that codes do not depend on what else is encoded (a stream, another batch size).
     across_ranks: in training, the marginals are those of all ranks' batches together. This communicates inside forward:
         where a rank fails before it, the others wait until the process group's timeout. A loop that redoes failed steps
-        sets `before_reduce`, a function that is called before each reduction and raises if a rank has failed; or wants
+        gives `defer` a function that is called before each reduction and raises if a rank has failed; or wants
         False, which balances each rank's batch by itself.
     loss_q_type: what pulls pieces and codes together: "l2" or "l1" distance to the code taken, the codes' part times
         beta; or "ce": the cross-entropy of the code taken among all, with minus the distances (not squared) for logits.
@@ -629,7 +635,8 @@ class ResidualQuantizer(Quantizer):
         if kind not in kinds or options.get("num_head", 1) != 1:
             raise ValueError(f"kind {kind!r} must be one of {', '.join(kinds)}, with num_head 1")
         super().__init__(dim, n_embed, depth, deferred)
-        self.layers = nn.ModuleList(kinds[kind](n_embed, dim, **options) for _ in range(1 if shared else depth))
+        self.layers = nn.ModuleList(kinds[kind](n_embed, dim, deferred=deferred, **options)
+                                    for _ in range(1 if shared else depth))
 
     def depths(self):
         return [self.layers[i % len(self.layers)] for i in range(self.codes_per_position)]
@@ -640,12 +647,16 @@ class ResidualQuantizer(Quantizer):
     def quantize_rows(self, rows):
         left, total, infos = rows, 0, []
         for layer in self.depths():
-            layer.deferred, layer.before_reduce = self.deferred, self.before_reduce
             quantized, info = layer.quantize_rows(left)
             left, total = left - quantized.detach(), total + quantized.detach()
             infos.append(info)
         mean = {key: torch.stack([info[key] for info in infos]).mean() for key in ("vq_loss", "perplexity", "usage")}
         return straight_through(rows, total), {**mean, "codes": [code for info in infos for code in info["codes"]]}
+
+    def defer(self, before_reduce=None):
+        super().defer(before_reduce)
+        for layer in self.layers:
+            layer.defer(before_reduce)
 
     def begin(self):
         for layer in self.layers:

@@ -141,7 +141,7 @@ def copy_from_rank_0(tensors):
     """The same start everywhere, whatever each rank's own generator and libraries made of the seed."""
     if dist.is_initialized():
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def gather(control, value):
@@ -195,49 +195,65 @@ def batch_statistics(model):
 
 
 class Gradients:
-    """All gradients in one flat buffer that each parameter's .grad looks into: one reduction, one norm, no copies.
+    """The gradients of a network in one flat buffer that each parameter's .grad looks into: one reduction over the
+    ranks, one norm, no copies, and all ranks skip a step that is not finite on one. The model has one of these, and so
+    has each discriminator.
 
-    `totals` is the buffer's end: `extra` numbers of the step (its loss, say) that are averaged along with it.
-    `statistics`: buffers of the model that its forward pass changes (see `batch_statistics`). Those of floating point
+    `totals` is a part of the buffer: `extra` numbers of the step (its loss, say) that are averaged along with it.
+    `statistics`: buffers of the network that its forward pass changes (see `batch_statistics`). Those of floating point
     are averaged along too, so that all ranks hold the same; a step that is bad or has to be done again gives them back.
+    All ranks make it together: they start with rank 0's parameters and statistics.
     """
 
-    def __init__(self, parameters, world, extra=0, statistics=()):
-        self.world, self.statistics, self.before = world, list(statistics), None
+    def __init__(self, parameters, extra=0, statistics=()):
+        parameters, self.statistics, self.before = list(parameters), list(statistics), None
+        copy_from_rank_0([*parameters, *self.statistics])
         self.averaged = [b for b in self.statistics if b.is_floating_point()]
-        count = sum(p.numel() for p in parameters)
-        self.all = torch.zeros(count + extra + sum(b.numel() for b in self.averaged), device=parameters[0].device)
-        self.flat, self.totals, self.means = self.all.split([count, extra, len(self.all) - count - extra])
+        sizes = [sum(p.numel() for p in parameters), extra, sum(b.numel() for b in self.averaged)]
+        self.all = torch.zeros(sum(sizes), device=parameters[0].device)
+        self.flat, self.totals, self.means = self.all.split(sizes)
         start = 0
         for p in parameters:
             p.grad = self.flat.as_strided(p.shape, p.stride(), start)
             start += p.numel()
 
+    @torch.no_grad()
     def begin(self):
-        """Before a step's micro-batches, and again before it is done again or given up."""
+        """Before a step's micro-batches, also where the step is done again."""
         self.all.zero_()
-        if self.before is None:
-            self.before = [buffer.clone() for buffer in self.statistics]
-        for now, before in zip(self.statistics, self.before):
-            now.copy_(before)
+        self.give_up()
+        self.before = [buffer.clone() for buffer in self.statistics]
 
-    def reduce(self, limit):
-        """Mean over the ranks, scaled to a norm of at most `limit`. Returns (norm, bad): bad is 1.0 if the norm, a
-        total or a statistic is not finite, else 0.0. One rank's NaN is in the sum, so all ranks see it. Nothing waits
-        for the GPU.
+    @torch.no_grad()
+    def give_up(self):
+        """Where a step ends without `step`: the statistics are again what they were before it."""
+        for now, before in zip(self.statistics, self.before or ()):
+            now.copy_(before)
+        self.before = None
+
+    @torch.no_grad()
+    def step(self, optimizer, limit=0.0):
+        """All ranks together: the optimizer's step with the mean of their gradients, whose norm is held to `limit` if
+        that is above 0. Returns (norm, bad): bad is 1.0 where the norm, a total or a statistic is not finite, and then
+        no weight has changed, else 0.0. One rank's NaN is in the sum, so all see it. Nothing waits for the GPU.
         """
         if self.averaged:
             torch.cat([buffer.flatten() for buffer in self.averaged], out=self.means)
-        if self.world > 1:
+        if dist.is_initialized():
             dist.all_reduce(self.all)
-            self.all.div_(self.world)
+            self.all.div_(dist.get_world_size())
         norm = torch.linalg.vector_norm(self.flat)
-        finite = norm.isfinite() & self.totals.isfinite().all() & self.means.isfinite().all()
+        bad = 1.0 - (norm.isfinite() & self.totals.isfinite().all() & self.means.isfinite().all()).float()
         if limit > 0:
             self.flat.mul_((limit / (norm + 1e-6)).clamp(max=1))
         for buffer, mean in zip(self.averaged, self.means.split([b.numel() for b in self.averaged])):
             buffer.copy_(mean.view(buffer.shape))
         for now, before in zip(self.statistics, self.before or ()):
-            now.copy_(torch.where(finite, now, before))
+            now.copy_(torch.where(bad > 0, before, now))
         self.before = None
-        return norm, 1.0 - finite.float()
+        if optimizer.defaults.get("fused") and self.all.device.type in ("cuda", "cpu"):
+            optimizer.grad_scale, optimizer.found_inf = None, bad  # the kernel itself skips a bad step: no host waits
+            optimizer.step()
+        elif not bad:
+            optimizer.step()
+        return norm, bad

@@ -14,8 +14,9 @@
 A patch discriminator learns to tell groups of frames from their reconstructions, given the latents; the correction is
 the direction that brings its scores of the reconstruction to those of the original. Method, state_dict names and
 results are those of github.com/madebyollin/seraena (seraena.py), whose own call, `step_and_make_correction_targets`,
-is here too. What differs: it works on several ranks, the replayed samples have a byte budget, a step that is not finite
-changes nothing, and it can be saved and resumed exactly.
+is here too. What differs: the replayed samples have a byte budget, and it can be saved and resumed exactly. Given
+`gradients=Gradients` (of ranks.py), it works on several ranks, and a step that is not finite or is done again leaves no
+trace.
 
 This file works alone: torch only. Only `begin` (once) and `step` talk to the other ranks: `targets`, which may run out
 of memory on one rank alone, never waits for another. Nothing here waits for the GPU, but saving.
@@ -166,13 +167,17 @@ class Seraena(nn.Module):
     with equal probability. (Published: fresh ones are the first half of the batch. With a clip's groups in a row, those
     would be the starts of clips.) Replayed samples come from earlier steps.
 
-    Ranks: gradients and BatchNorm's running statistics are averaged, so the discriminator stays equal to the bit. In
-    training mode BatchNorm normalises by the micro-batch.
+    gradients: ranks.Gradients, or a class with the same calls. It averages gradients and BatchNorm's running statistics
+    over the ranks, so the discriminator stays equal to the bit, and all skip a step that is not finite on one. None: a
+    single process, whose every step counts, as published; ValueError on several ranks. In training mode BatchNorm
+    normalises by the micro-batch.
     """
 
     def __init__(self, c_im, c_ctx, lr=3e-4, betas=(0.9, 0.99), replay_bytes=512 << 20, replay_dtype=torch.bfloat16,
-                 replay_device="same", seed=0):
+                 replay_device="same", seed=0, gradients=None):
         super().__init__()
+        if gradients is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError("on several ranks Seraena needs gradients=Gradients, the class in ranks.py")
         if replay_device not in ("same", "pinned"):
             raise ValueError(f"replay_device is {replay_device!r}: it is 'same' (as the discriminator) or 'pinned'")
         self.c_im, self.c_ctx = c_im, c_ctx
@@ -183,8 +188,7 @@ class Seraena(nn.Module):
         self.replay = ReplayBuffer(replay_bytes, replay_dtype, replay_device == "pinned")
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.generator = torch.Generator().manual_seed((seed * 65536 + rank) % 2 ** 63)
-        self.together = False  # whether all ranks are known to have rank 0's discriminator
-        self.before = None  # BatchNorm's statistics as they were before the step
+        self.make_gradients, self.gradients = gradients, None
 
     def reserve(self, *sizes):
         """Optional, before training: divide the replay memory among all sizes (H, W, h, w), of frames and of latents,
@@ -201,27 +205,20 @@ class Seraena(nn.Module):
 
     @torch.no_grad()
     def begin(self):
-        """Start a step, or start it again: of what `targets` did since, only the random numbers stay consumed.
+        """Start a step, or start it again: of what `targets` did since, only the random numbers stay consumed (and what
+        BatchNorm saw, without `gradients`).
 
         All ranks call it; the first time, and after loading, rank 0's discriminator is copied to all.
         """
-        if not self.together:
-            self.to_all_ranks()
-        parameters, buffers = list(self.disc.parameters()), list(self.disc.buffers())
-        if self.before is None:
-            self.before = [b.clone() for b in buffers]
-        else:
-            for now, before in zip(buffers, self.before):
-                now.copy_(before)
         self.pending = []
-        # One flat piece for all that the ranks average: gradients, which .grad looks into, sums, and statistics.
-        count, statistics = (sum(x.numel() for x in tensors) for tensors in (parameters, buffers))
-        self.flat = torch.zeros(count + 5 + statistics, device=self.device())
-        self.gradients, self.sums, self.statistics = self.flat.split([count, 5, statistics])
-        start = 0
-        for p in parameters:
-            p.grad = self.flat.as_strided(p.shape, p.stride(), start)
-            start += p.numel()
+        if not self.make_gradients:
+            self.optimizer.zero_grad()
+            self.sums = torch.zeros(5, device=self.device())
+            return
+        if self.gradients is None:
+            self.gradients = self.make_gradients(self.disc.parameters(), 5, self.disc.buffers())
+        self.gradients.begin()
+        self.sums = self.gradients.totals
 
     def targets(self, real, fake, latents, share=1.0):
         """fake + correction, N T C H W, float32, detached; also adds up the discriminator's gradient.
@@ -254,33 +251,22 @@ class Seraena(nn.Module):
     def step(self, limit=0.0):
         """End the step; all ranks call it. The gradient's norm is held to `limit` if that is above 0.
 
-        A gradient, score or statistic that is not finite on any rank: no rank's discriminator changes. The step's fakes
-        become replayable either way, held to a sane range. Returns scalars on the device, means over the ranks:
-        "disc_loss" (1 from ignorance, 0 from certainty), "score_real" and "score_fake" (0 if none was drawn), and
-        "skipped", 1 if the step was not finite (then the others may not be either).
+        With `gradients`, where a gradient, score or statistic is not finite on any rank, no rank's discriminator
+        changes. The step's fakes become replayable either way, held to a sane range. Returns scalars on the device,
+        means over the ranks: "disc_loss" (1 from ignorance, 0 from certainty), "score_real" and "score_fake" (0 if none
+        was drawn), and "skipped", 1 if the step was not finite (then the others may not be either).
         """
-        buffers = list(self.disc.buffers())
-        sizes = [b.numel() for b in buffers]
-        self.statistics.copy_(torch.cat([b.flatten() for b in buffers]))
-        if dist.is_initialized():
-            dist.all_reduce(self.flat)  # one rank's NaN is in the sum, so all ranks see it
-            self.flat.div_(dist.get_world_size())
-        norm = torch.linalg.vector_norm(self.gradients)
-        bad = 1.0 - (norm.isfinite() & self.sums.isfinite().all() & self.statistics.isfinite().all()).float()
-        if limit > 0:
-            self.gradients.mul_((limit / (norm + 1e-6)).clamp(max=1))
-        if self.flat.device.type in ("cpu", "cuda"):
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad  # the kernel itself skips a bad step
+        if self.gradients:
+            _, bad = self.gradients.step(self.optimizer, limit)
+        else:
+            if limit > 0:
+                torch.nn.utils.clip_grad_norm_(self.disc.parameters(), limit)
             self.optimizer.step()
-        elif not bad:
-            self.optimizer.step()
-        for buffer, before, mean in zip(buffers, self.before, self.statistics.split(sizes)):
-            buffer.copy_(torch.where(bad > 0, before, mean.view(before.shape)))
-        self.before = None
+            bad = self.sums.new_zeros(())
         for shape, rows in self.pending:
             self.replay.add(shape, rows, self.generator)
         self.pending = []
-        loss, real, fake, reals, fakes = self.sums
+        loss, real, fake, reals, fakes = self.sums.clone()
         return {"disc_loss": loss, "score_real": real / reals.clamp(min=1e-6),
                 "score_fake": fake / fakes.clamp(min=1e-6), "skipped": bad}
 
@@ -352,14 +338,7 @@ class Seraena(nn.Module):
         return {"disc_loss": loss, "disc_in": images, "disc_in_ctx": contexts, "disc_pred": scores,
                 "disc_targets": wanted.expand(scores.shape)}
 
-    # ---- ranks and checkpoints -------------------------------------------------------------------------------------
-
-    def to_all_ranks(self):
-        """Rank 0's weights and statistics on every rank; `begin` does this by itself where needed."""
-        if dist.is_initialized():
-            for tensor in self.state_dict().values():
-                dist.broadcast(tensor, src=0)
-        self.together = True
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def training_state(self):
         """Discriminator and optimizer, the same on all ranks, in a dict that torch.load(weights_only=True) reads."""
@@ -377,7 +356,7 @@ class Seraena(nn.Module):
         settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0].update(settings)
-        self.together, self.before = False, None
+        self.gradients = None
 
     def rank_state(self, with_replay=True):
         """What only this rank has, between two steps: its generator and, if asked for, its replayed samples (up to

@@ -32,7 +32,7 @@ from lock import InUse
 from logbook import Clock, Logbook, count, summarize
 from objective import Objective
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
-                   from_rank_0, gather, start_ranks, stay_together)
+                   from_rank_0, gather, start_ranks)
 from saving import NotSaved, Saver, find_resume, restore, take_folder, where_to_go_on
 from screen import guard_screen, one_line
 from step_taehv import speed_up
@@ -50,7 +50,8 @@ def train(cfg):
         trainer.start()
         cfg, run = trainer.cfg, trainer.run
         stop = StopSignal()
-        stopping = last = False  # stopped from outside; the run's last step
+        last = False      # whether the step that was done is the run's last
+        stopping = False  # whether a signal ends the run after it
         while not last and not stopping:
             # ---- take this step's clips
             micro_batches, trouble = trainer.take_clips()
@@ -106,10 +107,7 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         self.model, self.origin = models.make_model(cfg, self.buckets)
         self.cfg = cfg = models.with_shape(cfg, self.model)  # what init_from settled is a setting of the run
-        self.objective = Objective(cfg, self.model, self.device, self.autocast)
-        control = self.control  # not self: what it holds would be let go of late
-        for quantizer in self.objective.quantizers:
-            quantizer.before_reduce = lambda: stay_together(control)
+        self.objective = Objective(cfg, self.model, self.device, self.autocast, self.control)
         self.judges = load_judges(cfg, self.device)
         restarted, = agree(self.control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         self.resumed_from = from_rank_0(self.control, lambda: find_resume(cfg, self.folder, restarted, self.log))
@@ -127,7 +125,7 @@ class Trainer:
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # What is logged is averaged along, and BatchNorm's statistics.
-        self.gradients = Gradients(self.parameters, self.world, len(self.objective.names), batch_statistics(model))
+        self.gradients = Gradients(self.parameters, len(self.objective.names), batch_statistics(model))
         # eps: gradients of 1e-10 are rounding noise. PyTorch's 1e-8 makes steps of it: 1 and 2 ranks part by 3e-6.
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, eps=1e-7,
@@ -195,7 +193,7 @@ class Trainer:
             log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips: leave precision=auto")
         lack = self.saver.lack_of_room(
             model.state_dict(), self.average.state_dict(), self.average.state_dict(), self.objective.state(),
-            self.parameters, self.parameters)  # of files: the average twice, AdamW's two means
+            self.parameters, self.parameters)  # the average is in two files; AdamW has two means of each parameter
         for line in filter(None, [*self.clips.lines, self.unlocked and f"warning: {self.unlocked}", lack]):
             log(line)
         if self.resumed_from:
@@ -252,7 +250,8 @@ class Trainer:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
-        return Vote(out_of_memory, stop, self.clock.total() >= self.time_limit, trouble).count(self.control)
+        return Vote(out_of_memory, stop=bool(stop), time_over=self.clock.total() >= self.time_limit,
+                    no_data=bool(trouble)).count(self.control)
 
     def split(self, micro_batches):
         """Memory ran out on some rank: from here on all ranks cut micro-batches into twice as many parts."""
@@ -268,12 +267,7 @@ class Trainer:
         cfg, run, optimizer = self.cfg, self.run, self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, run.step)
-        norm, bad = self.gradients.reduce(cfg.grad_clip)
-        if optimizer.defaults["fused"]:
-            optimizer.grad_scale, optimizer.found_inf = None, bad  # the kernel itself skips a bad step: no host waits
-            optimizer.step()
-        elif not bad:
-            optimizer.step()
+        norm, bad = self.gradients.step(optimizer, cfg.grad_clip)
         decay = min(cfg.ema_decay, (1 + run.step) / (10 + run.step))
         with torch.no_grad():  # or the average drags along a graph that grows with each step
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
@@ -346,7 +340,7 @@ class Trainer:
 
     def give_up(self, reason, way_out):
         """Save, and raise what ends the run."""
-        self.gradients.begin()  # the statistics as they were before this step, if it is not done
+        self.gradients.give_up()  # this step, if it was not done
         if unsaved := self.save(is_last=True):
             raise NotSaved(f"{reason} at step {self.run.step}; {self.saver.not_saved(unsaved)}. {way_out}")
         raise ConfigError(f"{reason} at step {self.run.step}; the run is saved. {way_out}")

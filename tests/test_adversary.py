@@ -12,6 +12,7 @@ from torch import nn
 import objective
 from adversary import Adversary, PatchGAN, adaptive_weight, discriminator_loss, generator_loss
 from conftest import CODES, COMMON, log_of, run, same
+from ranks import Gradients
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,8 @@ def seed():
 
 def make(**settings):
     """A small adversary without chance or BatchNorm, unless asked for."""
-    return Adversary(**{"ndf": 8, "n_layers": 1, "norm": "none", "dropout": 0.0, "lr": 1e-2, **settings})
+    return Adversary(**{"ndf": 8, "n_layers": 1, "norm": "none", "dropout": 0.0, "lr": 1e-2, "gradients": Gradients,
+                        **settings})
 
 
 class Decoder(nn.Module):
@@ -271,6 +273,25 @@ def test_a_step_can_be_done_again_from_its_start():
     assert once.discriminator.main[3].num_batches_tracked == 4
 
 
+def test_alone_it_learns_as_with_the_projects_gradients(monkeypatch):
+    alone, together = make(norm="batch", gradients=None), make(norm="batch")
+    video, model = torch.rand(2, 2, 3, 16, 16), Decoder()
+    alone.load_training_state(copy.deepcopy(together.training_state()))
+    for step in range(3):
+        figures = []
+        for adversary in (alone, together):
+            adversary.begin(step)
+            fake = model(video)
+            adversary.generator_term(video, fake, (fake - video).square().mean(), fake)
+            figures.append(adversary.step(limit=1e9))
+        assert same(*figures)
+    assert same(alone.training_state(), together.training_state())
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="on several ranks Adversary needs gradients=Gradients"):
+        make(gradients=None)
+
+
 def test_the_limit_holds_the_gradient():
     adversary = make(adaptive=False)
     real, fake = torch.rand(1, 2, 3, 16, 16), torch.rand(1, 2, 3, 16, 16, requires_grad=True)
@@ -383,6 +404,7 @@ RANKS = """
 import os, sys
 import torch, torch._dynamo, torch.distributed as dist
 from adversary import Adversary
+from ranks import Gradients
 
 torch.set_num_threads(1)
 ranks = "RANK" in os.environ
@@ -390,8 +412,7 @@ if ranks:
     dist.init_process_group("gloo")
 rank, world = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
 torch.manual_seed(rank)
-adversary = Adversary(ndf=8, n_layers=2, lr=1e-3, lecam=0.1, every=2)
-adversary.to_all_ranks()
+adversary = Adversary(ndf=8, n_layers=2, lr=1e-3, lecam=0.1, every=2, gradients=Gradients)
 scale = torch.ones((), requires_grad=True)
 skipped = []
 for step in range(10):
@@ -414,7 +435,7 @@ if ranks:
 @pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["nan", "none"])
 def test_two_ranks_stay_equal_to_the_bit_and_skip_together(tmp_path, trouble):
-    script = tmp_path / "ranks.py"
+    script = tmp_path / "both.py"
     script.write_text(RANKS)
     run(script, trouble, ranks=2, cwd=tmp_path)
     one, two = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))

@@ -720,7 +720,8 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config", "synthetic"]
+    "name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config", "synthetic", "quantize", "ranks",
+             "adversary", "seraena"]
 )
 def test_leaf_files_work_when_copied_alone(name, tmp_path):
     spec = importlib.util.find_spec(name)

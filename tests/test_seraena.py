@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from conftest import ROOT, run, same
 from golden.fill import fill_, make_input
+from ranks import Gradients
 from seraena import ReplayBuffer, Seraena, group_frames, ungroup_frames
 
 SHAPE = ((9, 16, 16), (4, 2, 2))
@@ -21,7 +22,7 @@ def seed():
 
 
 def make(**settings):
-    return Seraena(**{"c_im": 9, "c_ctx": 4, "replay_bytes": 1 << 20, **settings})
+    return Seraena(**{"c_im": 9, "c_ctx": 4, "replay_bytes": 1 << 20, "gradients": Gradients, **settings})
 
 
 def batch(clips=2, frames=4, size=16):
@@ -67,8 +68,9 @@ def test_scores_and_correction_are_the_published_ones():
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-def test_the_published_call_updates_first_and_then_corrects():
-    seraena = make()
+@pytest.mark.parametrize("gradients", [None, Gradients])
+def test_the_published_call_updates_first_and_then_corrects(gradients):
+    seraena = make(gradients=gradients)
     before = seraena.disc.proj[5].weight.clone()
     real, fake, context = torch.rand(5, 9, 16, 16), torch.rand(5, 9, 16, 16), torch.randn(5, 4, 2, 2)
     corrected, debug = seraena.step_and_make_correction_targets(real, fake.requires_grad_(), context)
@@ -199,7 +201,7 @@ def test_micro_batches_add_up_to_their_mean():
         for _ in range(parts):
             seraena.generator.manual_seed(5)
             seraena.targets(*data, share=1 / parts)
-        gradients.append(seraena.gradients)
+        gradients.append(seraena.gradients.flat)
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-3
 
 
@@ -216,13 +218,28 @@ def test_a_step_done_again_leaves_no_trace():
     assert same(whole_state(plain), whole_state(redone))
 
 
+def test_alone_it_learns_as_with_the_projects_gradients(monkeypatch):
+    alone, together = make(gradients=None), make()
+    for _ in range(3):
+        data = batch()
+        for seraena in (alone, together):
+            seraena.begin()
+        assert torch.equal(*(seraena.targets(*data) for seraena in (alone, together)))
+        assert same(alone.step(limit=1e9), together.step(limit=1e9))
+    assert same(whole_state(alone), whole_state(together))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="on several ranks Seraena needs gradients=Gradients"):
+        make(gradients=None)
+
+
 def test_the_gradients_norm_is_held():
     seraena = make()
     seraena.begin()
     seraena.targets(*batch())
-    assert torch.linalg.vector_norm(seraena.gradients) > 0.02
+    assert torch.linalg.vector_norm(seraena.gradients.flat) > 0.02
     seraena.step(limit=0.01)
-    assert torch.linalg.vector_norm(seraena.gradients).item() == pytest.approx(0.01, rel=1e-2)
+    assert torch.linalg.vector_norm(seraena.gradients.flat).item() == pytest.approx(0.01, rel=1e-2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e30])
@@ -397,13 +414,14 @@ import sys
 import torch
 import torch._dynamo
 import torch.distributed as dist
+from ranks import Gradients
 from seraena import Seraena
 from test_seraena import SAMPLE, batch, one_step
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-seraena = Seraena(9, 4, replay_bytes=16 * SAMPLE, seed=rank)  # begin has to make them equal
+seraena = Seraena(9, 4, replay_bytes=16 * SAMPLE, seed=rank, gradients=Gradients)  # begin has to make them equal
 torch.manual_seed(100 + rank)
 
 def everybodys():
@@ -440,7 +458,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_ranks_stay_equal_to_the_bit_and_step_as_one(tmp_path):
-    script = tmp_path / "ranks.py"
+    script = tmp_path / "both.py"
     script.write_text(RANKS)
     run(script, ranks=2, cwd=tmp_path)
     assert all((tmp_path / f"rank{rank}_came_to_the_end").exists() for rank in range(2))

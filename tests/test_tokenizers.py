@@ -318,7 +318,7 @@ def test_codebooks_learn_when_the_step_says_so(name, count):
     assert len(quantizers(parts)) == count
     whole(video)
     for q in quantizers(parts):
-        q.deferred = True
+        q.defer()
         q.begin()
     before = copy.deepcopy(parts.state_dict())
     parts(video[:1]), parts(video[1:])
