@@ -208,7 +208,17 @@ BATCH_NORM += [*"net.embed_dim=4 net.nb_entries=8 net.scaling_rates=(4,2) size=1
 NEEDS = {"taehv_finetune": ["init_from=FILE.pth"], "vq_latents": ["init_from=FILE.pth", "latent_cache=FOLDER"],
          "taehv_distill": ["latent_cache=FOLDER"], "taehv_seraena": ["latent_cache=FOLDER"]}
 NARROW = ["net.encoder_widths=32,32,32,32", "net.decoder_widths=64,32,32,32"]  # for what width has no part in
-SERAENA = "taehv size=16 frames=4 batch_size=1 seraena_weight=0.5 seraena_replay_mb=2".split() + COMMON + NARROW
+PLAIN = ["taehv", "size=16", "frames=4", "batch_size=1", *COMMON]
+SERAENA = [*PLAIN, "seraena_weight=0.5", "seraena_replay_mb=2", *NARROW]
+
+
+@pytest.fixture(scope="module")
+def trained(clips, tmp_path_factory):
+    """(a folder, the run in it after 4 steps of two ranks, with validation, what training printed)."""
+    folder = tmp_path_factory.mktemp("trained")
+    output = run(os.path.join(ROOT, "train.py"), *PLAIN, f"data={clips}", "val_fraction=0.3", "max_steps=4",
+                 "val_every=2", "save_every=2", "name=two", "val_clips=3", ranks=2, cwd=folder)
+    return folder, str(folder / "runs" / "two"), output
 
 
 @pytest.fixture

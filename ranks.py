@@ -7,6 +7,7 @@ Why there is no DistributedDataParallel: it reduces gradients during each rank's
 of memory or sees a NaN there strands the others; here the reduction is by hand, after all ranks have agreed, and
 strands nobody.
 """
+import importlib
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ def start_ranks(device, timeout_minutes):
         return 0, 1, None
     # The optimizers import this later on: it then keeps a reference to the process group, whose threads outlive
     # destroy_process_group and can abort the interpreter as it ends ("terminate called without an active exception").
-    import torch._dynamo  # noqa: F401
+    importlib.import_module("torch._dynamo")
     timeout = timedelta(minutes=timeout_minutes)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     where = {}

@@ -20,12 +20,11 @@ import data
 import infer
 import models
 import train
-from conftest import COMMON, NARROW, ROOT, mistake, run, write_clip
+from conftest import NARROW, PLAIN, ROOT, mistake, run, write_clip
 from model_taehv import TAEHV
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
 FP32 = ("--precision", "fp32")
-PLAIN = ["taehv", "size=16", "frames=4", "batch_size=1", *COMMON]
 SMALL = [*PLAIN, *NARROW]
 
 
@@ -37,26 +36,6 @@ def weights(folder, step):
 def largest_difference(a, b):
     assert a.keys() == b.keys()
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
-
-
-@pytest.fixture(scope="module")
-def trained(clips, tmp_path_factory):
-    """A run folder after 4 steps of two ranks, with validation; and the folder it lies in."""
-    folder = tmp_path_factory.mktemp("trained")
-    output = run(
-        TRAIN,
-        *PLAIN,
-        f"data={clips}",
-        "val_fraction=0.3",
-        "max_steps=4",
-        "val_every=2",
-        "save_every=2",
-        "name=two",
-        "val_clips=3",
-        ranks=2,
-        cwd=folder,
-    )
-    return folder, str(folder / "runs" / "two"), output
 
 
 def test_two_ranks_equal_one_with_accumulation(clips, tmp_path):

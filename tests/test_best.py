@@ -159,6 +159,7 @@ def kill():
     raise Killed
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_best_pt_and_its_checkpoint_ends_with_the_same_best_pt(here, at, scores):
     settings = [*FRAMES, "val_every=1", "val_fraction=0.3", "save_every=3", "max_steps=8"]
     scores({1: 11.0, 2: 12.0, 3: 13.0, 4: 12.5, 5: 19.0, 6: 14.0, 7: 13.5, 8: 18.0})
@@ -238,6 +239,7 @@ def steps_of(folder):
     return [int(re.search(r"step_(\d+)", path)[1]) for path in checkpoint.checkpoints(str(folder))]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_keeps_the_checkpoint_from_before(here, diverging, tmp_path):
     settings = [*FRAMES, "save_every=2", "keep_last=2", "max_bad_steps=5", "name=diverging"]
     folder = here(*settings, "max_steps=17")

@@ -176,6 +176,7 @@ def refused(folder, monkeypatch, capsys, *more):
     return error
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_not_whole_is_refused(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = sorted(os.listdir(cache))

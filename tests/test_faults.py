@@ -179,6 +179,7 @@ spoil(train, "evaluate", {(2, 1): fail})
     assert "rank 0: Traceback" not in output and "[rank0]: Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_error_ends_the_data_processes_too(clips, tmp_path):
     """They are deaf to signals, so the interpreter's own end waits for them in vain."""
     (tmp_path / "wrong.py").write_text(f"""

@@ -129,6 +129,7 @@ def test_a_message_is_one_line_whatever_the_value_holds(monkeypatch, capsys):
         assert len(mistake(capsys, monkeypatch, module, *arguments)) < 5000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it is Linux that grants memory that there is not")
 def test_what_does_not_fit_the_memory_is_refused(bases, tmp_path):
     """On a machine that says it has 4 GB."""
@@ -194,13 +195,12 @@ def test_scrambled_checkpoints_are_refused_in_one_line(kind, here, tmp_path):
 
 
 def test_a_state_of_a_rank_that_is_none_costs_only_itself(here, tmp_path):
+    begun = here(*SERAENA, "name=begun", "max_steps=1")
+    state = checkpoint.read(str(begun / "step_00000001.rank0"))
     for number, odd in enumerate(({}, {"generator": 3}, {"replay": [{"shape": ((1, 2, 3), (1, 1, 1)), "rows": 1}]})):
-        run = [*SERAENA, f"name=r{number}", f"out_dir={tmp_path}/{number}"]
-        folder = tmp_path / f"{number}/r{number}"
-        here(*run, "max_steps=1")
-        state = checkpoint.read(str(folder / "step_00000001.rank0"))
+        folder = shutil.copytree(begun, tmp_path / f"r{number}")
         torch.save({**state, **odd} if odd else odd, folder / "step_00000001.rank0")
-        here(*run, "max_steps=2")
+        here(*SERAENA, f"name=r{number}", "max_steps=2")
         log = log_of(folder)
         assert "done: 2 steps" in log and ("it holds no state of a rank" in log) == bool(odd), log
 

@@ -236,6 +236,7 @@ def test_each_task_sees_its_own_gpus(tmp_path):
 # ---- faults ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_crash_leaves_the_others_alone(tmp_path):
     output = end(begin(tmp_path, [task("outlasts-b"), task("crash"), task("b")], "--slots", "2"), 1)
     assert events(tmp_path, "start", "end")[-3:] == ["b start", "b end", "outlasts-b end"], "in its place"
@@ -492,6 +493,7 @@ def test_a_file_that_is_not_there_and_no_places(tmp_path, monkeypatch, capsys):
     (tmp_path / "tasks.json").write_text(json.dumps({"tasks": [task("a")]}))
     assert launch.main(["tasks.json", "--slots", "0"]) == 2 and "--slots 0: 1 to" in capsys.readouterr().err
     (tmp_path / "runs").write_text("a file")
+    monkeypatch.setattr(launch, "check_models", lambda tasks: None)  # it imports PyTorch in another process
     assert launch.main(["tasks.json", "--slots", "1"]) == 2 and "runs" in capsys.readouterr().err
 
 

@@ -8,7 +8,6 @@ import inspect
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses

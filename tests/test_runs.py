@@ -16,7 +16,7 @@ import checkpoint
 import infer
 from conftest import ROOT, command, mistake, run, write_clip
 from model_taehv import TAEHV
-from test_smoke import FP32, INFER, PLAIN, SMALL, TRAIN, largest_difference, trained, weights  # noqa: F401
+from test_smoke import FP32, INFER, PLAIN, SMALL, TRAIN, largest_difference, weights
 
 
 FAULT = """

@@ -123,6 +123,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(clips, tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK.format(root=ROOT))
     process = subprocess.Popen(command("stuck.py", *FRAMES, f"data={clips}", "name=stuck"), cwd=tmp_path,
@@ -160,6 +161,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_ends(clips, tmp_path):
     (tmp_path / "hung_up.py").write_text(HUNG_UP.format(root=ROOT))
     line = command("hung_up.py", *FRAMES, f"data={clips}", "max_steps=9", "name=hung")

@@ -287,6 +287,7 @@ def init(**given):
 """
 
 
+@pytest.mark.slow
 def test_wandb_copies_the_curves_and_a_resumed_run_keeps_its_id(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     words = mistake(capsys, monkeypatch, train, "demo", "wandb=project")
