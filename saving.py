@@ -26,8 +26,9 @@ class Saver:
 
     def run(self, step, rank_state, random_state, make_state):
         """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
-        holds, or None. make_state: called on rank 0 with the list of all ranks' random_state and with what `Trend.sound`
-        becomes, it returns what rank 0 saves. Returns, on every rank, why the run could not be saved, or ""."""
+        holds, or None. make_state: called on rank 0 with the list of all ranks' random_state and with what
+        `Trend.sound` becomes, it returns what rank 0 saves. Returns, on every rank, why the run could not be saved, or
+        an empty string."""
         self.step, sound = step, self.trend.judge(step)
         problem = from_rank_0(self.control, self.find_folder) or self.save_ranks(step, rank_state)
         if not problem:
