@@ -157,6 +157,7 @@ def test_checkpointing_changes_no_gradient_and_spares_the_last_layer():
     assert all(a.abs().max() > 0 and torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(*gradients))
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast_is_finite_and_close():
     model, video = small().train(), torch.rand(1, 8, 3, 32, 32)
     exact, _ = model(video)

@@ -244,6 +244,7 @@ print("grown by", peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read there")
 def test_memory_stays_below_one_matrix_of_distances(tmp_path):
     (tmp_path / "memory.py").write_text(MEMORY)

@@ -166,12 +166,11 @@ def test_one_clip_can_be_learnt(tmp_path):
     assert len(psnrs) == 40 and np.mean(psnrs[-5:]) > np.mean(psnrs[:5]) + 4
 
 
-def test_starting_from_weights_and_training_one_half(trained, clips, tmp_path):
-    folder, run_folder, _ = trained
-    common = [*PLAIN, f"data={clips}", f"init_from={run_folder}/model.pth", "train_encoder=false", "max_steps=2"]
-    run(TRAIN, *common, "name=half", cwd=tmp_path)
-    before = checkpoint.read(os.path.join(run_folder, "model.pth"))
-    after = checkpoint.read(str(tmp_path / "runs" / "half" / "step_00000002.pt"))["model"]
+def test_starting_from_weights_and_training_one_half(here):
+    whole = here(*PLAIN, "max_steps=1", "name=whole")
+    half = here(*PLAIN, "max_steps=2", "name=half", f"init_from={whole}/model.pth", "train_encoder=false")
+    before = checkpoint.read(str(whole / "model.pth"))
+    after = checkpoint.read(str(half / "step_00000002.pt"))["model"]
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved and all(k.startswith("decoder.") for k in moved)
 
@@ -201,12 +200,11 @@ def test_latents_of_another_model_or_cut_short_are_refused(trained, tmp_path, ca
         assert "damaged" in mistake(capsys, monkeypatch, infer, run_folder, "b.latents.npz")
 
 
-def test_one_bad_input_does_not_cost_the_others(trained, tmp_path):
-    folder, run_folder, _ = trained
+def test_one_bad_input_does_not_cost_the_others(teacher, tmp_path):
     (tmp_path / "in").mkdir()
     cv2.imwrite(str(tmp_path / "in" / "a.png"), np.zeros((16, 16400, 3), np.uint8))  # too wide for VP8
     write_clip(str(tmp_path / "in" / "b.mp4"), frames=3, height=32, width=32)
-    output = run(INFER, run_folder, "in", "--lpips", "none", *FP32, cwd=tmp_path)
+    output = run(INFER, teacher, "in", "--lpips", "none", *FP32, cwd=tmp_path)
     rows = json.loads((tmp_path / "inference_results" / "metrics.json").read_text())["rows"]
     assert "failed" in rows[0] and rows[1]["frames"] == 3 and "a  " in output
 

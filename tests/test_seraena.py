@@ -261,6 +261,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
         assert figures["skipped"] == 0 and corrected.isfinite().all()
 
 
+@pytest.mark.slow
 def test_bf16_autocast_trains_every_weight_and_never_uses_old_ones():
     seraena = make()
     before = [p.clone() for p in seraena.parameters()]
