@@ -1,4 +1,4 @@
-"""The section "loader" of bench.py: clips from videos, beside other ways to read them, and clips from a latent cache.
+"""The section "loader" of bench.py: clips from videos, beside other ways to read them, and clips from caches.
 
 All sides read the same frames of the same videos, in one process with one thread, and end with the same centred square.
 Their seconds are of CPU time: what a core can do, whatever else the machine does meanwhile.
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from clip_cache import TrainCuts
 from latent_cache import CachedClips, LatentCache, ShardWriter, write_index
 from measure import alone, alternate
 
@@ -151,17 +152,68 @@ def loader_rows(options, folder):
     return rows, first / len(sources)
 
 
-# ---- clips from a latent cache ---------------------------------------------------------------------------------------
+def several_rows(options, folder):
+    """Clips of the videos, cut at random as training has them: one or several from each opening."""
+    data.start_worker(0)
+    sources, _ = data.probe([s for s in data.find_sources(folder) if not s.is_image])
+    sources = [s for s in sources if s.frames >= FRAMES]
+    calls, counts = {}, {}
+    for count in (1, 4, 8):
+        clips = data.TrainClips(sources, 0, 1, 5, clips_per_open=count)
+        epochs = iter(range(10 ** 6))
+
+        def turn(clips=clips, epochs=epochs, count=count):
+            epoch = next(epochs)
+            for i in range(len(sources)):
+                clips.__getitems__([data.Key(epoch, i, SIZE, FRAMES, part) for part in range(count)])
+        name = f"clips_per_open={count}"
+        calls[name], counts[name] = turn, count * len(sources)
+    seconds = alternate(calls, options.repeat, CPU, limit=120, clock=time.process_time)
+    first = seconds["clips_per_open=1"] / counts["clips_per_open=1"]
+    return [dict(what=f"training clips, {len(sources)} videos, {SHAPE}, spacing 1 to 5, CPU time", how=name,
+                 value=counts[name] / s, unit="clips/s", ratio=first / (s / counts[name]))
+            for name, s in seconds.items()]
 
 
-def write_cache(folder, count):
+# ---- clips from caches -----------------------------------------------------------------------------------------------
+
+
+def cut_rows(options):
+    """Batches of 16 clips of SIZE, cropped and flipped, of a clip cache of 160 pixels; and copying as many bytes."""
+    count = 64 if options.quick else 256
+    with tempfile.TemporaryDirectory() as folder:
+        write_cache(folder, count, 160)
+        cuts = TrainCuts(LatentCache(folder, clips_only=True), range(count))
+        batches = cuts.batches(data.TrainSchedule(cuts, [data.Bucket(SIZE, FRAMES, 1.0, 16)], 0), 1)
+        memory = np.ones((count, FRAMES, SIZE, SIZE, 3), np.uint8)
+        order = np.random.default_rng(0).permutation(count).reshape(-1, 16)
+
+        def ours():
+            for _ in order:
+                next(batches)
+
+        def copies():
+            for places in order:
+                batch = np.empty_like(memory[:16])
+                for place, i in enumerate(places):
+                    batch[place] = memory[i]
+        seconds = alternate({"ours, cropped and flipped": ours, "copies, each to fresh memory": copies}, options.repeat,
+                            CPU, clock=time.process_time)
+        batches.close()
+    first = seconds["copies, each to fresh memory"]
+    return [dict(what=f"clip cache of 160x160x{FRAMES}, clips of {SHAPE}, CPU time", how=how, value=count / s,
+                 unit="clips/s", ratio=first / s, rate=2 * count * memory[0].nbytes / s, type="copy")
+            for how, s in seconds.items()]
+
+
+def write_cache(folder, count, size=SIZE):
     """A cache of noise; what the system holds of its files is given up where it allows that."""
     rng = np.random.default_rng(0)
     with ShardWriter(folder, 0, count) as shard:
-        shard.write("clips", rng.integers(0, 256, (count, FRAMES, SIZE, SIZE, 3), dtype=np.uint8))
+        shard.write("clips", rng.integers(0, 256, (count, FRAMES, size, size, 3), dtype=np.uint8))
         shard.write("latents", rng.standard_normal((count, 3, 16, SIZE // 8, SIZE // 8)).astype(np.float16))
         shard.origins = [{"file": "noise"}] * count
-    write_index(folder, dict(format=1, complete=True, frames=FRAMES, size=SIZE, latents=[3, 16, SIZE // 8, SIZE // 8],
+    write_index(folder, dict(format=1, complete=True, frames=FRAMES, size=size, latents=[3, 16, SIZE // 8, SIZE // 8],
                              latent_dtype="float16", teacher=dict(name="noise", fingerprint="0"),
                              shards=[dict(clips=count, crc32=shard.crc32)]))
     for name in os.listdir(folder) if hasattr(os, "posix_fadvise") else ():
@@ -211,11 +263,17 @@ def loader(options):
     yield "loader: clips from videos"
     if options.data:
         rows, notebook = alone(loader_rows, options, options.data)
+        several = alone(several_rows, options, options.data)
     else:
         from synthetic import make_demo
         with tempfile.TemporaryDirectory() as folder:
             make_demo(os.path.join(folder, "demo"))
             rows, notebook = alone(loader_rows, options, os.path.join(folder, "demo", "train"))
+            several = alone(several_rows, options, os.path.join(folder, "demo", "train"))
     yield from rows
+    yield "loader: several clips from each opening of a video"
+    yield from several
+    yield "loader: clips from a clip cache"
+    yield from alone(cut_rows, options)
     yield "loader: clips from a latent cache"
     yield from alone(cache_rows, options, notebook)

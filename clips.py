@@ -1,16 +1,23 @@
-"""What a run trains and validates on: clips of files, or of a latent cache with its teacher's latents.
+"""What a run trains and validates on: clips of files, of a clip cache, or of a latent cache with its teacher's latents.
 
-Both kinds of training clips have `check(bucket)` and `batches(schedule, workers, pin_memory)`, both kinds of validation
+All kinds of training clips have `check(bucket)` and `batches(schedule, workers, pin_memory)`, all kinds of validation
 clips `share(rank, world, note)` and a length.
 """
+import math
 from typing import NamedTuple
 
+import numpy as np
+
 import data
+import file_index
+from clip_cache import TrainCuts, ValCuts
 from config import ConfigError
 from data import DataError
 from latent_cache import LatentCache
 from ranks import from_rank_0, gather
 from synthetic import make_demo
+
+MOST_COMPARED = 16e9  # bytes of clips whose checksums are compared at each start: some 10 s; their sizes always are
 
 
 class Clips(NamedTuple):
@@ -25,6 +32,7 @@ def find(cfg, buckets, model, rank, world, control):
     """The Clips of a run; all ranks call it. DataError if there are none, ConfigError if they do not fit the model or
     a bucket."""
     found = (find_cached_clips(cfg, model, rank, world, control) if cfg.latent_cache
+             else find_cuts(cfg, buckets[0], rank, world, control) if cfg.clip_cache
              else find_clips(cfg, buckets[0], control))
     for bucket in buckets:
         found.train.check(bucket)
@@ -34,9 +42,8 @@ def find(cfg, buckets, model, rank, world, control):
 def find_clips(cfg, bucket, control):
     """Clips of files."""
     train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))
-    augment = data.Augment(cfg.random_crop, cfg.min_crop, cfg.flip, cfg.color_jitter, cfg.blur)
-    clips = data.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment, cfg.image_sequences,
-                            cfg.max_pixels)
+    clips = data.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment_of(cfg),
+                            cfg.image_sequences, cfg.max_pixels, cfg.clips_per_open)
     val_clips = data.ValClips(val, cfg.val_size or bucket.size, bucket.frames, cfg.val_clips_per_video,
                               val_limit(cfg, bucket.frames), cfg.image_sequences, cfg.max_pixels)
     if val and not len(val_clips):
@@ -53,10 +60,10 @@ def find_files(cfg, frames):
             make_demo("demo_data")
         except OSError as error:
             raise DataError(f"data=demo: demo_data cannot be written here ({error})") from None
-    train, refused = data.probe(data.find_sources(path, cfg.data_root, cfg.use_images), cfg.max_pixels)
+    train, refused, notes = look_through(cfg, path)
     if val_path:
-        val, more = data.probe(data.find_sources(val_path, cfg.data_root, cfg.use_images), cfg.max_pixels)
-        refused += more
+        val, more, more_notes = look_through(cfg, val_path)
+        refused, notes = refused + more, notes + more_notes
     else:
         train, val = data.split_sources(train, cfg.val_fraction)
     if not train:
@@ -64,7 +71,7 @@ def find_files(cfg, frames):
                         f"{refused[0][0]}: {refused[0][1]}")
     if val_path and not val:
         raise DataError(f"val_data: none of the files of {val_path!r} can be read")
-    lines = []
+    lines = notes
     for name, sources in (("training", train), ("validation", val)):
         clips = sum(max(1, s.frames // frames) for s in sources)
         lines.append(f"{name}: {len(sources)} files, {clips} separate clips of {frames} frames")
@@ -76,13 +83,49 @@ def find_files(cfg, frames):
     return train, val, lines
 
 
+def look_through(cfg, path):
+    """(sources that can be read, [(path, why not)], [lines about the index of files])."""
+    return file_index.probe(data.find_sources(path, cfg.data_root, cfg.use_images), cfg.max_pixels, path, cfg.data_root,
+                            cfg.use_images)
+
+
+def augment_of(cfg):
+    return data.Augment(cfg.random_crop, cfg.min_crop, cfg.flip, cfg.color_jitter, cfg.blur)
+
+
+def open_cache(path, rank, world, control, clips_only=False):
+    """A LatentCache, its checksums compared; each rank opens it for itself. What one finds wrong is raised on all."""
+    cache, problem = None, ""
+    try:
+        cache = LatentCache(path, clips_only)
+        problem = cache.problem(rank, world, MOST_COMPARED if clips_only else math.inf)
+    except DataError as error:
+        problem = str(error)
+    if problems := list(filter(None, gather(control, problem))):
+        raise DataError(problems[0])
+    return cache
+
+
+def find_cuts(cfg, bucket, rank, world, control):
+    """Clips of a clip cache."""
+    cache = open_cache(cfg.clip_cache, rank, world, control, clips_only=True)
+    limit, size = val_limit(cfg, bucket.frames), cfg.val_size or bucket.size
+    mine, held_back, held_out = cache.split_by_file(0 if cfg.val_data else cfg.val_fraction)
+    other = open_cache(cfg.val_data, rank, world, control, clips_only=True) if cfg.val_data else cache
+    val = ValCuts(other, np.arange(len(other)) if cfg.val_data else held_back, size, bucket.frames, limit)
+    size = sum(array.nbytes for array in cache.clips)
+    lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
+             + f"; too large ({size / 1e9:.0f} GB) to compare checksums" * (size > MOST_COMPARED),
+             f"training: {len(mine)} clips, validation: {len(val)}"]
+    if held_out:
+        lines.append("held out: " + ", ".join(held_out[:20]) + (" ..." if len(held_out) > 20 else ""))
+    return Clips(TrainCuts(cache, mine, cfg.seed, augment_of(cfg)), val, "", lines)
+
+
 def find_cached_clips(cfg, model, rank, world, control):
     """Clips of latent caches; DataError if one is not whole, ConfigError if it does not fit the model."""
-    caches = [from_rank_0(control, lambda p=path: LatentCache(p)) for path in (cfg.latent_cache, cfg.val_data) if path]
+    caches = [open_cache(path, rank, world, control) for path in (cfg.latent_cache, cfg.val_data) if path]
     for cache in caches:
-        problems = gather(control, cache.problem(rank, world))
-        if any(problems):
-            raise DataError(next(filter(None, problems)))
         latents, channels, height, width = cache.latent_shape
         if channels != model.latent_channels or height * model.space_factor != cache.size \
                 or width * model.space_factor != cache.size:

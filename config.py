@@ -43,7 +43,9 @@ class Config:
                                     # annotation .json, a table .csv, or "demo", which makes synthetic clips
     data_root: str = ""             # folder that the paths in a .json or .csv start from; empty: that file's folder
     latent_cache: str = ""          # folder made by latent_cache.py: its clips and teacher's latents replace data
-    val_data: str = ""              # validation videos, given as data is (or a second latent cache); empty:
+    clip_cache: str = ""            # folder made by latent_cache.py --teacher none (or another): its clips replace
+                                    # data, and are cropped and flipped anew each time
+    val_data: str = ""              # validation videos, given as data is (or a second cache of the same kind); empty:
                                     # val_fraction of the files of data
     val_fraction: float = 0.05      # fraction of the files held out for validation, chosen by their names; 0: none
     val_clips: int = 64             # number of validation clips at most
@@ -63,6 +65,8 @@ class Config:
     buckets: str = ""               # several clip shapes in the place of size, frames and batch_size, each as size x
                                     # frames:probability:batch, as in "128x12:0.8:4, 256x12:0.2:1"
     accumulation: int = 1           # number of micro-steps whose gradients make up an optimizer step
+    clips_per_open: int = 1         # number of clips that are cut from a video each time it is opened, one for each of
+                                    # as many steps: loading is faster, and these steps see the same files
     min_frame_delta: int = 1        # smallest distance between a clip's frames in its video, frames of the video
     max_frame_delta: int = 5        # largest distance between them; each clip's distance is drawn from this range
     random_crop: bool = True        # whether clips are random squares of the video; off: its largest centred square
@@ -390,11 +394,12 @@ AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_s
                "gan_clip",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
                "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
-               "gan_every",
+               "gan_every clips_per_open",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
 # Far above what any run needs: what is greater is a slip, and would fill the memory or fail after minutes.
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay",
            0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
+           64: "clips_per_open",
            1000: "val_clips_per_video perceptual_frames seraena_frames patch_size", 2 ** 14: "size val_size",
            2 ** 16: "frames batch_size accumulation latent_channels",
            10 ** 6: "timeout_minutes val_clips keep_last min_frame_delta max_frame_delta seraena_replay_mb",
@@ -466,6 +471,8 @@ def check_together(config):
         raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
     if cached and config.val_size:
         raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
+    if cached and config.clip_cache:
+        raise ConfigError("latent_cache with clip_cache: training reads one of them; leave the other out")
     if model == "vq_latents":
         for key in ("gan_weight", "seraena_weight"):
             if getattr(config, key) > 0:
@@ -482,6 +489,16 @@ def check_together(config):
     if not cached and (from_teacher or config.encoder_weight > 0):
         name = "decoder_input=teacher" if from_teacher else f"encoder_weight={config.encoder_weight}"
         raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
+
+    # ---- a clip cache
+    for key in ("use_images", "image_sequences", "min_crop"):
+        if config.clip_cache and (value := getattr(config, key)):
+            raise ConfigError(f"{key}={value} with clip_cache: its clips were cut from their files when it was built; "
+                              f"leave {key} out")
+    if config.clips_per_open > 1 and (cached or config.clip_cache):
+        name = "latent_cache" if cached else "clip_cache"
+        raise ConfigError(f"clips_per_open={config.clips_per_open} with {name}: no video is opened; leave it out "
+                          "(latent_cache.py has --clips-per-open)")
 
     # ---- what the loss trains
     if model != "taehv" and not (config.train_encoder and config.train_decoder):

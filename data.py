@@ -11,6 +11,7 @@ another one, chosen by the same numbers, and reported in the sample's "notes".
 
 This file works alone with torch, numpy and opencv-python (and tqdm where many files are probed).
 """
+import collections.abc
 import csv
 import ctypes
 import functools
@@ -46,6 +47,7 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 100_000_000  # in an image or a frame: a file of 3 MB can hold one that takes 6 GB of memory
 MAX_LIST = 1 << 28  # bytes of an annotation, which may hold captions
+MANY = 200  # files: more take long enough to look at to show it
 MAX_REPLACEMENTS = 50  # unreadable files in a row before a sample gives up
 try:
     MALLOPT = ctypes.CDLL(None).mallopt
@@ -69,12 +71,33 @@ class Source(NamedTuple):
         return self.path.lower().endswith(IMAGE_SUFFIXES)
 
 
+class Sources(collections.abc.Sequence):
+    """Many Sources in few arrays: as objects, 100 000 take 37 MB in each data process, like this 7."""
+
+    def __init__(self, sources):
+        texts = [source.path if source.path.endswith(source.key) else f"{source.path}\0{source.key}"
+                 for source in sources]
+        texts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self.texts, self.ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
+        self.frames = np.array([source.frames for source in sources], np.int64)
+        self.key_lengths = np.array([len(source.key) for source in sources], np.int32)
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, i):
+        text = self.texts[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
+        path, _, key = text.partition("\0")
+        return Source(path, key or path[len(path) - self.key_lengths[i]:], int(self.frames[i]))
+
+
 class Key(NamedTuple):
     """Names one training sample."""
     epoch: int
     index: int
     size: int    # height and width, pixels
     frames: int
+    part: int = 0  # which of the clips that are cut from one opening of the file
 
 
 class Bucket(NamedTuple):
@@ -106,10 +129,10 @@ def find_sources(data, data_root="", only_images=False):
         sources = []
         for folder, folders, files in os.walk(data, followlinks=False):
             folders.sort()
+            inner = os.path.relpath(folder, data).replace(os.sep, "/")
             for file in sorted(files):
                 if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("."):
-                    path = os.path.join(folder, file)
-                    sources.append(Source(path, os.path.relpath(path, data).replace(os.sep, "/")))
+                    sources.append(Source(os.path.join(folder, file), file if inner == "." else f"{inner}/{file}"))
         if not sources:
             raise DataError(f"data: no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}) under {data!r}")
         return sources
@@ -170,21 +193,31 @@ def read_table(path):
 LISTS = {".json": read_annotation, ".csv": read_table}
 
 
-def probe(sources, max_pixels=MAX_PIXELS, workers=8):
+def probe(sources, max_pixels=MAX_PIXELS, workers=0):
     """Open every source and read its first frame. Returns (readable sources, with frame counts, [(path, why not)])."""
+    results = list(look_at(sources, max_pixels, workers))
+    readable = [source for source, problem in results if problem is None]
+    return readable, [(source.path, problem) for source, problem in results if problem is not None]
+
+
+def look_at(sources, max_pixels=MAX_PIXELS, workers=0):
+    """Yields for every source, in order, (the source with its number of frames, None) or (the source, why it cannot be
+    read). `workers` are opened at once; 0: as many as there are cores, but 8 to 64."""
     def look(source):
         try:
             return source._replace(frames=open_source(source.path, max_pixels)[0]), None
         except DataError as error:
             return source, str(error)
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(look, sources)
-        if len(sources) > 200:
+    pool = ThreadPoolExecutor(workers or min(64, max(8, os.cpu_count() or 1)))
+    try:  # piece by piece: what waits takes a kilobyte each
+        results = (result for start in range(0, len(sources), 4096)
+                   for result in pool.map(look, sources[start:start + 4096]))
+        if len(sources) > MANY:
             from tqdm import tqdm
             results = tqdm(results, total=len(sources), desc="looking at the data", unit="file")
-        results = list(results)
-    readable = [source for source, problem in results if problem is None]
-    return readable, [(source.path, problem) for source, problem in results if problem is not None]
+        yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C
 
 
 def open_source(path, max_pixels=MAX_PIXELS):
@@ -354,13 +387,13 @@ def split_sources(sources, val_fraction):
     """
     if val_fraction <= 0 or len(sources) < 2:
         return list(sources), []
-    place = {s: int.from_bytes(hashlib.sha256(s.key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2 ** 64
-             for s in sources}
-    limit = max(val_fraction, min(place.values()))
-    val = [s for s in sources if place[s] < val_fraction or place[s] == limit]
-    if len(val) == len(sources):  # a handful of files and a large share: keep something to train on
-        val = [s for s in val if place[s] < max(place.values())]
-    return [s for s in sources if s not in set(val)], val
+    places = [int.from_bytes(hashlib.sha256(s.key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2 ** 64
+              for s in sources]
+    limit, last = max(val_fraction, min(places)), max(places)
+    held_out = [place < val_fraction or place == limit for place in places]
+    if all(held_out):  # a handful of files and a large share: keep something to train on
+        held_out = [place < last for place in places]
+    return ([s for s, out in zip(sources, held_out) if not out], [s for s, out in zip(sources, held_out) if out])
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -397,6 +430,43 @@ def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
     if len(clip) < frames:
         notes.append(f"only {real} frames, {frames} wanted: the last is repeated")
     return clip + clip[-1:] * (frames - len(clip)), first, spacing, notes
+
+
+def read_clips(path, place, offsets, frames, deltas, parts, max_pixels=MAX_PIXELS):
+    """Several clips from one opening, which seeks once: they lie one behind the other, or overlap in a short video.
+
+    place: of the piece that holds them all, as in `read_frames`; offsets, deltas: of each clip, its place in its part
+    of the piece and its spacing. Yields (part, clip, first frame number, spacing, [what was odd]) for those of `parts`,
+    each as soon as it is read. DataError as `read_frames`, which reads the clips that do not come out whole.
+    """
+    capture = open_video(path, max_pixels=max_pixels)
+    count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+    count = int(count) if known(count) else 0
+    spacings = [fit_clip(count, 0, frames, int(delta))[1] for delta in deltas]
+    spans = [(frames - 1) * spacing + 1 for spacing in spacings]
+    length = min(count, sum(spans))
+    start = int(place * (count - length + 1))
+    firsts = [start + int((k + offset) / len(offsets) * max(1, length - span + 1))
+              for k, (offset, span) in enumerate(zip(offsets, spans))]
+    wanted = {k: range(firsts[k], firsts[k] + spans[k], spacings[k]) for k in sorted(parts, key=lambda k: firsts[k])}
+    needed, held, t = {n for numbers in wanted.values() for n in numbers}, {}, min(firsts)
+    # Whatever parts are wanted, it seeks to the same frame: a seek can land elsewhere than it should.
+    going = count > 0 and (t == 0 or capture.set(cv2.CAP_PROP_POS_FRAMES, t))
+    for k, numbers in wanted.items():
+        held = {n: frame for n, frame in held.items() if n >= numbers[0]}
+        while going and t <= numbers[-1]:
+            if t in needed:
+                held[t] = first_picture(capture) if not held else capture.read()[1]
+            going = held[t] is not None if t in needed else capture.grab()
+            t += 1
+        clip = [held[n] for n in numbers if held.get(n) is not None]
+        if len(clip) < frames:
+            at = firsts[k] / count if count else (k + offsets[k]) / len(offsets)
+            yield k, *read_frames(path, at, frames, int(deltas[k]), max_pixels)
+            continue
+        if is_blank(clip[0]) and is_blank(clip[-1]):
+            raise DataError(BLANK)
+        yield k, clip, firsts[k], spacings[k], []
 
 
 def fit_clip(count, place, frames, delta):
@@ -512,12 +582,17 @@ def finish_clip(frames, size, augment, rng):
         if edge != size:
             frame = cv2.resize(frame, (size, size), interpolation=cv2.INTER_AREA if edge > size else cv2.INTER_CUBIC)
         cv2.cvtColor(frame[:, ::-1] if flip else frame, cv2.COLOR_BGR2RGB, dst=out)
+    return colour_and_blur(clip, augment, rng), cut
+
+
+def colour_and_blur(clip, augment, rng):
+    """What an Augment says of them: T H W 3 RGB uint8 -> the same shape."""
     if augment.color_jitter > 0:
         clip = jitter_color(clip, augment.color_jitter, rng)
     if augment.blur > 0 and rng.random() < augment.blur:
         sigma = rng.uniform(0.2, 1.5)
         clip = np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) for frame in clip])
-    return clip, cut
+    return clip
 
 
 def jitter_color(clip, strength, rng):
@@ -544,22 +619,24 @@ def epoch_order(seed, epoch, count):
 
 class TrainClips(Dataset):
     """Training samples by Key. Images serve as clips of one frame, or, with `image_sequences`, as clips of `frames`
-    images drawn at random."""
+    images drawn at random. `clips_per_open` clips are cut from a video each time that it is opened (see `read_clips`);
+    a TrainSchedule spreads them over as many steps."""
 
     def __init__(self, sources, seed=0, min_frame_delta=1, max_frame_delta=1, augment=Augment(), image_sequences=False,
-                 max_pixels=MAX_PIXELS):
+                 max_pixels=MAX_PIXELS, clips_per_open=1):
         self.seed, self.deltas, self.augment = seed, (min_frame_delta, max_frame_delta), augment
-        self.image_sequences, self.max_pixels = image_sequences, max_pixels
-        self.images = [s for s in sources if s.is_image]
-        self.videos = [s for s in sources if not s.is_image]
-        self.sources = list(sources)
+        self.image_sequences, self.max_pixels, self.clips_per_open = image_sequences, max_pixels, clips_per_open
+        self.sources = Sources(sources)
+        is_image = np.array([source.is_image for source in sources], bool)
+        self.images, self.videos = np.flatnonzero(is_image), np.flatnonzero(~is_image)
+        self.all = np.arange(len(is_image))
 
     def pool(self, frames):
-        """The sources that can give clips of `frames` frames: an epoch is one pass over them."""
-        return self.sources if frames == 1 or self.image_sequences else self.videos
+        """Which sources can give clips of `frames` frames: an epoch opens each of them once."""
+        return self.all if frames == 1 or self.image_sequences else self.videos
 
     def check(self, bucket):
-        if not self.pool(bucket.frames):
+        if not len(self.pool(bucket.frames)):
             raise DataError(f"the training data holds only images, which give no clips of {bucket.frames} frames: "
                             "use frames=1, or image_sequences=true for clips of unrelated images")
 
@@ -568,33 +645,67 @@ class TrainClips(Dataset):
 
         The origin names the file (its key), the first frame, the frames' spacing, the crop and the flip.
         """
+        sample, = self.samples(key, [key.part])
+        return sample
+
+    def __getitems__(self, keys):
+        """The samples of several keys; a file is opened once for those that differ in `part` alone."""
+        if self.clips_per_open == 1:
+            return [self[key] for key in keys]
+        files, found = {}, {}
+        for key in keys:
+            files.setdefault(key._replace(part=0), []).append(key.part)
+        for key, parts in files.items():
+            found.update((key._replace(part=part), sample) for part, sample in zip(parts, self.samples(key, parts)))
+        return [found[key] for key in keys]
+
+    def samples(self, key, parts):
+        """Those of `parts`, of one opening."""
         pool, notes = self.pool(key.frames), []
         order = epoch_order(self.seed, key.epoch, len(pool))
         for attempt in range(MAX_REPLACEMENTS):
-            rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt))
-            source = pool[order[key.index] if attempt == 0 else rng.integers(len(pool))]
+            numbers = self.seed, key.epoch, key.index, attempt
+            rng = np.random.default_rng(numbers)
+            source = self.sources[pool[order[key.index] if attempt == 0 else rng.integers(len(pool))]]
             try:
-                frames, first, spacing, odd = self.read(source, key.frames, rng)
+                found = {part: self.finish(key.size, source, numbers, rng, part, *clip)
+                         for part, *clip in self.read_parts(source, key.frames, rng, parts)}
             except DataError as error:
                 notes.append((source.path, f"{error}; another file took its place"))
                 continue
-            clip, cut = finish_clip(frames, key.size, self.augment, rng)
-            return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2),
-                    "notes": notes + [(source.path, note) for note in odd],
-                    "origin": {"file": source.key, "first": first, "spacing": spacing, **cut}}
+            found[parts[0]]["notes"][:0] = notes
+            return [found[part] for part in parts]
         raise DataError(f"{MAX_REPLACEMENTS} files in a row could not be read, the last {notes[-1][0]!r}: "
                         f"{notes[-1][1]}")
 
+    def finish(self, size, source, numbers, rng, part, frames, first, spacing, odd):
+        """A sample of what was read."""
+        own = rng if self.clips_per_open == 1 else np.random.default_rng((*numbers, part))
+        clip, cut = finish_clip(frames, size, self.augment, own)
+        return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2), "notes": [(source.path, note) for note in odd],
+                "origin": {"file": source.key, "first": first, "spacing": spacing, **cut}}
+
     def batches(self, schedule, workers, pin_memory=False):
         """Batches for a TrainSchedule, without end (see `collate`)."""
-        return endless(make_loader(self, workers, pin_memory, batch_sampler=schedule))
+        ahead = max(1, 4 // self.clips_per_open)
+        return schedule.cut(endless(make_loader(self, workers, pin_memory, ahead, batch_sampler=schedule)))
+
+    def read_parts(self, source, frames, rng, parts):
+        """Yields (part, *what `read` gives) for each of `parts`."""
+        if self.clips_per_open == 1 or source.is_image:  # of an image: other crops
+            clip = self.read(source, frames, rng)
+            return ((part, *clip) for part in parts)
+        deltas = rng.integers(self.deltas[0], self.deltas[1] + 1, self.clips_per_open)
+        return read_clips(source.path, rng.random(), rng.random(self.clips_per_open), frames, deltas, parts,
+                          self.max_pixels)
 
     def read(self, source, frames, rng):
+        """(frames, first frame number, spacing, [what was odd])"""
         delta, place = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
         if not source.is_image:
             return read_frames(source.path, place, frames, delta, self.max_pixels)
         more = rng.choice(len(self.images), frames - 1, replace=len(self.images) < frames) if frames > 1 else []
-        images = [source, *(self.images[i] for i in more)]
+        images = [source, *(self.sources[self.images[i]] for i in more)]
         return [read_image(image.path, self.max_pixels) for image in images], 0, 1, []
 
 
@@ -604,10 +715,15 @@ class ValClips(Dataset):
 
     def __init__(self, sources, size, frames, per_video=1, limit=0, image_sequences=False,
                  max_pixels=MAX_PIXELS):
-        self.images = [s for s in sources if s.is_image]
         usable = [s for s in sources if frames == 1 or image_sequences or not s.is_image]
         items = ((s, (k + 0.5) / per_video) for k in range(per_video) for s in usable if k == 0 or not s.is_image)
         self.items = list(itertools.islice(items, limit or None))
+        images = [s.path for s in sources if s.is_image]
+        self.sequences = {}  # of an item that is an image: its files
+        for i, (source, _) in enumerate(self.items):
+            if source.is_image:
+                first = len(self.sequences)
+                self.sequences[i] = [images[(first + k) % len(images)] for k in range(frames)]
         self.size, self.frames, self.max_pixels = size, frames, max_pixels
 
     def __len__(self):
@@ -618,10 +734,7 @@ class ValClips(Dataset):
         source, place = self.items[i]
         try:
             if source.is_image:
-                first = self.images.index(source)
-                images = (self.images[(first + k) % len(self.images)] for k in range(self.frames))
-                frames = [read_image(image.path, self.max_pixels) for image in images]
-                notes = []
+                frames, notes = [read_image(path, self.max_pixels) for path in self.sequences[i]], []
             else:
                 frames, _, _, notes = read_frames(source.path, place, self.frames, 1, self.max_pixels)
         except DataError as error:
@@ -629,7 +742,6 @@ class ValClips(Dataset):
                     "notes": [(source.path, f"{error}; left out of the validation")]}
         clip, _ = finish_clip(frames, self.size, Augment(random_crop=False, flip=False), None)
         return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2), "notes": [(source.path, note) for note in notes]}
-
 
     def share(self, rank, world, take_notes):
         """This rank's part, decoded once and kept: [{"video": uint8 T 3 H W}, ...].
@@ -647,21 +759,26 @@ class TrainSchedule(Sampler):
     """Which samples each micro-batch of this rank holds, without end, from optimizer step `step`, sample `sample` on.
 
     A step draws one bucket for all ranks, by (seed, step), and takes the next `world * accumulation * batch` samples:
-    the same ones however they are spread over ranks and micro-steps. `passed`: micro-batches that were taken already,
-    which the next iteration leaves out.
+    the same ones however they are spread over ranks and micro-steps. `passed`: what the iteration has given already,
+    which the next one leaves out.
+
+    With clips that take several from one opening, so many steps are a block: all take the same bucket and the same
+    files, each another clip of a file, so that the clips of a micro-batch are of different files. The iteration then
+    gives this rank's samples of a block at once, to one data process, and `cut` makes micro-batches of them.
     """
 
     def __init__(self, clips, buckets, seed, world=1, rank=0, accumulation=1, step=0, sample=0):
         self.pool_size = {b.frames: len(clips.pool(b.frames)) for b in buckets}
         self.buckets, self.seed, self.world, self.rank = buckets, seed, world, rank
         self.accumulation, self.step, self.sample, self.passed = accumulation, step, sample, 0
+        self.block = clips.clips_per_open
 
     def bucket(self, step):
         weights = np.array([b.probability for b in self.buckets])
         return self.buckets[np.random.default_rng((self.seed, step, 1)).choice(len(weights), p=weights / weights.sum())]
 
     def __iter__(self):
-        return itertools.islice(self.micro_batches(), self.passed, None)
+        return itertools.islice(self.micro_batches() if self.block == 1 else self.blocks(), self.passed, None)
 
     def micro_batches(self):
         step, sample = self.step, self.sample
@@ -672,6 +789,29 @@ class TrainSchedule(Sampler):
                 yield [Key(*divmod(i, self.pool_size[bucket.frames]), bucket.size, bucket.frames) for i in mine]
                 sample += self.world * bucket.batch
             step += 1
+
+    def blocks(self):
+        step, sample = self.step, self.sample
+        while True:
+            begin = step - step % self.block  # a resumed run may begin within a block
+            bucket, end = self.bucket(begin), begin + self.block
+            taken = self.accumulation * self.world * bucket.batch
+            opening = max(0, sample - (step - begin) * taken) // self.block
+            mine = [opening + (m * self.world + self.rank) * bucket.batch + k
+                    for m in range(self.accumulation) for k in range(bucket.batch)]
+            yield [Key(*divmod(i, self.pool_size[bucket.frames]), bucket.size, bucket.frames, (now + i) % self.block)
+                   for now in range(step, end) for i in mine]
+            step, sample = end, sample + (end - step) * taken
+
+    def cut(self, batches):
+        """Micro-batches of what a loader of this schedule gives."""
+        if self.block == 1:
+            yield from batches
+        begin = self.step - self.step % self.block
+        for n, block in enumerate(batches):
+            size = self.bucket(begin + n * self.block).batch
+            for start in range(0, len(block["video"]), size):
+                yield {"video": block["video"][start:start + size], "notes": [] if start else block["notes"]}
 
 
 def collate(samples):
@@ -737,11 +877,11 @@ def worker_context():
     return context
 
 
-def make_loader(clips, workers, pin_memory=False, **kwargs):
+def make_loader(clips, workers, pin_memory=False, ahead=4, **kwargs):
     with warnings.catch_warnings():  # "may create too many workers": the user's number stands
         warnings.simplefilter("ignore", UserWarning)
         return DataLoader(clips, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
                           worker_init_fn=start_worker, persistent_workers=False,
                           generator=torch.Generator(),  # not the global one: each start, a resume's too, draws a seed
                           multiprocessing_context=worker_context() if workers else None,
-                          prefetch_factor=4 if workers else None, **kwargs)
+                          prefetch_factor=ahead if workers else None, **kwargs)

@@ -3,14 +3,19 @@
     python latent_cache.py --teacher taehv:taew2_1.pth --data videos/ --out cache/ --clips 20000 --size 128 --frames 12
     torchrun --nproc_per_node 8 latent_cache.py --teacher diffusers:AutoencoderKLWan:Wan2.1/vae --data videos/ ...
     python train.py taehv_distill latent_cache=cache/
+    python latent_cache.py --teacher none --data videos/ --out clips/ --clips 20000 --size 160     # clips alone
+    python train.py taehv clip_cache=clips/ size=128
 
 The same command again goes on where it stopped, and a larger --clips adds to a finished cache. A cache is a folder of
 shards that NumPy opens: shard_00000.clips.npy (uint8 N T H W 3, RGB), shard_00000.latents.npy (float16, or bfloat16 as
-its 16 bits; N T' C h w), shard_00000.json (where each clip was cut from), and index.json (teacher, shapes, checksums).
+its 16 bits; N T' C h w; none without a teacher), shard_00000.json (where each clip was cut from), and index.json
+(teacher, shapes, checksums).
 """
 import argparse
 import collections
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import math
@@ -22,6 +27,10 @@ import sys
 import tokenize
 import traceback
 import zlib
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -31,10 +40,11 @@ from tqdm import tqdm
 
 import checkpoint
 import data as datasets
+import file_index
 from config import ConfigError, check_workers
 from data import DataError
-from device import (DeviceError, default_workers, describe, host_memory, is_out_of_memory, pick_device, pick_precision,
-                    tune)
+from device import (DeviceError, cores_per_rank, default_workers, describe, host_memory, is_out_of_memory, pick_device,
+                    pick_precision, tune)
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
@@ -46,6 +56,7 @@ FORMAT = 1
 MAX_INDEX, MAX_ORIGINS = 1 << 26, 1 << 28  # bytes: of 300 000 shards; of the origins of a million clips
 ARRAYS = "clips.npy", "latents.npy"
 UNFINISHED = re.compile(r"(shard_\d+\.(clips\.npy|latents\.npy|json)|index\.json)\.\d+\.tmp")
+NO_TEACHER = "none"
 STORED = {"float16": np.float16, "bfloat16": np.uint16}
 NO_STUDENT = ("no student here speaks latents of this shape: a TAEHV joins 8, 16, 24 ... pixels and 1, 2, 4 or 8 "
               "frames into one")
@@ -60,43 +71,51 @@ class LatentCache:
 
     `frames`, `size`, `latent_shape` (T', C, h, w), `teacher` (spec, name, fingerprint, precision, pools_pairs),
     `origins` (a dict for each clip: file, first, spacing, crop, flip). `problem` reads everything once and compares
-    checksums, `check_alignment` says whether its latents and a model's belong together.
+    checksums, `check_alignment` says whether its latents and a model's belong together. With `clips_only` latents are
+    left alone, or need not be there. It is not to be sent to other processes: its arrays would go along.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, clips_only=False):
+        self.path, self.what = path, "clip cache" if clips_only else "latent cache"
         try:
             index = read_json(os.path.join(path, "index.json"), MAX_INDEX)
             if index["format"] != FORMAT:
-                raise DataError(f"latent cache {path}: format {index['format']}, this program reads {FORMAT}: build "
+                raise DataError(f"{self.what} {path}: format {index['format']}, this program reads {FORMAT}: build "
                                 "it again")
             if index.pop("crc32") != index_crc(index):
-                raise DataError(f"latent cache {path}: index.json is damaged (its checksum does not match): run its "
+                raise DataError(f"{self.what} {path}: index.json is damaged (its checksum does not match): run its "
                                 "latent_cache.py command again with the shards in place")
             if not index["complete"]:
-                raise DataError(f"latent cache {path}: not finished: run its latent_cache.py command again")
+                raise DataError(f"{self.what} {path}: not finished: run its latent_cache.py command again")
             self.frames, self.size, self.teacher = int(index["frames"]), int(index["size"]), dict(index["teacher"])
             self.latent_shape = tuple(int(n) for n in index["latents"])
             self.dtype = index["latent_dtype"]
+            if self.teacher.get("spec") == NO_TEACHER and not clips_only:
+                raise DataError(f"{self.what} {path}: holds clips without latents: set clip_cache={path}")
             self.checksums = [(int(s["clips"]), dict(s["crc32"])) for s in index["shards"]]
             if odd := {kind for _, crcs in self.checksums for kind in crcs} - {*ARRAYS, "json"}:
                 raise ValueError(f"a shard has no part {min(odd)!r}")
             self.starts = np.cumsum([0, *(n for n, _ in self.checksums)])
-            self.clips, self.latents, self.origins = [], [], []
+            allow_open_files(2 * len(self.checksums))
+            self.clips, self.latents, names, numbers = [], [], {}, []
             for i, (count, _) in enumerate(self.checksums):
                 self.clips.append(self.open(i, "clips", (count, self.frames, self.size, self.size, 3), np.uint8))
-                self.latents.append(self.open(i, "latents", (count, *self.latent_shape), STORED[self.dtype]))
-                most = SETTINGS + os.path.getsize(shard_path(path, i, "clips.npy"))  # pictures are larger than words
-                self.origins += read_json(shard_path(path, i, "json"), min(most, MAX_ORIGINS))["origins"]
+                if not clips_only:
+                    self.latents.append(self.open(i, "latents", (count, *self.latent_shape), STORED[self.dtype]))
+                numbers += [names.setdefault(str(origin["file"]), len(names)) for origin in self.read_origins(i)]
             self.fingerprint = str(self.teacher["fingerprint"])
-            self.files = [str(origin["file"]) for origin in self.origins]
+            self.names, self.file_of = list(names), np.array(numbers, np.int32)  # clip i is of names[file_of[i]]
         except FileNotFoundError as error:
-            raise DataError(f"latent cache {path}: {os.path.basename(error.filename)} is missing") from None
+            raise DataError(f"{self.what} {path}: {os.path.basename(error.filename)} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise DataError(f"latent cache {path}: damaged, or no cache ({type(error).__name__}: "
+            if getattr(error, "errno", None) == errno.EMFILE:
+                raise DataError(f"{self.what} {path}: {len(self.checksums)} shards are more files than this system "
+                                "lets a process open: raise that (ulimit -n), or build it with a larger "
+                                "--shard-clips") from None
+            raise DataError(f"{self.what} {path}: damaged, or no cache ({type(error).__name__}: "
                             f"{checkpoint.first_line(error)})") from None
-        if len(self.origins) != len(self) or not len(self):
-            raise DataError(f"latent cache {path}: damaged ({len(self.origins)} origins for {len(self)} clips)")
+        if len(self.file_of) != len(self) or not len(self):
+            raise DataError(f"{self.what} {path}: damaged ({len(self.file_of)} origins for {len(self)} clips)")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -107,18 +126,39 @@ class LatentCache:
             raise ValueError(f"shard {i}: {kind} of shape {array.shape}, {shape} expected")
         return array
 
-    def problem(self, rank=0, world=1):
-        """Compare the checksums of this rank's share of the shards: "", or one line that names the damaged file."""
-        share = [(i, kind, crcs[kind]) for i, (_, crcs) in enumerate(self.checksums) for kind in sorted(crcs)]
+    def read_origins(self, i):
+        most = SETTINGS + os.path.getsize(shard_path(self.path, i, "clips.npy"))  # pictures are larger than words
+        return read_json(shard_path(self.path, i, "json"), min(most, MAX_ORIGINS))["origins"]
+
+    @functools.cached_property
+    def origins(self):  # of a million clips they take a gigabyte
+        return [origin for i in range(len(self.checksums)) for origin in self.read_origins(i)]
+
+    @functools.cached_property
+    def files(self):
+        return [self.names[n] for n in self.file_of]
+
+    def clip(self, i):
+        """A stored clip, uint8 T H W 3, in place."""
+        shard = np.searchsorted(self.starts, i, side="right") - 1
+        return self.clips[shard][i - self.starts[shard]]
+
+    def problem(self, rank=0, world=1, most=math.inf):
+        """Compare the checksums of this rank's share of the shards: "", or one line that names the damaged file. Clips
+        of more than `most` bytes in all are left out."""
+        parts = {"json"} | ({"clips.npy"} if sum(array.nbytes for array in self.clips) <= most else set())
+        parts |= {"latents.npy"} if self.latents else set()
+        share = [(i, kind, crcs[kind]) for i, (_, crcs) in enumerate(self.checksums) for kind in sorted(crcs)
+                 if kind in parts]
         size = sum(array.nbytes for array in self.clips + self.latents)
-        for i, kind, crc in tqdm(share[rank::world], desc="checking the latent cache", unit="file", leave=False,
+        for i, kind, crc in tqdm(share[rank::world], desc=f"checking the {self.what}", unit="file", leave=False,
                                  disable=rank > 0 or size < 4e9):
             name = shard_path(self.path, i, kind)
             if file_crc(name) != crc:
-                return (f"latent cache {self.path}: {os.path.basename(name)} is damaged (its checksum does not match): "
+                return (f"{self.what} {self.path}: {os.path.basename(name)} is damaged (its checksum does not match): "
                         f"remove shard_{i:05d}.json and run its latent_cache.py command again")
             if kind == "latents.npy" and not is_finite(self.latents[i], self.dtype):
-                return (f"latent cache {self.path}: {os.path.basename(name)} holds latents that are not finite: build "
+                return (f"{self.what} {self.path}: {os.path.basename(name)} holds latents that are not finite: build "
                         "it again")
         return ""
 
@@ -153,16 +193,22 @@ class LatentCache:
         return CachedClips(self, range(len(self)), seed, val_clips)
 
     def split(self, val_fraction, seed, val_clips):
-        """(training CachedClips, validation CachedClips, [held-out files]): by file, as `data.split_sources` has it."""
-        files = [datasets.Source(f, f) for f in dict.fromkeys(self.files)]
-        held_out = {s.key for s in datasets.split_sources(files, val_fraction)[1]}
-        parts = [[i for i, f in enumerate(self.files) if (f in held_out) == val] for val in (False, True)]
+        """(training CachedClips, validation CachedClips, [held-out files]), see `split_by_file`."""
+        *parts, held_out = self.split_by_file(val_fraction)
         train, val = (CachedClips(self, part, seed, val_clips) for part in parts)
-        return train, val, sorted(held_out)
+        return train, val, held_out
+
+    def split_by_file(self, val_fraction):
+        """(clips to train with, clips to validate with, [held-out files]), as `data.split_sources` has it."""
+        held_out = {s.key for s in datasets.split_sources([datasets.Source(f, f) for f in self.names], val_fraction)[1]}
+        is_val = np.array([name in held_out for name in self.names], bool)[self.file_of]
+        return np.flatnonzero(~is_val), np.flatnonzero(is_val), sorted(held_out)
 
 
 class CachedClips:
     """Some clips of a LatentCache, to train or to validate with: what `data.TrainClips` and `data.ValClips` offer."""
+
+    clips_per_open = 1  # see data.TrainSchedule
 
     def __init__(self, cache, indices, seed=0, limit=64):
         self.cache, self.indices, self.seed, self.limit = cache, np.asarray(indices, np.int64), seed, limit
@@ -179,13 +225,13 @@ class CachedClips:
             raise DataError(f"size={bucket.size} frames={bucket.frames}, but the latent cache {self.cache.path} holds "
                             f"clips of size={self.cache.size} frames={self.cache.frames}: set these, or build another")
 
-    def batches(self, schedule, _, pin_memory=False, ahead=2):
-        """Batches for a TrainSchedule, without end, as `LatentCache.read` gives them. One thread reads `ahead`."""
+    def batches(self, schedule, _, pin_memory=False):
+        """Batches for a TrainSchedule, without end, as `LatentCache.read` gives them."""
         def make(keys):
             places = [datasets.epoch_order(self.seed, key.epoch, len(self))[key.index] for key in keys]
             batch = self.cache.read(self.indices[places])
             return {k: v.pin_memory() if pin_memory and torch.is_tensor(v) else v for k, v in batch.items()}
-        return read_ahead(map(make, schedule), ahead)
+        return read_ahead(make, schedule)
 
     def share(self, rank, world, _):
         """This rank's part of up to `limit` clips, evenly spread: [{"video": uint8 T 3 H W, "latents": T' C h w}]."""
@@ -201,17 +247,27 @@ class CachedClips:
         return np.linspace(0, len(self) - 1, count).round().astype(int) if count else np.empty(0, int)
 
 
-def read_ahead(iterator, depth):
-    """The items of an endless iterator, made by a thread that is up to `depth` ahead; closing it ends the thread."""
-    with ThreadPoolExecutor(1) as thread:
-        ready = collections.deque(thread.submit(next, iterator) for _ in range(depth))
+def read_ahead(make, schedule, threads=1):
+    """make(keys) for the keys of an endless schedule, in order. Each thread makes one ahead; closing it ends them."""
+    with ThreadPoolExecutor(threads) as pool:
+        keys = iter(schedule)
+        ready = collections.deque(pool.submit(make, next(keys)) for _ in range(threads + 1))
         while True:
             try:
                 item = ready.popleft().result()
             except (OSError, ValueError) as error:
-                raise DataError(f"the latent cache cannot be read: {error}") from None
-            ready.append(thread.submit(next, iterator))
+                raise DataError(f"the cache cannot be read: {error}") from None
+            ready.append(pool.submit(make, next(keys)))
             yield item
+
+
+def allow_open_files(count):
+    """Have the system let this process open so many files, and some more, as far as it may: a mapped array is one."""
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def is_finite(latents, dtype):
@@ -287,22 +343,27 @@ class ShardWriter:
 
 
 def plan_cache(options, teacher, dtype, sources):
-    """The index of the cache that is asked for, not yet complete, after one trial of the teacher."""
+    """The index of the cache that is asked for, not yet complete, after one trial of the teacher, if there is one."""
     frames, size = options.frames, options.size
-    try:
-        latents = teacher.encode(torch.zeros(1, frames, 3, size, size))
-    except (ValueError, RuntimeError) as error:
-        raise TeacherError(f"teacher {teacher.spec}: {frames} frames of {size}x{size} cannot be encoded "
-                           f"({checkpoint.first_line(error)}); LTX takes 8k + 1 frames, most others 4k + 1") from None
+    about, latents = dict(spec=NO_TEACHER, name="no teacher", fingerprint="", pools_pairs=None, precision=""), []
+    if teacher:
+        about = dict(spec=teacher.spec, name=teacher.name, fingerprint=teacher.fingerprint,
+                     pools_pairs=teacher.pools_pairs, precision=str(dtype).removeprefix("torch."))
+        try:
+            latents = list(teacher.encode(torch.zeros(1, frames, 3, size, size)).shape[1:])
+        except (ValueError, RuntimeError) as error:
+            raise TeacherError(f"teacher {teacher.spec}: {frames} frames of {size}x{size} cannot be encoded "
+                               f"({checkpoint.first_line(error)}); LTX takes 8k + 1 frames, most others 4k + 1"
+                               ) from None
+    several = {"clips_per_open": options.clips_per_open} if options.clips_per_open > 1 else {}
     keys = "\n".join(f"{s.key} {s.frames}" for s in sources)
     return dict(
         format=FORMAT, complete=False, clips=options.clips, shard_clips=options.shard_clips, frames=frames, size=size,
-        teacher=dict(spec=teacher.spec, name=teacher.name, fingerprint=teacher.fingerprint,
-                     pools_pairs=teacher.pools_pairs, precision=str(dtype).removeprefix("torch.")),
-        latents=list(latents.shape[1:]), latent_dtype=options.latent_dtype,
+        teacher=about, latents=latents, latent_dtype=options.latent_dtype,
         sampling=dict(seed=options.seed, min_frame_delta=options.min_frame_delta, flip=options.flip,
                       max_frame_delta=options.max_frame_delta, random_crop=options.random_crop,
-                      min_crop=options.min_crop, data=hashlib.sha256(keys.encode()).hexdigest()[:16]), shards=[])
+                      min_crop=options.min_crop, **several,
+                      data=hashlib.sha256(keys.encode()).hexdigest()[:16]), shards=[])
 
 
 def prepare_folder(out, plan):
@@ -325,7 +386,8 @@ def prepare_folder(out, plan):
         for name in os.listdir(out):
             if UNFINISHED.fullmatch(name):  # what a killed run left behind
                 os.remove(os.path.join(out, name))
-        wanted = plan["clips"] * (plan["frames"] * plan["size"] ** 2 * 3 + 2 * int(np.prod(plan["latents"])))
+        latents = 2 * int(np.prod(plan["latents"])) if plan["latents"] else 0
+        wanted = plan["clips"] * (plan["frames"] * plan["size"] ** 2 * 3 + latents)
         wanted -= sum(os.path.getsize(os.path.join(out, n)) for n in os.listdir(out) if n.endswith(".npy"))
         free = shutil.disk_usage(out).free
         if wanted > free:
@@ -347,12 +409,12 @@ def open_array(path):
         raise ValueError(f"{path}: damaged header ({error})") from None
 
 
-def shard_is_done(out, i, count):
+def shard_is_done(out, i, count, kinds=ARRAYS):
     """Whether the shard is there, whole, with `count` clips."""
     try:
         about = read_json(shard_path(out, i, "json"), MAX_ORIGINS)
-        arrays = [open_array(shard_path(out, i, kind)) for kind in ARRAYS]
-        return about["clips"] == count and set(about["crc32"]) == set(ARRAYS) and all(len(a) == count for a in arrays)
+        arrays = [open_array(shard_path(out, i, kind)) for kind in kinds]
+        return about["clips"] == count and set(about["crc32"]) == set(kinds) and all(len(a) == count for a in arrays)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return False
 
@@ -365,33 +427,38 @@ def build(options):
 
 
 def build_in(options, at_end):
-    device = pick_device(options.device)
+    learns = options.teacher != NO_TEACHER
+    device = pick_device(options.device if learns else "cpu")
     tune(device)
-    dtype = pick_precision(options.precision, device)
+    dtype = pick_precision(options.precision, device) if learns else torch.float32
     rank, world, control = start_ranks(device, timeout_minutes=24 * 60)  # ranks meet only at the ends
     say = print if rank == 0 else lambda *_: None
     if unlocked := from_rank_0(control, lambda: at_end.enter_context(locked(options.out, "choose another --out"))):
         say(f"warning: {unlocked}")
-    teacher = load_teacher(options.teacher, device, dtype)
-    teacher.check_frames(options.frames)
-    sources, refused = from_rank_0(control, lambda: datasets.probe(
-        datasets.find_sources(options.data, options.data_root), options.max_pixels))
-    for path, reason in refused:
-        say(f"refused: {path}: {reason}")
+    teacher = load_teacher(options.teacher, device, dtype) if learns else None
+    if learns:
+        teacher.check_frames(options.frames)
+    sources, refused, notes = from_rank_0(control, lambda: file_index.probe(
+        datasets.find_sources(options.data, options.data_root), options.max_pixels, options.data, options.data_root))
+    for line in [*notes, *(f"refused: {path}: {reason}" for path, reason in refused)]:
+        say(line)
     clips = datasets.TrainClips(sources, options.seed, options.min_frame_delta, options.max_frame_delta,
                                 datasets.Augment(options.random_crop, options.min_crop, options.flip),
-                                max_pixels=options.max_pixels)
+                                max_pixels=options.max_pixels, clips_per_open=options.clips_per_open)
     clips.check(datasets.Bucket(options.size, options.frames, 1.0, 1))
     plan = plan_cache(options, teacher, dtype, sources)
     plan = from_rank_0(control, lambda: prepare_folder(options.out, plan))
-    settings = student_settings(plan)
-    say(f"teacher: {teacher.name}, on {describe(device)}, {plan['teacher']['precision']}; {options.frames} frames of "
-        f"{options.size}x{options.size} give latents {tuple(plan['latents'])}")
+    settings = student_settings(plan) if learns else ""
+    if learns:
+        say(f"teacher: {teacher.name}, on {describe(device)}, {plan['teacher']['precision']}; {options.frames} frames "
+            f"of {options.size}x{options.size} give latents {tuple(plan['latents'])}")
     counts = [min(options.shard_clips, plan["clips"] - start) for start in range(0, plan["clips"], options.shard_clips)]
-    missing = from_rank_0(control, lambda: [i for i, n in enumerate(counts) if not shard_is_done(options.out, i, n)])
+    kinds = ARRAYS if learns else ARRAYS[:1]
+    missing = from_rank_0(control, lambda: [i for i, n in enumerate(counts)
+                                            if not shard_is_done(options.out, i, n, kinds)])
     kept = plan["clips"] - sum(counts[i] for i in missing)
     say(f"{plan['clips']} clips in {len(counts)} shards" + (f", {kept} of them from before" if kept else ""))
-    if not settings:
+    if learns and not settings:
         say(f"warning: {NO_STUDENT}")
     if missing[rank::world]:
         write_shards(options, teacher, device, clips, missing[rank::world], counts, tuple(plan["latents"]),
@@ -403,9 +470,10 @@ def build_in(options, at_end):
             crc32 = {**about["crc32"], "json": file_crc(shard_path(options.out, i, "json"))}
             plan["shards"].append({"clips": about["clips"], "crc32": crc32})
         write_index(options.out, {**plan, "complete": True})
-    command = (f"python train.py taehv_distill {settings} {shlex.quote(f'latent_cache={options.out}')} "
-               f"size={options.size} frames={options.frames}")
-    say(f"done: {command if settings else NO_STUDENT}")
+    cache, size = shlex.quote(options.out), options.size if learns else max(16, options.size // 10 * 8)
+    command = f"taehv_distill {settings} latent_cache={cache}" if learns else f"taehv clip_cache={cache}"
+    say(f"done: python train.py {command} size={size} frames={options.frames}" if settings or not learns else
+        f"done: {NO_STUDENT}")
 
 
 def student_settings(plan):
@@ -467,13 +535,14 @@ def encode(teacher, video, samples, shape, dtype):
 
 
 def write_shards(options, teacher, device, clips, shards, counts, shape, disable):
-    """Make and encode this rank's clips, shard by shard. shape: of a clip's latents, T' C h w."""
+    """Make and encode this rank's clips, shard by shard. shape: of a clip's latents, T' C h w. No teacher, no latents.
+    """
     pool, plan = len(clips.pool(options.frames)), []
     for i in shards:
-        keys = [datasets.Key(*divmod(i * options.shard_clips + k, pool), options.size, options.frames)
-                for k in range(counts[i])]
+        numbers = (divmod(i * options.shard_clips + k, options.clips_per_open) for k in range(counts[i]))
+        keys = [datasets.Key(*divmod(opening, pool), options.size, options.frames, part) for opening, part in numbers]
         plan += [(i, keys[k:k + options.batch_size]) for k in range(0, len(keys), options.batch_size)]
-    workers = options.workers if options.workers >= 0 else default_workers(device)
+    workers = options.workers if options.workers >= 0 else default_workers(device) if teacher else cores_per_rank()
     loader = DataLoader(clips, batch_sampler=[keys for _, keys in plan], num_workers=workers, collate_fn=list,
                         worker_init_fn=datasets.start_worker, prefetch_factor=2 if workers else None,
                         multiprocessing_context=datasets.worker_context() if workers else None)
@@ -486,20 +555,22 @@ def write_shards(options, teacher, device, clips, shards, counts, shape, disable
                     for note in (note for s in samples for note in s["notes"]):
                         tqdm.write(f"{note[0]}: {note[1]}")
                     video = torch.stack([s["video"].permute(0, 2, 3, 1) for s in samples])  # N T H W 3
+                    shard.write("clips", video.numpy())
+                    shard.origins += [s["origin"] for s in samples]
+                    bar.update(len(samples))
+                    if not teacher:
+                        continue
                     latents = encode(teacher, video.to(device).permute(0, 1, 4, 2, 3).float().div_(255), samples, shape,
                                      getattr(torch, options.latent_dtype))
                     raw = latents.view(torch.int16).numpy().view(np.uint16)
-                    shard.write("clips", video.numpy())
                     shard.write("latents", raw if options.latent_dtype == "bfloat16" else latents.numpy())
-                    shard.origins += [s["origin"] for s in samples]
-                    bar.update(len(samples))
 
 
 def parse(arguments=None):
     """Options from the command line; leaves with code 2 and one line where they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"latent_cache.py: {one_line(message)}\n")  # without lines of usage
-    parser.add_argument("--teacher", required=True, metavar="SPEC", help=KINDS)
+    parser.add_argument("--teacher", required=True, metavar="SPEC", help=f"{KINDS}; none for clips without latents")
     parser.add_argument("--data", required=True, help="folder, file or annotation .json, as train.py's data=")
     parser.add_argument("--data-root", default="", help="folder that an annotation's paths are relative to")
     parser.add_argument("--out", required=True, help="folder of the cache")
@@ -513,6 +584,8 @@ def parse(arguments=None):
                         help="a random square, resized; off: the largest centred one")
     parser.add_argument("--min-crop", type=float, default=0.0, help="its smallest side, as a part of the shorter edge")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="left-right, half of them")
+    parser.add_argument("--clips-per-open", type=int, default=0, metavar="N",
+                        help="clips cut from a video each time it is opened; 0: 1, or 4 without a teacher")
     parser.add_argument("--latent-dtype", choices=sorted(STORED), default="float16", help="stored (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="clips that the teacher sees at once (%(default)s)")
     parser.add_argument("--shard-clips", type=int, default=256, help="clips per shard, made whole (%(default)s)")
@@ -527,13 +600,15 @@ def parse(arguments=None):
     for name, (least, most) in dict(clips=(1, 10 ** 7), size=(16, 2 ** 14), frames=(1, 2 ** 16),
                                     min_frame_delta=(1, 10 ** 6), max_frame_delta=(delta, max(delta, 10 ** 6)),
                                     max_pixels=(1, math.inf),
-                                    batch_size=(1, 2 ** 16), shard_clips=(1, 10 ** 6), seed=(0, 2 ** 62),
+                                    clips_per_open=(0, 64), batch_size=(1, 2 ** 16), shard_clips=(1, 10 ** 6),
+                                    seed=(0, 2 ** 62),
                                     workers=(-1, math.inf), min_crop=(0, 1)).items():
         value, key = getattr(options, name), f"--{name.replace('_', '-')}"
         if not value >= least:
             parser.error(f"{key} {value}: at least {least} is wanted")
         if not value <= most:
             parser.error(f"{key} {value}: at most {most} is wanted")
+    options.clips_per_open = options.clips_per_open or (4 if options.teacher == NO_TEACHER else 1)
     try:
         check_workers("--workers", options.workers)
     except ConfigError as error:

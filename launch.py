@@ -131,9 +131,9 @@ def make_task(name=None, preset=None, gpus=1, overrides=None):
         raise ConfigError("a name is wanted")
     if config.device.startswith("cuda:"):
         raise ConfigError(f"device={config.device}: launch.py chooses the GPUs; set gpus, and leave device=auto")
-    if not config.data and not config.latent_cache:
-        raise ConfigError("no data given: set data or latent_cache in its overrides")
-    for key in ("data", "val_data", "data_root", "latent_cache"):
+    if not (config.data or config.latent_cache or config.clip_cache):
+        raise ConfigError("no data given: set data, latent_cache or clip_cache in its overrides")
+    for key in ("data", "val_data", "data_root", "latent_cache", "clip_cache"):
         path = getattr(config, key)
         if path and not os.path.exists(path) and (key, path) != ("data", "demo"):
             raise ConfigError(f"{key}: {path!r} does not exist")

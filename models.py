@@ -185,7 +185,7 @@ def check_memory(cfg, buckets):
     and of one clip in float32 itself, its reconstruction and that one's gradient."""
     for bucket in buckets:
         clip = bucket.size ** 2 * bucket.frames * 3
-        needed = clip * bucket.batch * (cfg.accumulation + max(0, cfg.workers)) + 12 * clip
+        needed = clip * bucket.batch * cfg.clips_per_open * (cfg.accumulation + max(0, cfg.workers)) + 12 * clip
         if needed > (there := host_memory()):
             raise ConfigError(f"size={bucket.size} frames={bucket.frames} batch_size={bucket.batch} accumulation="
                               f"{cfg.accumulation} workers={cfg.workers}: the batches alone take {needed / 1e9:,.0f} "

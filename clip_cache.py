@@ -1,0 +1,107 @@
+"""Clips of a cache as a run takes them: cut anew at each reading, at the speed at which memory is copied.
+
+    cache = LatentCache("clips/", clips_only=True)              # of latent_cache.py, with --teacher none or another
+    train_clips, val_clips, held_out = cache.split_by_file(val_fraction=0.05)
+    train = TrainCuts(cache, train_clips, seed=0)
+    batches = train.batches(TrainSchedule(train, buckets, seed=0), workers=2)
+
+A training clip is a random piece of a stored one: `frames` frames of it, and a square of `size` pixels, which is copied
+and not resized. So the cache is made larger than training wants it. What is cut depends on (seed, epoch, index) alone,
+as in data.py.
+"""
+import cv2
+import numpy as np
+import torch
+
+import data
+from data import DataError
+from latent_cache import read_ahead
+
+
+class TrainCuts:
+    """Training clips: what `data.TrainClips` offers. `indices`: those of the cache's clips that are used. Of `augment`,
+    min_crop has no part: what is stored was cut at random scales."""
+
+    clips_per_open = 1  # see data.TrainSchedule
+
+    def __init__(self, cache, indices, seed=0, augment=data.Augment()):
+        self.cache, self.indices, self.seed, self.augment = cache, np.asarray(indices, np.int64), seed, augment
+
+    def __len__(self):
+        return len(self.indices)
+
+    def pool(self, _):
+        return self.indices
+
+    def check(self, bucket):
+        """DataError for a shape that cannot be cut from the cache's clips."""
+        check_shape(self.cache, "size", bucket.size, bucket.frames)
+
+    def batches(self, schedule, workers, pin_memory=False):
+        """Batches for a TrainSchedule, without end: {"video": uint8 N T 3 H W (memory order N T H W 3), "notes": []}.
+        `workers` threads (at least one) make one each: copies, flips and colours need no interpreter."""
+        def make(keys):
+            size, frames = keys[0].size, keys[0].frames
+            video = torch.empty(len(keys), frames, size, size, 3, dtype=torch.uint8, pin_memory=pin_memory)
+            for key, clip in zip(keys, video.numpy()):
+                self.read(key, clip)
+            return {"video": video.permute(0, 1, 4, 2, 3), "notes": []}
+        return read_ahead(make, schedule, threads=max(1, workers))
+
+    def read(self, key, clip):
+        """Cut the clip of a Key into `clip`, uint8 T H W 3."""
+        rng, augment = np.random.default_rng((self.seed, key.epoch, key.index)), self.augment
+        order = data.epoch_order(self.seed, key.epoch, len(self))
+        stored = self.cache.clip(self.indices[order[key.index]])
+        first, top, left = (int(rng.integers(most + 1)) for most in
+                            (len(stored) - key.frames, *(side - key.size for side in stored.shape[1:3])))
+        flip = augment.flip and rng.random() < 0.5
+        stored = stored[first:first + key.frames]
+        if augment.random_crop:
+            np.copyto(clip, stored[:, top:top + key.size, left:left + key.size])
+        else:
+            shrink(stored, clip)
+        if flip:
+            rows = clip.reshape(-1, *clip.shape[2:])  # of all frames, as one image
+            cv2.flip(rows, 1, dst=rows)
+        if augment.color_jitter > 0 or augment.blur > 0:
+            clip[:] = data.colour_and_blur(clip, augment, rng)
+
+
+class ValCuts:
+    """Validation clips, always the same: the first frames of up to `limit` stored clips, evenly spread, whole, resized.
+    What `data.ValClips` offers."""
+
+    def __init__(self, cache, indices, size, frames, limit):
+        check_shape(cache, "val_size", size, frames)
+        count = min(limit, len(indices))
+        places = np.linspace(0, len(indices) - 1, count).round().astype(int) if count else []
+        self.cache, self.size, self.frames = cache, size, frames
+        self.indices = np.asarray(indices, np.int64)[places] if count else np.empty(0, np.int64)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def share(self, rank, world, _):
+        """This rank's part: [{"video": uint8 T 3 H W}, ...]."""
+        return [{"video": self.read(i)} for i in self.indices[rank::world]]
+
+    def read(self, i):
+        clip = np.empty((self.frames, self.size, self.size, 3), np.uint8)
+        shrink(self.cache.clip(i)[:self.frames], clip)
+        return torch.from_numpy(clip).permute(0, 3, 1, 2)
+
+
+def shrink(stored, clip):
+    """Resize a stored clip, T H W 3, into `clip`, as data.py does."""
+    for frame, out in zip(stored, clip):
+        if frame.shape == out.shape:
+            out[:] = frame
+        else:
+            cv2.resize(frame, out.shape[1::-1], dst=out, interpolation=cv2.INTER_AREA)
+
+
+def check_shape(cache, key, size, frames):
+    if size > cache.size or frames > cache.frames:
+        raise DataError(f"{key}={size} frames={frames}, but the clip cache {cache.path} holds clips of "
+                        f"size={cache.size} frames={cache.frames}: set at most these, or build another")
