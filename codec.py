@@ -3,6 +3,7 @@
 Used by infer.py.
 """
 import argparse
+import contextlib
 import io
 import itertools
 import os
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import report
-from device import keep_freed_blocks, synchronize
+from device import free_memory, keep_freed_blocks, synchronize
 from fast_taehv import FastTAEHV
 from latent_file import LatentReader
 from model_dcae import DCAE
+from pipeline import Pipeline
 from tiling import Tiled
 from token_file import TokenReader
 
@@ -45,6 +47,9 @@ class Job(NamedTuple):
     fid: object = None   # a metrics.FID, or None
     fid_frames: int = 0  # how many frames of each input it gets
     teacher_factors: object = None  # (time, space), where the teacher itself takes the model's place
+    busy: object = None  # a Counter: seconds that "reading", "model", "metrics" and "writing" took
+    # Held by whoever computes on a GPU: metrics switch TF32 off for the whole process while they are at it.
+    turn: object = contextlib.nullcontext()
 
 
 class Codec:
@@ -65,23 +70,29 @@ class Codec:
                 self.note = ("it is large: memory blocks keep the frame before in float16, to save memory; that costs "
                              "an error of about 0.0001")
         self.tokens = hasattr(job.model, "tokenize")
-        # A GPU wants several latents at a time; a CPU is fastest with one.
-        limit = 1 << 31 if job.device.type == "cuda" else None
+        # A GPU wants several latents at a time; a CPU is fastest with one. More than 2 GB of them would only keep the
+        # stages behind waiting.
+        limit = min(1 << 31, free_memory(job.device) // 4) if job.device.type == "cuda" else None
+        self.at_once = 16 if limit else 1  # frames that are moved to the device together
+        self.turn, self.busy = job.turn, job.busy
         self.stream = (job.tiled or job.model).stream(memory_limit=limit, total_latents=total_latents)
         self.seconds = {"encode": 0.0, "decode": 0.0}
 
     def timed(self, kind, call, *arguments):
-        start = time.perf_counter()
-        result = call(*arguments)
-        synchronize(self.device)
-        if self.large:  # large maps of many sizes leave holes that fit no other: 0.3 GB at 1080p
-            keep_freed_blocks(1 << 24)
-        self.seconds[kind] += time.perf_counter() - start
+        with self.turn:
+            start = time.perf_counter()
+            result = call(*arguments)
+            synchronize(self.device)
+            if self.large:  # large maps of many sizes leave holes that fit no other: 0.3 GB at 1080p
+                keep_freed_blocks(1 << 24)
+            seconds = time.perf_counter() - start
+        self.seconds[kind] += seconds
+        self.busy["model"] += seconds
         return result
 
-    def encode(self, frame):
-        """H W 3 uint8 -> a piece. The frame is padded at the right and bottom by repeating its edge."""
-        x = torch.from_numpy(frame).permute(2, 0, 1)[None].to(self.device).to(self.dtype).div_(255)
+    def encode(self, frames):
+        """T H W 3 uint8 -> a piece. Frames are padded at the right and bottom by repeating their edges."""
+        x = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).to(self.dtype).div_(255)
         factor = self.model.space_factor
         x = F.pad(x, (0, -x.shape[-1] % factor, 0, -x.shape[-2] % factor), mode="replicate")
         return self.timed("encode", self.stream.tokenize if self.tokens else self.stream.encode, x[None])
@@ -136,6 +147,12 @@ def tile(model, options):
     except ValueError as error:
         raise InputError(f"--tile {size} --tile-frames {frames} --tile-overlap {options.tile_overlap}: {error}"
                          ) from None
+
+
+def queue_depth(reader):
+    """How many frames may wait between two stages: up to 8, in a hundredth of the memory that is free, but 2 at
+    least."""
+    return max(2, min(8, free_memory(torch.device("cpu")) // 100 // (6 * reader.height * reader.width)))
 
 
 def padded_length(model, frames):
@@ -210,10 +227,16 @@ def decode_file(reader, name, job):
 
     frames = codec.decode([c.to(job.device) for c in piece] if codec.tokens else piece.to(job.device, job.dtype)
                           for piece in reader)
+    def write_all(frames):
+        for frame in frames:
+            writer.write(frame)
+
     with report.VideoWriter(path, reader.fps, reader.width, reader.height) as writer:
-        for frame in tqdm(itertools.islice(frames, reader.frames), total=reader.frames, desc=name[:30], unit="frame",
-                          dynamic_ncols=True):
-            writer.write(to_uint8(frame, reader.height, reader.width))
+        with Pipeline(queue_depth(reader), job.busy) as pipeline:
+            write = pipeline.beside("writing", write_all)
+            for frame in tqdm(itertools.islice(frames, reader.frames), total=reader.frames, desc=name[:30],
+                              unit="frame", dynamic_ncols=True):
+                write(to_uint8(frame, reader.height, reader.width))
         if writer.frames < reader.frames:
             raise InputError(f"{name}: only {writer.frames} of {reader.frames} frames came out")
     if writer.note:

@@ -195,6 +195,18 @@ def host_memory():
     return min(found)
 
 
+def free_memory(device):
+    """Bytes that this process can still get: on a GPU, with what PyTorch holds there unused; else of the machine's
+    memory, or of what its container may use."""
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    found = [host_memory() - resident_memory()]
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        found.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
+    return max(0, min(found))
+
+
 def describe(device):
     """One line for logs and reports."""
     if device.type == "cuda":

@@ -41,9 +41,12 @@ class Quality:
             if wanted:
                 self.fid.add(*(video.flatten(0, -4)[wanted] for video in (output, target)))
         self.frames += frames
-        for sums, measure in zip(self.sums, self.measures.values()):
-            if min(output.shape[-2:]) >= measure.least:
-                sums += torch.tensor([measure.function(output, target).cpu().double().sum(), frames])
+        fits = [min(output.shape[-2:]) >= measure.least for measure in self.measures.values()]
+        values = [measure.function(output, target).flatten() for measure, fit in zip(self.measures.values(), fits)
+                  if fit]
+        if values:  # they come from a GPU together, once
+            sums = torch.stack(values).cpu().double().sum(1)
+            self.sums[torch.tensor(fits)] += torch.stack([sums, torch.full_like(sums, frames)], 1)
 
     def reduce(self, group=None):
         """{"mse": its mean over all ranks of `group`, or None where no frame was measured, ...}; "sharpness" in the

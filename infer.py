@@ -9,17 +9,22 @@
     python infer.py runs/mine a.mp4 --max-frames 48 --teacher taehv:taew2_1.pth    # beside its teacher
     python infer.py diffusers:AutoencoderKLWan:FOLDER a.mp4          # a teacher itself, a few frames at a time
 
-Videos of any length and size are streamed: memory does not grow with the length. All of a video is encoded, to a
-temporary file under --out, before any of it is decoded, so it is read twice. Writes under --out: metrics.json,
+Videos of any length and size are streamed: memory does not grow with the length. Reading, the model, metrics and each
+video that is written run beside each other; the last line but one says how long each took. All of a video is encoded,
+to a temporary file under --out, before any of it is decoded, so it is read twice. Writes under --out: metrics.json,
 summary_report.html, comparison_videos/, latent_visualizations/. Audio is not carried.
 
 Exit code: 0; 1 where some inputs failed by an error of the program (the others are reported, its traceback is in
-errors.log); 2 for a mistake, in one line; 130 interrupted.
+errors.log); 2 for a mistake, in one line; 130 after Ctrl-C, 143 after SIGTERM, which leave no half files.
 """
 import argparse
+import collections
+import contextlib
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 
 import torch
@@ -68,6 +73,15 @@ def describe_model(model):
     return {"settings": settings, "parameters": parameters} if settings else {"parameters": parameters}
 
 
+STAGES = "reading", "model", "metrics", "writing"
+
+
+def describe_times(busy, seconds):
+    """One line on where the time went. busy: seconds by stage."""
+    stages = ", ".join(f"{stage} {busy[stage]:.1f} s" for stage in STAGES if busy[stage])
+    return f"time: {seconds:.1f} s in all; at work, beside each other: {stages}"
+
+
 def run(options):
     """Check everything, then reconstruct or decode each input and write the report. Returns the exit code; errors as in
     `main`."""
@@ -85,6 +99,8 @@ def run(options):
     model_hash, readers = "", []
     if options.by_teacher and latent_files:
         raise InputError(f"{latent_files[0]}: {options.checkpoint} decodes no files; give it videos or images")
+    if options.videos == "none" and latent_files:
+        raise InputError(f"{latent_files[0]}: a video is all that is made of it, and none is to be written")
     if not options.by_teacher:
         model, tiled, model_hash, words = load_own(options, device, dtype, memory)
         readers = [open_codes(path, model, model_hash, str(tiled or "")) for path in latent_files]
@@ -107,7 +123,9 @@ def run(options):
             raise InputError(f"--fid: {problem.removeprefix('FID is left out: ')}")
         fid = make_fid()
     job = Job(model, tiled, model_hash, device, dtype, memory, lpips, teacher, options, fid,
-              max(1, options.fid // max(1, len(sources))), teacher_factors)
+              max(1, options.fid // max(1, len(sources))), teacher_factors, collections.Counter(),
+              contextlib.nullcontext() if device.type == "cpu" else threading.Lock())
+    start = time.perf_counter()
     names, failures, rows, decoded = set(), Failures(options.out), [], 0
     # Whatever befalls one input, the others get their turn and their report.
     for path, reader in zip(latent_files, readers):
@@ -135,6 +153,7 @@ def run(options):
     if not sources:
         if rows:
             print(*judge.table(rows, {}), sep="\n")
+        print(describe_times(job.busy, time.perf_counter() - start))
         return failures.code
     for row in rows:
         if "failed" not in row:
@@ -157,6 +176,7 @@ def run(options):
         print(f"FID {distance:.3f} over {fid.count} frames")
     if lpips_note:
         print(lpips_note)
+    print(describe_times(job.busy, time.perf_counter() - start))
     print(f"report: {page}")
     return failures.code
 
@@ -199,6 +219,10 @@ def parse(arguments=None):
                         help="temporal tiles of N frames, 0 for none (default: 32 for a DCAE, else 0)")
     parser.add_argument("--tile-overlap", type=float, default=0.25, metavar="PART",
                         help="how much of a tile its neighbour covers too, up to 0.5 (default: %(default)s)")
+    parser.add_argument("--videos", default="all", choices=("all", "comparison", "none"),
+                        help="what is written of each input: three videos; the one that shows all side by side; none "
+                             "(default: %(default)s)")
+    parser.add_argument("--no-videos", dest="videos", action="store_const", const="none", help="as --videos none")
     parser.add_argument("--quiet", dest="verbose", action="store_false", help="no notes on padding and frame counts")
     options = parser.parse_args(arguments)
     for name in ("max_frames", "num_samples", "teacher_frames", "fid"):
@@ -221,19 +245,37 @@ def parse(arguments=None):
     return options
 
 
+@contextlib.contextmanager
+def ended_by_sigterm():
+    """SIGTERM ends what is in the block as Ctrl-C does, by an exception, so that files are left whole or removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread choose
+        return
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main():
     guard_screen()
     options = parse()
     try:
-        with locked(options.out, "choose another --out") as unlocked:
+        with ended_by_sigterm(), locked(options.out, "choose another --out") as unlocked:
             if unlocked:
                 print(unlocked)
             code = run(options)
     except MISTAKES as error:
         print(f"infer.py: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"infer.py: stopped by {signal.Signals(number).name}; what was not finished is removed", file=sys.stderr)
+        sys.exit(128 + number)
     if code:
         sys.exit(code)
 

@@ -2,7 +2,9 @@
 
 Used by infer.py.
 """
+import collections
 import contextlib
+import functools
 import itertools
 import os
 
@@ -12,31 +14,42 @@ from tqdm import tqdm
 
 import data
 import report
-from codec import TOKENS, Codec, InputError, Spill, padded_length, to_uint8
+from codec import TOKENS, Codec, InputError, Spill, padded_length, queue_depth, to_uint8
 from compare import TeacherPass, compare_latents, teacher_row
+from device import free_memory
 from evaluate import Quality
 from latent_file import LATENTS, LatentWriter
 from metrics import MEASURES, CodeStatistics
+from pipeline import Pipeline
 from token_file import TokenWriter
 
 
-def encoded(codec, frames, length):
-    """Pieces (see Codec) of some frames, H W 3 uint8; the last one is repeated until `length` have gone in."""
-    number = -1
-    for number, frame in enumerate(frames):
-        yield codec.encode(frame)
-    if number < 0:
-        raise data.DataError("no frame could be read")
-    for _ in range(number + 1, length):
-        yield codec.encode(frame)
-    yield codec.flush_encoder()
+def encode(reader, name, job, write):
+    """Encode a video's first frames, as many as the options say; write(piece) gets what comes of them (see Codec), also
+    of the last one repeated at the end, see `padded_length`. Returns (how many frames, whether there are more, seconds,
+    [what is odd about the model's work])."""
+    most, count, codec = job.options.max_frames or None, 0, Codec(job, None, reader)
+    with Pipeline(queue_depth(reader), job.busy) as pipeline:
+        frames = pipeline.ahead("reading", reader)
+        taken = progress(frames, most, most or reader.frames, f"{name[:30]} encode")
+        while stack := list(itertools.islice(taken, codec.at_once)):
+            write(codec.encode(np.stack(stack)))
+            count += len(stack)
+            last = stack[-1:]
+        if not count:
+            raise data.DataError("no frame could be read")
+        more = count == most and next(frames, None) is not None
+        for _ in range(count, padded_length(codec.model, count)):
+            write(codec.encode(np.stack(last)))
+        write(codec.flush_encoder())
+    return count, more, codec.seconds["encode"], [codec.note] if codec.note else []
 
 
-def paired_frames(codec, pieces, reader, frames, length):
+def paired_frames(codec, pieces, originals, reader, frames, length):
     """(number, original, reconstruction), both H W 3 uint8, of the first `frames` frames, as the model gives them.
-    reader: of the originals."""
+    originals: an iterator over them."""
     outputs = (to_uint8(frame, reader.height, reader.width) for frame in codec.decode(pieces))
-    originals, number = iter(reader), -1
+    number = -1
     for wanted, output in zip(codec.model.frame_index(length), outputs):
         while number < min(wanted, frames - 1):
             original, number = next(originals, None), number + 1
@@ -46,22 +59,36 @@ def paired_frames(codec, pieces, reader, frames, length):
             yield number, original, output
 
 
-def frames_to_take(source, reader, options):
-    """(how many, [what is odd about it]). OSError for a size that no video can be written in."""
-    report.check_video_size(reader.width, reader.height, source.path)
+def open_reader(source, options):
+    """A data.VideoReader; OSError for a size that no video can be written in, where some are to be."""
+    reader = data.VideoReader(source.path, options.max_pixels)
+    if options.videos != "none":
+        report.check_video_size(reader.width, reader.height, source.path)
+    return reader
+
+
+def frames_to_take(source, options):
+    """(how many, whether there are more), found by decoding all: for teachers, who want to know it before."""
     frames = 1 if source.is_image else data.count_frames(source.path, options.max_pixels)
-    notes = [] if frames == reader.frames else [f"the container says {reader.frames} frames, {frames} can be read"]
-    if options.max_frames and frames > options.max_frames:
-        notes.append(f"the first {options.max_frames} of {frames} frames")
-        frames = options.max_frames
+    most = options.max_frames or frames
+    return min(frames, most), frames > most
+
+
+def describe_frames(reader, frames, more):
+    """[what is odd about it]: `frames` frames are taken, and there are more or not."""
+    notes = []
+    if more:
+        notes.append(f"the first {frames} of {reader.frames} frames (by the container's word)")
+    elif frames != reader.frames:
+        notes.append(f"the container says {reader.frames} frames, {frames} can be read")
     if min(reader.height, reader.width) < 11:
         notes.append("no SSIM: it needs 11x11 pixels")
-    return frames, notes
+    return notes
 
 
-def plan(source, reader, model, options):
-    """(frames to take, frames to feed, [what is odd about it])."""
-    frames, notes = frames_to_take(source, reader, options)
+def plan(reader, model, frames, more):
+    """(frames that the model is fed with, [what is odd about it]) for `frames` frames of a video."""
+    notes = describe_frames(reader, frames, more)
     length = padded_length(model, frames)
     if length > frames:
         notes.append(f"the last frame was repeated at the end ({length - frames} x), so that all {frames} come back")
@@ -69,74 +96,75 @@ def plan(source, reader, model, options):
     if reader.height % factor or reader.width % factor:
         notes.append(f"padded from {reader.height}x{reader.width} to {reader.height + -reader.height % factor}x"
                      f"{reader.width + -reader.width % factor} for the model, and cropped back")
-    return frames, length, notes
+    return length, notes
 
 
 def reconstruct(source, name, job):
     """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
-    model, device, options = job.model, job.device, job.options
-    reader = data.VideoReader(source.path, options.max_pixels)
-    frames, length, notes = plan(source, reader, model, options)
-    total_latents = model.latent_frames(length)
-    codec = Codec(job, total_latents, reader)
-    notes += [codec.note] if codec.note else []
-    if options.verbose:
-        for note in notes:
-            tqdm.write(f"{source.path}: {note}")
-    beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor,
-                         options.teacher_frames, job.memory, options.out, options.max_pixels) if job.teacher else None
-    if beside and options.verbose:
-        for note in beside.notes:
-            tqdm.write(f"{source.path}: {note}")
-    pictured = sorted({round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))})
-    picture, latents_done, latent_errors = [], 0, []
-    statistics = CodeStatistics(model.codebook_sizes) if codec.tokens else None
-    quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
-    teacher_quality = Quality(job.lpips)
+    model, options = job.model, job.options
+    reader = open_reader(source, options)
+    beside = None
+    if job.teacher:
+        frames, _ = frames_to_take(source, options)
+        beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor, options.teacher_frames,
+                             job.memory, options.out, options.max_pixels)
+        job.busy["model"] += beside.encode_seconds + beside.decode_seconds
+        tell(source, beside.notes, options)
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
-    about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
-    with job.memory.of("ours"), Outputs(options.out, name, reader, source.is_image) as outputs, \
-            Spill(options.out) as spill, \
-            LatentWriter(latents_path, model, reader, frames, total_latents, str(job.tiled or "")) as latent_file, \
-            open_tokens(tokens_path, model, about) as token_file:
+    with job.memory.of("ours"), Spill(options.out) as spill:
+        # All is encoded before anything is decoded: only one of the two holds maps of past frames at a time. So the
+        # video is read twice; how many frames there are, and so how many latents, is known after the first time.
+        frames, more, encode_seconds, odd = encode(reader, name, job, spill.write)
+        length, notes = plan(reader, model, frames, more)
+        notes += odd
+        tell(source, notes, options)
+        total_latents = model.latent_frames(length)
+        codec = Codec(job, total_latents, reader)
+        pictured = sorted({round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))})
+        picture, latents_done, latent_errors = [], 0, []
+        statistics = CodeStatistics(model.codebook_sizes) if codec.tokens else None
+        quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
+        teacher_quality = Quality(job.lpips)
+        about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
 
-        def see(piece):
+        def seen(pieces):
             nonlocal latents_done
-            if codec.tokens:
-                statistics.add(piece, 0)
-                if token_file and len(piece[0][0]):
-                    token_file.write([codes[0].cpu().numpy() for codes in piece])
-            else:
-                latent_file.write(piece)
-            for latent in (piece[0][0, :, None] if codec.tokens else piece[0]).float().cpu().numpy():
-                if latents_done in pictured:
-                    picture.append(latent)
-                if beside and latents_done < len(beside.latents) and latent.shape == beside.latents.shape[1:]:
-                    latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
-                latents_done += 1
+            for piece in pieces:
+                if codec.tokens:
+                    statistics.add(piece, 0)
+                    if token_file and len(piece[0][0]):
+                        token_file.write([codes[0].cpu().numpy() for codes in piece])
+                else:
+                    latent_file.write(piece)
+                for latent in (piece[0][0, :, None] if codec.tokens else piece[0]).float().cpu().numpy():
+                    if latents_done in pictured:
+                        picture.append(latent.copy())  # not a view, which would keep all of the piece
+                    if beside and latents_done < len(beside.latents) and latent.shape == beside.latents.shape[1:]:
+                        latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
+                    latents_done += 1
+                yield piece
 
-        # All is encoded before anything is decoded: only one of the two holds maps of past frames at a time.
-        for piece in encoded(codec, progress(reader, frames, f"{name[:30]} encode"), length):
-            see(piece)
-            spill.write(piece)
-        pairs = paired_frames(codec, spill, reader, frames, length)
-        for number, original, output in progress(pairs, frames, f"{name[:30]} decode"):
-            theirs = beside.frame(number) if beside else None
-            quality.add(as_video(output, device), as_video(original, device))
-            if theirs is not None:
-                teacher_quality.add(as_video(theirs, device), as_video(original, device))
-            outputs.write(original, output, theirs, bool(beside))
+        with Outputs(job, name, reader, source.is_image) as outputs, \
+                LatentWriter(latents_path, model, reader, frames, total_latents, str(job.tiled or "")) as latent_file, \
+                open_tokens(tokens_path, model, about) as token_file, \
+                Pipeline(queue_depth(reader), job.busy) as pipeline:
+            pieces = pipeline.ahead("writing", seen(spill))
+            originals = pipeline.ahead("reading", reader)
+            show = outputs.start(pipeline, quality, teacher_quality if beside else None)
+            pairs = paired_frames(codec, pieces, originals, reader, frames, length)
+            for number, original, output in progress(pairs, frames, frames, f"{name[:30]} decode"):
+                show(original, output, beside.frame(number) if beside else None)
+            collections.deque(pieces, maxlen=0)  # what no frame needed is to be written too
         notes += reader.changes()
     count = quality.frames
-    notes += sorted({writer.note for writer in outputs.writers.values() if writer.note})
+    notes += outputs.notes()
     row = dict(name=name, source=source.path, frames=count, fps=reader.fps, height=reader.height, width=reader.width,
                latent_shape=[total_latents, *picture[0].shape], notes=notes, videos=outputs.paths,
                latent_picture=draw_latents(name, np.stack(picture), pictured, total_latents, options),
-               metrics=measured(quality),
-               encode_seconds=codec.seconds["encode"], decode_seconds=codec.seconds["decode"],
-               seconds=sum(codec.seconds.values()),
-               encode_fps=length / codec.seconds["encode"], decode_fps=count / codec.seconds["decode"],
+               metrics=measured(quality), encode_seconds=encode_seconds, decode_seconds=codec.seconds["decode"],
+               seconds=encode_seconds + codec.seconds["decode"],
+               encode_fps=length / encode_seconds, decode_fps=count / codec.seconds["decode"],
                peak_memory_mb=job.memory.megabytes())
     if codec.tokens:
         row["metrics"].update(describe_codes(statistics, row, tokens_path, options.out))
@@ -152,26 +180,26 @@ def reconstruct(source, name, job):
 def reconstruct_by_teacher(source, name, job):
     """The same by a teacher in the model's place, in pieces as TeacherPass takes them."""
     options = job.options
-    reader = data.VideoReader(source.path, options.max_pixels)
-    frames, notes = frames_to_take(source, reader, options)
-    if options.verbose:
-        for note in notes:
-            tqdm.write(f"{source.path}: {note}")
+    reader = open_reader(source, options)
+    frames, more = frames_to_take(source, options)
+    notes = describe_frames(reader, frames, more)
+    tell(source, notes, options)
     by = TeacherPass(job.teacher, source, frames, *job.teacher_factors, options.teacher_frames, job.memory,
                      options.out, options.max_pixels)
+    job.busy["model"] += by.encode_seconds + by.decode_seconds
     if not by.count:
         raise InputError(f"{source.path}: {'; '.join(by.notes)}")
-    if options.verbose:
-        for note in by.notes:
-            tqdm.write(f"{source.path}: {note}")
+    tell(source, by.notes, options)
     quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
-    with Outputs(options.out, name, reader, source.is_image) as outputs:
-        for number, original in enumerate(progress(reader, frames, f"{name[:30]} compare")):
-            if (output := by.frame(number)) is not None:
-                quality.add(as_video(output, job.device), as_video(original, job.device))
-                outputs.write(original, output, None, False)
+    with Outputs(job, name, reader, source.is_image) as outputs:
+        with Pipeline(queue_depth(reader), job.busy) as pipeline:
+            originals = pipeline.ahead("reading", reader)
+            show = outputs.start(pipeline, quality)
+            for number, original in enumerate(progress(originals, frames, frames, f"{name[:30]} compare")):
+                if (output := by.frame(number)) is not None:
+                    show(original, output, None)
         notes += reader.changes()
-    notes += by.notes + sorted({writer.note for writer in outputs.writers.values() if writer.note})
+    notes += by.notes + outputs.notes()
     first = by.latents[:64]  # a picture of more would take memory that grows with the video
     return dict(name=name, source=source.path, frames=by.count, fps=reader.fps, height=reader.height,
                 width=reader.width, notes=notes, videos=outputs.paths,
@@ -179,9 +207,15 @@ def reconstruct_by_teacher(source, name, job):
                 **teacher_row(by, measured(quality)))
 
 
-def as_video(frame, device):
-    """H W 3 uint8 -> 1 3 H W in [0, 1]: what is measured is what is written."""
-    return torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float().div_(255)
+def tell(source, notes, options):
+    if options.verbose:
+        for note in notes:
+            tqdm.write(f"{source.path}: {note}")
+
+
+def as_video(frames, device):
+    """A list of H W 3 uint8 -> 1 T 3 H W in [0, 1]: what is measured is what is written."""
+    return torch.from_numpy(np.stack(frames)).to(device).permute(0, 3, 1, 2)[None].float().div_(255)
 
 
 def measured(quality):
@@ -203,9 +237,9 @@ def draw_latents(name, latents, numbers, total, options):
     return path
 
 
-def progress(frames, total, name):
-    """The first `total` frames, with a bar."""
-    return tqdm(itertools.islice(frames, total), total=total, desc=name, unit="frame", dynamic_ncols=True)
+def progress(frames, most, total, name):
+    """The first `most` frames, or all, with a bar for `total`."""
+    return iter(tqdm(itertools.islice(frames, most), total=total, desc=name, unit="frame", dynamic_ncols=True))
 
 
 def open_tokens(path, model, about):
@@ -230,32 +264,74 @@ def describe_codes(statistics, row, tokens_path, out):
     return {"codebook_use": found["codebook_use"], "bits_per_pixel": bits / pixels, "kbit_per_s": rate}
 
 
-class Outputs:
-    """The three videos of one input; for an image, three one-frame videos and no less."""
+KINDS = {"all": ("original", "reconstructed", "comparison"), "comparison": ("comparison",), "none": ()}
 
-    def __init__(self, out, name, reader, is_image):
-        os.makedirs(os.path.join(out, "comparison_videos"), exist_ok=True)
-        self.paths = {kind: f"comparison_videos/{name}_{kind}.webm"
-                      for kind in ("original", "reconstructed", "comparison")}
-        self.out, self.fps, self.writers = out, 1.0 if is_image else reader.fps, {}
+
+class Outputs:
+    """What is made of one input's frames: their metrics, and the videos that the options ask for, each by a stage of
+    its own. A context manager; videos get their names when its block ends without an error, all or none. Of an image,
+    they are of one frame."""
+
+    def __init__(self, job, name, reader, is_image):
+        self.job, self.out, self.fps = job, job.options.out, 1.0 if is_image else reader.fps
+        self.paths = {kind: f"comparison_videos/{name}_{kind}.webm" for kind in KINDS[job.options.videos]}
+        if self.paths:
+            os.makedirs(os.path.join(self.out, "comparison_videos"), exist_ok=True)
+        self.at_once = stack_size(reader, job.device)
+        self.writers = []
         self.open = contextlib.ExitStack()  # where one cannot be finished, the others are closed all the same
 
-    def write(self, original, output, teacher, with_teacher):
-        """H W 3 uint8 each; a teacher that gave no such frame leaves its panel black."""
-        panels, labels = [original, output], ["original", "reconstruction"]
-        if with_teacher:
-            panels.append(np.zeros_like(original) if teacher is None else teacher)
-            labels.append("teacher")
-        pair = report.side_by_side(panels, labels, max_width=1920)
-        for kind, frame in zip(self.paths, (original, output, pair)):
-            if kind not in self.writers:
+    def start(self, pipeline, quality, teacher_quality=None):
+        """Returns the function that takes what belongs together: an original, its reconstruction, and the teacher's or
+        None, H W 3 uint8 each. teacher_quality: what measures the teacher's, if there is one."""
+        stages = [pipeline.beside("metrics", lambda frames: self.measure(frames, quality, teacher_quality))]
+        stages += [pipeline.beside("writing", functools.partial(self.write, kind, bool(teacher_quality)))
+                   for kind in self.paths]
+
+        def show(*frames):
+            for give in stages:
+                give(frames)
+        return show
+
+    def measure(self, frames, quality, teacher_quality):
+        while stack := list(itertools.islice(frames, self.at_once)):
+            originals, outputs, theirs = zip(*stack)
+            with self.job.turn:
+                quality.add(as_video(outputs, self.job.device), as_video(originals, self.job.device))
+                both = [(one, original) for one, original in zip(theirs, originals) if one is not None]
+                if both:
+                    teacher_quality.add(*(as_video(frames, self.job.device) for frames in zip(*both)))
+
+    def write(self, kind, with_teacher, frames):
+        """A teacher that gave no such frame leaves its panel black."""
+        writer = None
+        for original, output, theirs in frames:
+            frame = dict(original=original, reconstructed=output).get(kind)
+            if frame is None:
+                panels, labels = [original, output], ["original", "reconstruction"]
+                if with_teacher:
+                    panels.append(np.zeros_like(original) if theirs is None else theirs)
+                    labels.append("teacher")
+                frame = report.side_by_side(panels, labels, max_width=1920)
+            if writer is None:
                 path = os.path.join(self.out, self.paths[kind])
-                writer = report.VideoWriter(path, self.fps, frame.shape[1], frame.shape[0])
-                self.writers[kind] = self.open.enter_context(writer)
-            self.writers[kind].write(frame)
+                writer = self.open.enter_context(report.VideoWriter(path, self.fps, frame.shape[1], frame.shape[0]))
+                self.writers.append(writer)
+            writer.write(frame)
+
+    def notes(self):
+        return sorted({writer.note for writer in self.writers if writer.note})
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.open.__exit__(*error)
+
+
+def stack_size(reader, device):
+    """How many frames are measured at once. On a CPU small frames together take less time, large ones more memory; a
+    GPU takes what a tenth of its free memory holds, at 300 bytes a pixel, up to 32."""
+    pixels = reader.height * reader.width
+    room = free_memory(device) // 10 // (300 * pixels)
+    return max(1, min(32, room, room if device.type == "cuda" else (1 << 17) // pixels))

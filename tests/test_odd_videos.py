@@ -166,12 +166,12 @@ def test_a_grey_video_is_not_taken_for_one_without_pictures(tmp_path, monkeypatc
 # ---- files that change while they are read ---------------------------------------------------------------------------
 
 
-CHANGES = dict(  # what happens to a video of 10 frames after these were counted, and what is said of it
+CHANGES = dict(  # what happens to a video of 10 frames after these were encoded, and what is said of it
     grows=(lambda path, more: path.open("ab").write(more.read_bytes()), "the file was written to while it was read"),
     is_another=(lambda path, more: os.replace(shutil.copy(more, f"{path}2"), path), "was changed while it was read"),
     shrinks=(lambda path, more: os.truncate(path, path.stat().st_size * 3 // 4), "of 10 frames could be read a second"),
     is_gone=(lambda path, more: path.unlink(), "no such file or directory"),
-    has_no_frames=(lambda path, more: os.truncate(path, 600), "no frame could be read"),
+    has_no_frames=(lambda path, more: os.truncate(path, 600), "only 0 of 10 frames could be read a second time"),
     stays=(lambda path, more: None, ""))
 
 
@@ -180,23 +180,34 @@ def test_a_file_that_changes_while_infer_reads_it_is_told_and_costs_only_itself(
     more = tmp_path / "more"
     write(tmp_path / "more.mkv", time=lambda t: 50 * t, **small)
     os.rename(tmp_path / "more.mkv", more)
-    for change in CHANGES:
+    opened = {**CHANGES, "has_no_frames": (CHANGES["has_no_frames"][0], "no frame could be read"),
+              "shrinks": (CHANGES["shrinks"][0], "was changed while it was read")}
+    for changes, name in ((CHANGES, "plan"), (opened, "open_reader")):  # after it was read once, or as it is opened
+        with monkeypatch.context() as context:
+            look_at_changes(tmp_path, context, more, small, changes, name)
+
+
+def look_at_changes(tmp_path, monkeypatch, more, small, changes, name):
+    for change in changes:
         write(tmp_path / f"{change}.mkv", **small)
 
-    def count(source, *arguments, original=reconstruct.frames_to_take):
-        found = original(source, *arguments)
-        CHANGES[source.key.removesuffix(".mkv")][0](tmp_path / source.key, more)
+    def change(first, *arguments, original=getattr(reconstruct, name)):
+        found = original(first, *arguments)
+        key = os.path.basename(first.path)
+        changes[key.removesuffix(".mkv")][0](tmp_path / key, more)
         return found
-    monkeypatch.setattr(reconstruct, "frames_to_take", count)
+
+    monkeypatch.setattr(reconstruct, name, change)
+    shutil.rmtree(tmp_path / "results", ignore_errors=True)
     torch.manual_seed(0)
     torch.save(TAEHV(encoder_widths=(8,) * 4, decoder_widths=(8,) * 4).state_dict(), tmp_path / "taehv.pth")
     monkeypatch.setattr("sys.argv", ["infer.py", str(tmp_path / "taehv.pth"), str(tmp_path), "--lpips", "none",
                                      "--precision", "fp32", "--device", "cpu", "--out", str(tmp_path / "results")])
     assert infer.main() is None
     rows = json.loads((tmp_path / "results" / "metrics.json").read_text())["rows"]
-    assert {row["name"] for row in rows} == set(CHANGES)
+    assert {row["name"] for row in rows} == set(changes)
     for row in rows:
         said = row.get("failed") or "; ".join(row["notes"])
-        assert CHANGES[row["name"]][1] in said and ("failed" in row) == (row["name"] not in ("grows", "stays")), row
-        assert row.get("frames", 10) == 10
+        assert changes[row["name"]][1] in said and ("failed" in row) == (row["name"] not in ("grows", "stays")), row
+        assert row.get("frames", 10) == 10 or name == "open_reader" and row["name"] == "grows"
     assert not (tmp_path / "results" / "errors.log").exists()
