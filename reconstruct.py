@@ -31,11 +31,11 @@ def encode(reader, name, job, write):
     most, count, codec = job.options.max_frames or None, 0, Codec(job, None, reader)
     with Pipeline(queue_depth(reader), job.busy) as pipeline:
         frames = pipeline.ahead("reading", reader)
-        taken = progress(frames, most, most or reader.frames, f"{name[:30]} encode")
-        while stack := list(itertools.islice(taken, codec.at_once)):
-            write(codec.encode(np.stack(stack)))
-            count += len(stack)
-            last = stack[-1:]
+        with progress(frames, most, most or reader.frames, f"{name[:30]} encode") as taken:
+            while stack := list(itertools.islice(taken, codec.at_once)):
+                write(codec.encode(np.stack(stack)))
+                count += len(stack)
+                last = stack[-1:]
         if not count:
             raise data.DataError("no frame could be read")
         more = count == most and next(frames, None) is not None
@@ -153,8 +153,9 @@ def reconstruct(source, name, job):
             originals = pipeline.ahead("reading", reader)
             show = outputs.start(pipeline, quality, teacher_quality if beside else None)
             pairs = paired_frames(codec, pieces, originals, reader, frames, length)
-            for number, original, output in progress(pairs, frames, frames, f"{name[:30]} decode"):
-                show(original, output, beside.frame(number) if beside else None)
+            with progress(pairs, frames, frames, f"{name[:30]} decode") as shown:
+                for number, original, output in shown:
+                    show(original, output, beside.frame(number) if beside else None)
             collections.deque(pieces, maxlen=0)  # what no frame needed is to be written too
         notes += reader.changes()
     count = quality.frames
@@ -195,9 +196,10 @@ def reconstruct_by_teacher(source, name, job):
         with Pipeline(queue_depth(reader), job.busy) as pipeline:
             originals = pipeline.ahead("reading", reader)
             show = outputs.start(pipeline, quality)
-            for number, original in enumerate(progress(originals, frames, frames, f"{name[:30]} compare")):
-                if (output := by.frame(number)) is not None:
-                    show(original, output, None)
+            with progress(originals, frames, frames, f"{name[:30]} compare") as shown:
+                for number, original in enumerate(shown):
+                    if (output := by.frame(number)) is not None:
+                        show(original, output, None)
         notes += reader.changes()
     notes += by.notes + outputs.notes()
     first = by.latents[:64]  # a picture of more would take memory that grows with the video
@@ -238,8 +240,9 @@ def draw_latents(name, latents, numbers, total, options):
 
 
 def progress(frames, most, total, name):
-    """The first `most` frames, or all, with a bar for `total`."""
-    return iter(tqdm(itertools.islice(frames, most), total=total, desc=name, unit="frame", dynamic_ncols=True))
+    """A context of an iterator over the first `most` frames, or all, with a bar for `total`. It ends the bar's line."""
+    bar = tqdm(itertools.islice(frames, most), total=total, desc=name, unit="frame", dynamic_ncols=True)
+    return contextlib.closing(iter(bar))
 
 
 def open_tokens(path, model, about):
@@ -279,7 +282,7 @@ class Outputs:
             os.makedirs(os.path.join(self.out, "comparison_videos"), exist_ok=True)
         self.at_once = stack_size(reader, job.device)
         self.writers = []
-        self.open = contextlib.ExitStack()  # where one cannot be finished, the others are closed all the same
+        self.open = contextlib.ExitStack()
 
     def start(self, pipeline, quality, teacher_quality=None):
         """Returns the function that takes what belongs together: an original, its reconstruction, and the teacher's or
@@ -326,7 +329,12 @@ class Outputs:
         return self
 
     def __exit__(self, *error):
-        self.open.__exit__(*error)
+        if error[0] is not None:
+            self.open.__exit__(*error)
+            return
+        with self.open:  # where one cannot be finished, none gets its name
+            for writer in self.writers:
+                writer.finish()
 
 
 def stack_size(reader, device):

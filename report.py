@@ -58,6 +58,14 @@ def _without_tag_warning():
             print(others.decode(errors="replace"), end="", file=sys.stderr)
 
 
+def has_all_bytes(path):
+    """Whether a .webm is as long as its beginning says: the size in 7 bytes behind the segment's name and a 1."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+    start = head.find(b"\x18\x53\x80\x67\x01") + 12
+    return start + int.from_bytes(head[start - 7:start], "big") == os.path.getsize(path)
+
+
 class VideoWriter:
     """Streams RGB uint8 H W 3 frames into a VP8 .webm, which browsers play. A context manager.
 
@@ -79,7 +87,7 @@ class VideoWriter:
         usable = fps is not None and 0.1 <= fps <= 240 and BITS_PER_PIXEL * fps * width * height >= LEAST_RATE
         self.fps = float(fps) if usable else 25.0
         self.note = "" if usable else f"videos are written at 25 frames/s, the source says {fps}"
-        self.width, self.height, self.frames = width, height, 0
+        self.width, self.height, self.frames, self.finished = width, height, 0, False
         os.makedirs(folder, exist_ok=True)
         self._part = os.path.join(folder, f".{name}.part.webm")
         size = (width + width % 2, height + height % 2)
@@ -102,20 +110,30 @@ class VideoWriter:
         self._writer.write(bgr)
         self.frames += 1
 
+    def finish(self):
+        """No more frames come. OSError where the file is not whole; else all that is left for the block's end is to
+        give it its name."""
+        self._writer.release()
+        if not self.frames:
+            raise OSError(f"{self.path}: no frame was written")
+        # A file that was cut short has no duration and so no count; or it has them, as these stand at its beginning, to
+        # which FFmpeg comes back, but fewer bytes than the size that stands there too.
+        count = cv2.VideoCapture(self._part, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
+        if abs(count - self.frames) > 1 or not has_all_bytes(self._part):
+            raise OSError(f"{self.path}: the {self.frames} frames cannot be read back; is the disk full?")
+        self.finished = True
+
     def __enter__(self):
         return self
 
     def __exit__(self, error_type, error, traceback):
-        self._writer.release()
         try:
             if error_type is None:
-                if not self.frames:
-                    raise OSError(f"{self.path}: no frame was written")
-                # A file that was cut short has no duration and so no count.
-                if abs(cv2.VideoCapture(self._part, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT) - self.frames) > 1:
-                    raise OSError(f"{self.path}: the {self.frames} frames cannot be read back; is the disk full?")
+                if not self.finished:
+                    self.finish()
                 os.replace(self._part, self.path)
         finally:
+            self._writer.release()
             if os.path.exists(self._part):
                 os.remove(self._part)
 

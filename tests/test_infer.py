@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 import weakref
 
 import cv2
@@ -188,12 +189,17 @@ def test_a_teachers_memory_is_not_counted_as_ours(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [False, True])
 def test_a_long_video_is_never_held(command, monkeypatch, tokenizer):
-    """Frames as read and as written, and latents or codes: as many are alive at once in a video three times as long."""
-    references, most = [], [0]
+    """Frames as read and as written, and latents or codes: no more are alive at once than the queues hold, also in a
+    video three times as long."""
+    references, most, lock = [], [0], threading.Lock()
+    monkeypatch.setattr(codec, "queue_depth", lambda reader: 2)
+    monkeypatch.setattr(reconstruct, "queue_depth", lambda reader: 2)
+    monkeypatch.setattr(reconstruct, "stack_size", lambda *_: 1)
 
     def watch(thing):
-        references[:] = [r for r in references if r() is not None] + [weakref.ref(thing)]
-        most[0] = max(most[0], len(references))
+        with lock:
+            references[:] = [r for r in references if r() is not None] + [weakref.ref(thing)]
+            most[0] = max(most[0], len(references))
         return thing
 
     def encode(self, frame, original=codec.Codec.encode):
@@ -221,7 +227,7 @@ def test_a_long_video_is_never_held(command, monkeypatch, tokenizer):
             most[0] = 0
             assert command(*arguments)[0] == 0
             found.append(most[0])
-    assert found[:2] == found[2:] and max(found) <= 18, found  # two chunks of the teacher
+    assert max(found) <= 20, found  # two chunks of the teacher; 24 frames are 24 more as written
 
 
 def test_a_teacher_is_given_a_few_frames_at_a_time(command, capsys, monkeypatch):
