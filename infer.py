@@ -36,7 +36,7 @@ import models
 import report
 from codec import TOKENS, InputError, Job, decode_file, open_codes, tile
 from compare import PeakMemory, factors
-from device import describe, pick_device, pick_precision, place, tune
+from device import describe, pick_device, pick_precision, place, share_freed_blocks, tune
 from inputs import MISTAKES, Failures, find_inputs, remove_leftovers
 from latent_file import LATENTS
 from lock import locked
@@ -87,6 +87,7 @@ def run(options):
     `main`."""
     device = pick_device(options.device)
     tune(device)
+    share_freed_blocks()
     dtype = pick_precision(options.precision, device)
     if dtype == torch.float16 and device.type == "cpu":
         print("--precision fp16: a CPU emulates it; bf16 or fp32 take less time")

@@ -149,7 +149,7 @@ def reconstruct(source, name, job):
                 LatentWriter(latents_path, model, reader, frames, total_latents, str(job.tiled or "")) as latent_file, \
                 open_tokens(tokens_path, model, about) as token_file, \
                 Pipeline(queue_depth(reader), job.busy) as pipeline:
-            pieces = pipeline.ahead("writing", seen(spill))
+            pieces = pipeline.ahead("writing" if latents_path or tokens_path else "reading", seen(spill))
             originals = pipeline.ahead("reading", reader)
             show = outputs.start(pipeline, quality, teacher_quality if beside else None)
             pairs = paired_frames(codec, pieces, originals, reader, frames, length)
