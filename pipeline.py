@@ -65,9 +65,10 @@ class Pipeline:
                 self._stop(error)
             with self.changed:
                 self.busy[name] += time.perf_counter() - start - self.waited[threading.get_ident()]
-        self.threads.append(threading.Thread(target=run, name=name))
-        self.threads[-1].start()
-        return self.threads[-1]
+        thread = threading.Thread(target=run, name=name)
+        thread.start()
+        self.threads.append(thread)
+        return thread
 
     def _wait(self, ready):
         """With `changed` held: until ready(). Stopped if that is no longer to be hoped for."""
