@@ -76,13 +76,14 @@ class Best:
     def offer(self, step, result, average):
         """Save the averaged weights of `step` if `evaluate`'s dict for them is better than what there is."""
         score = self.score_of(result)
-        if self.log.rank == 0 and score > self.score and self.write(step, score, result, average):
-            self.score = score
+        self.saver.settle()  # or what the last one has written does not count yet
+        if self.log.rank == 0 and score > self.score:
+            self.write(step, score, result, average)
 
     def write(self, step, score, result, model):
-        """On rank 0. Returns whether it could be saved."""
-        return self.saver.best(dict(**self.about, step=step, val=result, score=score, judged_by=self.judged_by,
-                                    ema=model.state_dict()))
+        """On rank 0. The score counts as soon as it is saved."""
+        self.saver.best(dict(**self.about, step=step, val=result, score=score, judged_by=self.judged_by,
+                             ema=model.state_dict()), lambda: setattr(self, "score", score))
 
 
 def fingerprint(samples, control):

@@ -242,12 +242,24 @@ def here(clips, tmp_path):
 
 @pytest.fixture
 def at(monkeypatch):
-    """at({step: action}): calls action() as that step begins."""
+    """at({step: action}): calls action() as that step begins, when what was to be saved by then has been written."""
     from objective import Objective
+    from saving import Saver
+
+    savers = []
+
+    def write(self, *arguments, original=Saver.begin):
+        savers.append(self)
+        original(self, *arguments)
+
+    monkeypatch.setattr(Saver, "begin", write)
 
     def set_actions(actions):
         def begin(self, step, original=Objective.begin):
-            actions.pop(step + 1, lambda: None)()
+            if step + 1 in actions:
+                for saver in savers:
+                    saver.settle()
+                actions.pop(step + 1)()
             original(self, step)
 
         monkeypatch.setattr(Objective, "begin", begin)

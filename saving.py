@@ -2,14 +2,19 @@
 read-only or gone: what can be saved is saved; what cannot is said, with what is on disk instead. The files themselves
 are checkpoint.py's."""
 import contextlib
+import copy
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 import checkpoint
 import lock
 from config import ConfigError
+from device import is_out_of_memory
 from ranks import from_rank_0, gather
 
 
@@ -18,29 +23,90 @@ class NotSaved(Exception):
 
 
 class Saver:
-    """Saves to a folder that rank 0 has locked. log: a Logbook; trend: the run's, which knows the sound checkpoint."""
+    """Saves to a folder that rank 0 has locked, while training goes on: what is to be saved is copied, and a thread of
+    each rank writes it, one file after the other. The threads have a process group of their own, so what they decide
+    together is the same on all ranks. Training waits for them only where the next save, or the run's end, comes before
+    they are done. log: a Logbook; trend: the run's, which knows the sound checkpoint; at_end: the run's ExitStack.
+    """
 
-    def __init__(self, folder, keep_last, control, log, trend):
-        self.folder, self.keep_last, self.control, self.log, self.trend = folder, keep_last, control, log, trend
-        self.step, self.on_disk = 0, ""  # of the last save; what was there when that was not possible, in words
+    def __init__(self, folder, cfg, control, log, trend, at_end):
+        self.folder, self.keep_last, self.control, self.log, self.trend = folder, cfg.keep_last, control, log, trend
+        self.step, self.problem, self.on_disk = 0, "", ""  # of the last save: why it failed, what was there instead
+        self.group = None if control is None else dist.new_group(
+            backend="gloo", timeout=timedelta(minutes=cfg.timeout_minutes))
+        self.thread, self.pending = ThreadPoolExecutor(1, "saving"), []  # [(name, future, function of its result)]
+        self.memory = {"run": [], "best": []}  # storages that the copies are made in, again and again
+        self.state, self.has_copy = None, True
+        at_end.callback(self.close)
 
-    def run(self, step, rank_state, random_state, make_state):
+    def run(self, step, rank_state, random_state, make_state, is_last):
         """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
-        holds, or None. make_state: called on rank 0 with the list of all ranks' random_state and with what
-        `Trend.sound` becomes, it returns what rank 0 saves. Returns, on every rank, why the run could not be saved, or
-        an empty string."""
+        holds, in memory that nobody else writes to, or None. make_state: called on rank 0 with the list of all ranks'
+        random_state and with what `Trend.sound` becomes, it returns what rank 0 saves. is_last: wait for it, and
+        return, on every rank, why the run could not be saved, or an empty string."""
+        if self.state is not None and not self.pending[0][1].done():
+            self.log(f"step {step}: waits, as step {self.step} is still being written", screen=False)
+        self.settle(["run"])
         self.step, sound = step, self.trend.judge(step)
-        problem = from_rank_0(self.control, self.find_folder) or self.save_ranks(step, rank_state)
+        states = gather(self.control, random_state)
+
+        def prepare():
+            problem = self.find_folder()
+            self.state = None if problem else self.copy("run", make_state(states, sound))
+            return problem
+        problem = from_rank_0(self.control, prepare)
+        self.begin("run", lambda: self.write(step, problem, rank_state, sound),
+                   lambda result: self.tell(step, sound, *result, is_last))
+        if is_last:
+            self.settle()
+        return self.problem
+
+    def copy(self, name, state):
+        """On rank 0: a copy of a state for the thread. Where memory lacks for one, the state itself: `begin` waits."""
+        try:
+            return copied(state, self.memory[name])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self.memory[name], self.has_copy = [], False
+        self.log(f"warning: no memory for a copy of what is saved ({bytes_of(state) / 1e6:,.0f} MB): training waits while "
+                 "it is written")
+        return state
+
+    def write(self, step, problem, rank_state, sound):
+        """In the threads of all ranks. Returns (why it could not be saved, or ""; what is on disk then, in words)."""
+        problem = problem or self.save_ranks(step, rank_state) or from_rank_0(self.group, lambda: checkpoint.save_run(
+            self.folder, self.state, self.keep_last, self.log, sound[0], self.trend.sound_step))
+        return problem, from_rank_0(self.group, self.look) if problem else ""
+
+    def tell(self, step, sound, problem, on_disk, is_last):
+        """What became of a save, where training has time to hear of it."""
+        self.problem, self.on_disk, self.state = problem, on_disk, None
         if not problem:
-            states = gather(self.control, random_state)
-            problem = from_rank_0(self.control, lambda: checkpoint.save_run(
-                self.folder, make_state(states, sound), self.keep_last, self.log, sound[0], self.trend.sound_step))
-        if problem:
-            self.on_disk = from_rank_0(self.control, self.look)
-        else:
             self.trend.sound = sound
             self.log.event("saved", step, f"step {step}: saved {checkpoint.step_path(self.folder, step)}")
-        return problem
+        elif not is_last:
+            self.log(f"the checkpoint of step {step} could not be saved: {problem}; the run goes on; {on_disk}")
+
+    def begin(self, name, write, tell):
+        """Have the thread call write(), after what it has to do already; `settle` gives its result to tell()."""
+        self.pending.append((name, self.thread.submit(write), tell))
+        if not self.has_copy:
+            self.settle()
+            self.has_copy = True
+
+    def settle(self, names=("run", "best")):
+        """Tell what has become of all that has been written, and wait until it includes what has these names. What the
+        thread did not expect is raised here."""
+        while self.pending and (self.pending[0][1].done() or any(name in names for name, *_ in self.pending)):
+            _, future, tell = self.pending.pop(0)
+            tell(future.result())
+
+    def close(self):
+        """However the run ends: what is being written is finished before the folder is let go of, and told."""
+        self.thread.shutdown()
+        if not any(future.exception() for _, future, _ in self.pending):
+            self.settle()
 
     def find_folder(self):
         """On rank 0: make and lock the folder again if somebody has removed it. Returns why that cannot be, or ""."""
@@ -54,23 +120,28 @@ class Saver:
 
     def save_ranks(self, step, state):
         """Each rank saves its own state. Where the disk is full, rank 0 makes room, and those who failed try again.
-        Returns what `run` does."""
+        Returns why that cannot be, or ""."""
         while True:
             error = checkpoint.save_rank(self.folder, step, self.log.rank, state)
-            errors = list(filter(None, gather(self.control, error)))
+            errors = list(filter(None, gather(self.group, error)))
             if not errors:
                 return ""
             if not all(map(checkpoint.is_full, errors)) or not from_rank_0(
-                    self.control, lambda: checkpoint.drop_oldest(self.folder, step, self.log, self.trend.sound_step)):
+                    self.group, lambda: checkpoint.drop_oldest(self.folder, step, self.log, self.trend.sound_step)):
                 return str(errors[0])
             state = state if error else None
 
-    def best(self, state):
-        """On rank 0: save the weights that validated best. Returns whether that could be done."""
-        problem = self.find_folder() or checkpoint.save_best(self.folder, state, self.log, self.trend.sound_step)
-        if problem:
-            self.log(f"best.pt of step {state['step']} could not be saved: {problem}; the run goes on")
-        return not problem
+    def best(self, state, then):
+        """On rank 0: save the weights that validated best; then() is called once that is done."""
+        self.settle()
+        problem, state, sound = self.find_folder(), self.copy("best", state), self.trend.sound_step
+
+        def tell(problem):
+            if problem:
+                self.log(f"best.pt of step {state['step']} could not be saved: {problem}; the run goes on")
+            else:
+                then()
+        self.begin("best", lambda: problem or checkpoint.save_best(self.folder, state, self.log, sound), tell)
 
     def look(self):
         """On rank 0: what is on disk, in words. Files of ranks whose step could not be saved are removed."""
@@ -105,12 +176,35 @@ class Saver:
                 f"{room / 1e6:,.0f} MB: make room before the first is saved")
 
 
+def tensors_in(state):
+    """The tensors in nested dicts, lists and tuples."""
+    if torch.is_tensor(state):
+        yield state
+    for part in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
+        yield from tensors_in(part)
+
+
 def bytes_of(state):
     """How much the tensors take that are in nested dicts, lists and tuples."""
-    if torch.is_tensor(state):
-        return state.numel() * state.element_size()
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(bytes_of, parts))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(state))
+
+
+def copied(state, memory):
+    """A copy of a nested state on the CPU, which torch.save writes as it would write the state: tensors that share
+    their storage do so too. memory: a list of storages for it, which is filled; the next copy of the same shapes takes
+    them again (so no page is asked of the system anew) and overwrites this one."""
+    storages, copies = {}, {}
+    for tensor in tensors_in(state):
+        storage = tensor.untyped_storage()
+        source = storage.device, storage.data_ptr(), storage.nbytes()
+        if source not in storages:
+            place = len(storages)
+            if place == len(memory) or memory[place].nbytes() != storage.nbytes():
+                memory[place:place + 1] = [torch.UntypedStorage(storage.nbytes())]
+            storages[source] = memory[place].copy_(storage)
+        copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(
+            storages[source], tensor.storage_offset(), tensor.size(), tensor.stride())
+    return copy.deepcopy(state, copies)
 
 
 # ---- before a run, and as it ends -------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def train(cfg):
             last, stopping = run.step >= cfg.max_steps or vote.time_over, vote.stop
 
             # ---- once in a while: log, validate, save
+            trainer.saver.settle([])
             if run.step % cfg.log_every == 0 or last:
                 trainer.log_step()
             if trainer.validates and (last or run.step % cfg.val_every == 0 and not stopping):
@@ -132,7 +133,7 @@ class Trainer:
             fused=self.device.type in ("cuda", "cpu"))
         self.trend = Trend(self.device, loss=self.objective.describe_loss())
         self.meter = Meter(self.objective.names, self.device)
-        self.saver = Saver(self.folder, cfg.keep_last, self.control, self.log, self.trend)
+        self.saver = Saver(self.folder, cfg, self.control, self.log, self.trend, at_end)
 
         # ---- how far it is
         self.run = Run()
@@ -302,6 +303,7 @@ class Trainer:
         for warning in warnings:
             log(f"step {run.step}: {warning}")
         if meter.skipped_in_a_row >= self.cfg.max_bad_steps:
+            self.saver.settle()  # which checkpoint is sound is known then
             way_out = where_to_go_on(self.folder, self.model, self.trend, run.step, meter.skipped_in_a_row)
             self.give_up(f"the loss or a gradient was not finite {meter.skipped_in_a_row} steps in a row",
                          f"{way_out} Try a lower lr, precision=fp32, or other data.")
@@ -322,21 +324,18 @@ class Trainer:
         self.best.offer(step, result, self.average)
 
     def save(self, is_last):
-        """Returns, on every rank, why the run could not be saved, or an empty string."""
+        """Copy what a checkpoint holds, and have it written. If it is the last, wait for that, and return, on every
+        rank, why it could not be saved, or an empty string."""
         with self.clock.stopped():
             run = {**vars(self.run), "seconds": self.clock.total()}
-            unsaved = self.saver.run(
+            return self.saver.run(
                 self.run.step, self.objective.rank_state(), checkpoint.random_state(self.device),
                 lambda states, sound: dict(
                     model_name=self.cfg.model, model_config=self.model.config, config=asdict(self.cfg), **run,
                     tally=self.meter.state(), world=self.world, random=states, teacher=self.clips.teacher,
                     model=self.model.state_dict(), ema=self.average.state_dict(),
                     optimizer=self.optimizer.state_dict(), trend={**self.trend.state(), "sound": sound},
-                    objective=self.objective.state()))
-        if unsaved and not is_last:
-            self.log(f"the checkpoint of step {self.run.step} could not be saved: {unsaved}; the run goes on; "
-                     f"{self.saver.on_disk}")
-        return unsaved
+                    objective=self.objective.state()), is_last)
 
     def give_up(self, reason, way_out):
         """Save, and raise what ends the run."""

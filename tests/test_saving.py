@@ -8,17 +8,21 @@ import re
 import shutil
 import signal
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import checkpoint
 import data
 import launch
 import lock
+import objective
 import saving
 import train
-from conftest import FRAMES, SERAENA, log_of, metrics_of, mistake, run, spoilt
+from conftest import FRAMES, ROOT, SERAENA, different, log_of, metrics_of, mistake, run, spoilt, state_of
 from test_faults import run_state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and locks as Linux has them")
@@ -219,13 +223,172 @@ def test_a_removed_folder_that_another_run_has_made_is_left_alone(here, at, tmp_
     assert (folder / "step_00000099.pt").read_bytes() == b"theirs"
 
 
+# ---- while training goes on ---------------------------------------------------------------------------------------
+
+
+def saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def test_a_copy_is_saved_as_the_state_itself_to_the_bit():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    rows = torch.arange(12.0).view(3, 4)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "parts": (rows[1:], rows[:, 2], [rows]),
+             "counts": {0: torch.arange(3)}, "names": ["loss", "loss"], "empty": torch.empty(0, 3), "step": 7}
+    before, memory = saved(state), []
+    copy = saving.copied(state, memory)
+    places = [storage.data_ptr() for storage in memory]
+    with torch.no_grad():
+        for tensor in saving.tensors_in(state):
+            tensor.add_(1)
+    state["optimizer"]["state"][0]["step"] = None
+    state["names"].clear()
+    assert saved(copy) == before
+    state["names"] += ["loss", "loss"]
+    state["optimizer"]["state"][0]["step"] = torch.tensor(2.0)
+    assert saved(saving.copied(state, memory)) == saved(state) != before
+    assert [storage.data_ptr() for storage in memory] == places, "the same memory, again"
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The file of step 2 is begun, and ended once `held.release` is set; `held.steps` are those that have begun."""
+    held = SimpleNamespace(release=threading.Event(), steps=[])
+    write, begin = checkpoint.write_atomically, objective.Objective.begin
+
+    def write_late(path, content):
+        assert ".pt" not in path or threading.current_thread() is not threading.main_thread()
+        if "step_00000002" in path:
+            with open(f"{path}.1.tmp", "wb") as file:
+                file.write(content[:999])
+            assert held.release.wait(60)
+        write(path, content)
+
+    monkeypatch.setattr(objective.Objective, "begin",
+                        lambda self, step: (held.steps.append(step + 1), begin(self, step))[1])
+    monkeypatch.setattr(checkpoint, "write_atomically", write_late)
+    return held
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits_for_it(here, held, monkeypatch):
+    held.release.set()
+    calm = here(*STEPS, "val_fraction=0.3", "val_every=6", "name=calm")
+    held.release.clear()
+    held.steps.clear()
+    settle = saving.Saver.settle
+
+    def settle_late(self, names=("run", "best")):
+        if names and held.steps[-1:] == [4]:
+            held.release.set()
+        settle(self, names)
+
+    monkeypatch.setattr(saving.Saver, "settle", settle_late)
+    folder = here(*STEPS, "name=late", "val_fraction=0.3", "val_every=6")
+    assert held.steps == [1, 2, 3, 4, 5, 6]
+    assert "step 4: waits, as step 2 is still being written" in log_of(folder)
+    kinds = [(line["kind"], line["step"]) for line in metrics_of(folder) if line["step"] in (2, 3, 4)]
+    assert kinds[:4] == [("train", 2), ("train", 3), ("train", 4), ("saved", 2)]
+    for step in (2, 4, 6):
+        differences = different(state_of(calm, step), state_of(folder, step))
+        assert set(differences) <= {"state.config.name"}, "what was saved is as it was in that step"
+    assert not list(folder.glob("*.tmp"))
+
+
+class Wrong(Exception):
+    pass
+
+
+def wrong():
+    raise Wrong
+
+
+def test_a_run_that_ends_by_an_error_finishes_what_it_writes(here, held, monkeypatch, tmp_path):
+    close, begin, held_then = saving.Saver.close, objective.Objective.begin, []
+    monkeypatch.setattr(objective.Objective, "begin",
+                        lambda self, step: begin(self, step) if step < 2 else wrong())
+
+    def close_late(self):
+        held_then.extend([steps_in(tmp_path / "a"), lock.holds(str(tmp_path / "a"))])
+        held.release.set()
+        close(self)
+
+    monkeypatch.setattr(saving.Saver, "close", close_late)
+    with pytest.raises(Wrong):
+        here(*STEPS, "name=a")
+    assert held_then == [[], True] and steps_in(tmp_path / "a") == [2] and not lock.holds(str(tmp_path / "a"))
+    assert metrics_of(tmp_path / "a")[-1] == {"step": 2, "kind": "saved"}
+
+
+def test_an_unexpected_error_of_the_thread_ends_the_run(here, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_run", lambda *_: wrong())
+    with pytest.raises(Wrong):
+        here(*STEPS, "name=a")
+
+
+def test_without_memory_for_a_copy_training_waits(here, monkeypatch):
+    calm = here(*STEPS, "name=calm")
+
+    def no_room(state, memory):
+        raise MemoryError
+
+    monkeypatch.setattr(saving, "copied", no_room)
+    folder = here(*STEPS, "name=short")
+    assert log_of(folder).count("warning: no memory for a copy of what is saved (4 MB): training waits while") == 3
+    assert set(different(state_of(calm, 4), state_of(folder, 4))) <= {"state.config.name"}
+    kinds = [(line["kind"], line["step"]) for line in metrics_of(folder)]
+    assert kinds[2:5] == [("train", 2), ("saved", 2), ("train", 3)]
+
+
+KILLED = """
+import os, signal, sys, threading
+sys.path.insert(0, {root!r})
+import checkpoint, objective, train
+write, begin = checkpoint.write_atomically, objective.Objective.begin
+in_the_middle, later = threading.Event(), threading.Event()
+def killed(path, content):
+    if "step_00000004.pt" in path:
+        with open(f"{{path}}.{{os.getpid()}}.tmp", "wb") as file:
+            file.write(content[:12345])
+        in_the_middle.set()
+        later.wait(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+def note(self, step):
+    if step == 5:  # the sixth: the fifth was done meanwhile
+        in_the_middle.wait(60)
+        later.set()
+        threading.Event().wait(60)
+    begin(self, step)
+checkpoint.write_atomically, objective.Objective.begin = killed, note
+train.main()
+"""
+
+
+def test_a_run_killed_while_a_thread_writes_goes_on_from_the_checkpoint_before(here, clips, tmp_path):
+    settings = [*FRAMES, "save_every=2", "max_steps=7", "keep_last=9"]
+    whole = here(*settings, "name=whole")
+    (tmp_path / "killed.py").write_text(KILLED.format(root=ROOT))
+    run("killed.py", *settings, f"data={clips}", f"out_dir={tmp_path}", "name=killed", cwd=tmp_path,
+        expect=-signal.SIGKILL)
+    folder = tmp_path / "killed"
+    assert steps_in(folder) == [2] and len(list(folder.glob("step_00000004.pt.*.tmp"))) == 1
+    here(*settings, "name=killed")
+    assert "step_00000002.pt at step 2" in log_of(folder) and not list(folder.glob("*.tmp"))
+    assert set(different(state_of(whole, 7), state_of(folder, 7))) <= {"state.config.name"}
+
+
 # ---- two ranks ---------------------------------------------------------------------------------------------------
 
 FULL = """
 write = checkpoint.write_atomically
 def limited(path, content):
-    folder = os.path.dirname(path)
-    if now[0] >= 3 and "rank" in path and os.path.exists(folder + "/step_00000001.pt") or now[0] >= 4 and "pt" in path:
+    folder, name = os.path.split(path)
+    if "00003.rank" in name and os.path.exists(folder + "/step_00000001.pt") or "00004.pt" in name:
         raise OSError(28, "No space left on device")
     write(path, content)
 checkpoint.write_atomically = limited
@@ -244,3 +407,25 @@ def test_ranks_make_room_together_and_end_alike(clips, tmp_path):
     names = [name for name in os.listdir(folder) if name.startswith("step")]
     assert sorted(names) == ["step_00000003.pt", "step_00000003.rank0", "step_00000003.rank1"]
     assert re.search(r"exitcode *: 1\b", output)
+
+
+WRONG = """
+if dist_rank == {rank}:
+    def wrong(*_):
+        with open("failed", "w") as file:
+            file.write(str(time.time()))
+        raise ValueError("injected")
+    checkpoint.{what} = wrong
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, rank", [("save_run", 0), ("save_rank", 1)])
+def test_an_unexpected_error_of_one_ranks_thread_ends_all(what, rank, clips, tmp_path):
+    """save_run: rank 0 tells the others in their threads; save_rank: they wait for an answer."""
+    faults = 'import time\ndist_rank = int(os.environ["RANK"])\n' + WRONG.format(rank=rank, what=what)
+    output = run(spoilt(tmp_path, faults), *FRAMES, f"data={clips}", "max_steps=400", "save_every=2", ranks=2,
+                 cwd=tmp_path, expect=1)
+    assert time.time() - float((tmp_path / "failed").read_text()) < 30, "timeout_minutes is 30"
+    assert f"rank {rank}: ValueError: injected" in output
+    assert steps_in(tmp_path / "runs" / "vqgan_ema") == []
