@@ -69,8 +69,8 @@ class Saver:
             if not is_out_of_memory(error):
                 raise
         self.memory[name], self.has_copy = [], False
-        self.log(f"warning: no memory for a copy of what is saved ({bytes_of(state) / 1e6:,.0f} MB): training waits while "
-                 "it is written")
+        self.log(f"warning: no memory for a copy of what is saved ({bytes_of(state) / 1e6:,.0f} MB): training waits "
+                 "while it is written")
         return state
 
     def write(self, step, problem, rank_state, sound):
