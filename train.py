@@ -15,6 +15,10 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
+# OpenMP's threads else spin for milliseconds wherever one has to wait for another, and take the cores from the data
+# processes and other programs: beside those, a step of TAEHV took 4.3 s of two cores' time instead of 0.8
+# (docs/speed.md). It is read as PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
