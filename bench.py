@@ -7,9 +7,10 @@
     python bench.py codec quantizer --quick      # small sizes, few repetitions: does it run?
 
 Sections: codec (encode and decode: plain, fast, and as the published code does by default), train (a training step),
-loader (clips from videos, cached clips; see bench_loader.py), quantizer (against full distances and one-hot matrices),
-quality (PSNR of a TAEHV from scratch after so many minutes, and how much sooner our recipe has the PSNR that the
-published notebook's optimizer and crops end with, on pixels only). The rows of a comparison take turns within one
+loop (train.py's whole loop beside the bare step, and its pauses; see bench_loop.py), loader (clips from videos, cached
+clips; see bench_loader.py), quantizer (against full distances and one-hot matrices), quality (PSNR of a TAEHV from
+scratch after so many minutes, and how much sooner our recipe has the PSNR that the published notebook's optimizer and
+crops end with, on pixels only). The rows of a comparison take turns within one
 process of their own; medians. Speed-ups are over the row that has 1.00x. "of peak" is the share of the multiplication
 rate that a matrix product reaches here in the same type (for reading, of the rate at which memory is copied); memory is
 the process's peak over what was held.
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 import models
 import progress
 from bench_loader import loader
+from bench_loop import loop
 from config import load_config
 from device import DeviceError, describe, pick_device, pick_precision, place, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
@@ -295,7 +297,8 @@ def quality(options):
                        unit="dB", ratio=minutes / soonest, curve=curve)
 
 
-SECTIONS = {"codec": codec, "train": train, "loader": loader, "quantizer": quantizer, "quality": quality}
+SECTIONS = {"codec": codec, "train": train, "loop": lambda options: loop(options, train_call), "loader": loader,
+            "quantizer": quantizer, "quality": quality}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ class Saver:
     def close(self):
         """However the run ends: what is being written is finished before the folder is let go of, and told."""
         self.thread.shutdown()
+        self.group = None  # its own threads could outlive it
         if not any(future.exception() for _, future, _ in self.pending):
             self.settle()
 

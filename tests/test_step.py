@@ -145,6 +145,24 @@ def test_bench_compares_it_with_the_published_routine(tmp_path):
     assert 0 < ours["memory"] < plain["memory"] and ours["value"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.any_precision
+def test_bench_compares_the_loop_with_the_bare_step(tmp_path):
+    run(os.path.join(ROOT, "bench.py"), "loop", "--quick", "--json", "rows.json", cwd=tmp_path, timeout=900)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["how"].split(",")[0] for row in rows] == ["step alone", "loop", "loop with its loader",
+                                                          "loop with its loader", "step alone", "a save", "a save",
+                                                          "a validation of 8 clips"]
+    assert rows[0]["ratio"] == 1 and all(row["value"] > 0 for row in rows)
+
+
+def test_threads_of_train_py_that_wait_give_their_core_away():
+    """libgomp says as it is loaded what it has read."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), "--help"], capture_output=True, text=True,
+                          env={**os.environ, "OMP_DISPLAY_ENV": "true"}, check=True)
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("train_decoder", [True, False])
 def test_train_py_attaches_it(train_decoder, here, monkeypatch):
     seen, original = [], step_taehv.run_blocks
