@@ -15,9 +15,8 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
-# OpenMP's threads else spin for milliseconds wherever one has to wait for another, and take the cores from the data
-# processes and other programs: beside those, a step of TAEHV took 4.3 s of two cores' time instead of 0.8
-# (docs/speed.md). It is read as PyTorch is imported.
+# OpenMP's threads would spin for milliseconds wherever one waits for another, and take the cores from data processes and
+# other programs: beside those, a step took six times the processor's time (docs/speed.md). Read as PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
