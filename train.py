@@ -15,8 +15,8 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
-# OpenMP's threads would spin for milliseconds wherever one waits for another, and take the cores from data processes and
-# other programs: beside those, a step took six times the processor's time (docs/speed.md). Read as PyTorch is imported.
+# OpenMP's threads would spin for milliseconds wherever one waits for another, and take the cores from data processes
+# and other programs: beside those, a step took six times the processor's time (docs/speed.md). PyTorch's import reads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
