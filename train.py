@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 # OpenMP's threads would spin for milliseconds wherever one waits for another, and take the cores from data processes
-# and other programs: beside those, a step took six times the processor's time (docs/speed.md). PyTorch's import reads it.
+# and other programs: beside those, a step took six times the processor's time (docs/speed.md). Read at import torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 import torch.distributed as dist
