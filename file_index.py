@@ -7,6 +7,7 @@ first line says what it was made with. Each further line is of one file: its pat
 and number of frames or, in the place of that, why it cannot be read (docs/formats.md). Files that have changed are
 looked at again. Data of up to `data.MANY` files have no index: they are looked at in seconds.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -40,8 +41,8 @@ def probe(sources, max_pixels, name, *details):
         known, notes = {}, [f"file index {path}: {checkpoint.first_line(error)}: all files are looked at again"]
     states = states_of(sources)
     found = [known.get((source.key, state)) if state else None for source, state in zip(sources, states)]
+    missing, was = [i for i, one in enumerate(found) if one is None], len(known)
     del known
-    missing = [i for i, one in enumerate(found) if one is None]
     if len(missing) < len(sources):
         notes.append(f"file index {path}: {len(sources) - len(missing)} of {len(sources)} files are as they were")
 
@@ -56,13 +57,14 @@ def probe(sources, max_pixels, name, *details):
 
     saved = time.monotonic()
     try:
-        for i, (source, problem) in zip(missing, data.look_at([sources[i] for i in missing], max_pixels)):
-            found[i] = source.frames if problem is None else problem
-            if time.monotonic() - saved > SAVED_EVERY:
-                save()
-                saved = time.monotonic()
+        with contextlib.closing(data.look_at([sources[i] for i in missing], max_pixels)) as looked_at:
+            for (source, problem), i in zip(looked_at, missing):
+                found[i] = source.frames if problem is None else problem
+                if time.monotonic() - saved > SAVED_EVERY:
+                    save()
+                    saved = time.monotonic()
     finally:  # after Ctrl-C too
-        if missing:
+        if missing or was > len(sources):  # files have gone
             save()
     readable = [source._replace(frames=one) for source, one in zip(sources, found) if type(one) is int]
     refused = [(source.path, one) for source, one in zip(sources, found) if type(one) is not int]

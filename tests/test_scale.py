@@ -68,6 +68,11 @@ def test_files_that_are_as_they_were_are_not_looked_at_again(many, looked_at):
     assert "3.mp4" not in index and "4.mp4" not in index
     looked_at.clear()
     assert find()[0] == changed and looked_at == []
+    os.remove(many / "9.mp4")
+    assert len(find()[0]) == 5 and looked_at == [] and "9.mp4" not in open(file_index.index_path(str(many))).read()
+    write_clip(str(many / "9.mp4"), frames=11, height=24, width=32)
+    find()
+    looked_at.clear()
     file_index.probe(data.find_sources(str(many)), 24 * 32 - 1, str(many))  # another limit: other answers
     assert len(looked_at) == 7
 
