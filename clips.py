@@ -39,6 +39,11 @@ def find(cfg, buckets, model, rank, world, control):
     return found
 
 
+def first_batches(cfg, found, bucket, workers):
+    """Training batches of this bucket on one rank, in an order of their own: training takes none of its clips less."""
+    return found.train.batches(data.TrainSchedule(found.train, [bucket], cfg.seed + 1), workers)
+
+
 def find_clips(cfg, bucket, control):
     """Clips of files."""
     train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))

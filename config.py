@@ -90,9 +90,10 @@ class Config:
     patch_size: int = 0             # taehv: side of the squares of pixels that are folded into channels, pixels;
                                     # 0: the variant's
     latent_channels: int = 0        # taehv: number of channels of a latent; 0: that of init_from, or the variant's
-    init: Literal["colours", "pytorch"] = "colours"
-                                    # taehv: fresh weights. colours starts as an autoencoder that keeps the mean colour
-                                    # of each cell (init_taehv.py), pytorch with PyTorch's own random weights
+    init: Literal["clips", "colours", "pytorch"] = "clips"
+                                    # taehv: fresh weights. clips fits them to some of the training clips in closed form
+                                    # (fit_taehv.py), colours starts as an autoencoder that keeps the mean colour of
+                                    # each cell (init_taehv.py), pytorch with PyTorch's own random weights
     train_encoder: bool = True      # taehv: whether the encoder learns; off: it keeps its weights
     train_decoder: bool = True      # taehv: whether the decoder learns; off: it keeps its weights
     gradient_checkpointing: bool = False

@@ -199,6 +199,7 @@ def sums_are_channels_last(monkeypatch):
 
 COMMON = "workers=0 val_fraction=0 warmup_steps=2 schedule=constant precision=fp32 device=cpu log_every=1".split()
 COMMON += "save_every=100 val_every=100 color_jitter=0.1 perceptual_weight=0 gan_ramp=2 gan_start=0".split()
+COMMON += ["init=colours"]  # init=clips reads 48 clips first
 NET = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
 CODES = [*COMMON, *NET.split(), "net.embed_dim=8", "batch_size=2"]
 FRAMES = ["vqgan_ema", *CODES, *"net.n_embed=16 net.kmeans_init=false net.restart_below=0 size=16 gan_weight=0".split()]

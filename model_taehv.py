@@ -11,7 +11,7 @@ results are those of github.com/madebyollin/taehv (taehv.py). What differs: one 
 alike, everything is channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four
 times less work there), and `targets()` says which input frames an output stands for. Nothing here looks for other
 files: what makes it quicker is attached from outside (`step_taehv.speed_up` for training, `fast_taehv.fast` for
-inference on a CPU), and `init_taehv.colours` gives fresh weights a better start than random ones.
+inference on a CPU), and `fit_taehv.fit` and `init_taehv.colours` give fresh weights a better start than random ones.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
 

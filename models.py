@@ -135,7 +135,8 @@ def make_model(cfg, buckets):
         elif cfg.model == "taehv":
             if cfg.variant == "taecvx":
                 model.fresh_weights()  # a second time, as it has always been: the same seed gives the same run
-            init_taehv.colours(model, buckets[0].frames)
+            if cfg.init == "colours":
+                init_taehv.colours(model, buckets[0].frames)  # clips: `fit_taehv.start_from_clips`, once there are any
         return model, "from scratch"
     target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
     given, own = source.state_dict(), target.state_dict()

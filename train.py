@@ -31,6 +31,7 @@ from config import ConfigError, exit_with_usage, load_config, parse_buckets
 from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device, pick_precision,
                     place, resident_memory, synchronize, tune)
 from evaluate import describe_validation, evaluate, load_judges, spread
+from fit_taehv import start_from_clips
 from lock import InUse
 from logbook import Clock, Logbook, count, summarize
 from objective import Objective
@@ -117,6 +118,10 @@ class Trainer:
         self.resumed_from = from_rank_0(self.control, lambda: find_resume(cfg, self.folder, restarted, self.log))
         self.clips = clips.find(cfg, self.buckets, self.model, self.rank, self.world, self.control)
         self.validates = len(self.clips.val) > 0
+        self.workers = cfg.workers if cfg.workers >= 0 else default_workers(self.device)
+        if cfg.model == "taehv" and cfg.init == "clips" and not cfg.init_from and not self.resumed_from:
+            self.origin += from_rank_0(self.control, lambda: start_from_clips(self.model, clips.first_batches(
+                cfg, self.clips, self.buckets[0], self.workers), self.buckets[0].frames))
 
         # ---- model, its average, optimizer, meters
         model = place(self.model, self.device).train()
@@ -206,8 +211,7 @@ class Trainer:
 
         schedule = data.TrainSchedule(self.clips.train, self.buckets, cfg.seed, self.world, self.rank, cfg.accumulation,
                                       run.step, run.samples)
-        workers = cfg.workers if cfg.workers >= 0 else default_workers(self.device)
-        self.batches = self.clips.train.batches(schedule, workers, pin_memory=self.device.type == "cuda")
+        self.batches = self.clips.train.batches(schedule, self.workers, pin_memory=self.device.type == "cuda")
         self.val_clips = self.clips.val.share(self.rank, self.world, log.notes)
         about = dict(model_name=cfg.model, model_config=model.config)
         self.best = Best(about, self.objective, self.val_clips, self.saver)

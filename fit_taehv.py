@@ -1,0 +1,321 @@
+"""Fits the weights of a fresh TAEHV to clips in closed form: seconds that stand for the first hundreds of steps.
+
+    fit(model, video)                           # the autoencoder of the clips' principal components
+    fit(model, video, latents)                  # the linear way to a teacher's latents, and back from them
+    start_from_clips(model, batches, frames)    # the same, from what a training loader gives
+
+The layers are fitted one after the other, each to what the fitted layers before it give: by principal components in the
+encoder, by reduced-rank regression of the pixels in the decoder. A *feature* is carried by two channels, for ReLU keeps
+one sign each. The decoder's first memory block brings in the latent before; all other memory blocks pass on what they
+get, as they do in any fresh TAEHV. Weights that no feature needs stay random, so that all of them can learn.
+
+This file needs torch, model_taehv.py and init_taehv.py beside it.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import init_taehv
+from model_taehv import Clamp, MemBlock, TGrow, TPool, WideMemBlock
+
+SAMPLES = 40_000    # places in all clips that a regression looks at
+CLIPS = 48          # clips to fit to: 21.59 dB on unseen clips, with 96 21.49
+RIDGE = 1e-3        # added to covariances, times their mean: 20.67 dB on unseen clips, where 1e-4 gives 20.58
+SPREAD = 0.5        # deviation of the latents that are fitted without a teacher: the soft clamp at 3 hardly bends them
+
+
+class Features(NamedTuple):
+    """What a layer's channels carry."""
+    values: torch.Tensor  # N T k h w
+    plus: list            # for each of the k features, the channel that holds it where it is positive ...
+    minus: list           # ... and the one that holds its other sign
+    gain: float = 1.0     # the difference of the two, by the feature: above 1 where LeakyReLU lets other signs through
+
+
+def can_fit(model, with_teacher=False):
+    """Whether `fit` knows this model's layers. The super and the wide decoder, previews and very narrow models are
+    left out, and H3 with a teacher, whose clips come in chunks."""
+    widths = [layer.out_channels for blocks in (model.encoder, model.decoder) for layer in blocks[:-1]
+              if isinstance(layer, nn.Conv2d)]
+    blocks = list(model.decoder)
+    return (isinstance(blocks[0], Clamp) and not any(isinstance(block, WideMemBlock) for block in blocks)
+            and model.space_upscale == model.space_factor and min(widths) >= 6 and not (model.is_h3 and with_teacher))
+
+
+@torch.no_grad()
+def fit(model, video, latents=None):
+    """Fits a fresh TAEHV that `can_fit`, on the CPU, and returns it.
+
+    video: N T 3 H W in [0, 1], some dozens of clips of whole cells. latents: N T' C h w, what a teacher made of them;
+    None: the model's own will be principal components of deviation SPREAD. Weights that are not fitted stay random.
+    """
+    missing = -video.shape[1] % model.time_factor
+    pixels = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) - 0.5
+    pixels = F.pixel_unshuffle(pixels, model.patch_size) if model.patch_size > 1 else pixels
+    if latents is not None:
+        latents = model._own(latents[:, :model.latent_frames(video.shape[1])])
+    slope = 0.2 if model.activation == "leaky_relu" else 0.0
+    latents = fit_encoder(model.encoder, pixels, latents, slope)
+
+    trimmed = not (model.is_h3 or model.is_cogvideox and latents.shape[1] % 2 == 0)
+    shift = model.time_factor - 1 if trimmed else 0  # a decoded frame stands for the one so many frames before it
+    index = [model.time_factor * i + position - shift for i in range(latents.shape[1])
+             for position in model.frame_positions]
+    target = pixels[:, [max(i, 0) for i in index]]
+    # The first latent's frames before the clip are dropped, so that it tells little about the others.
+    skipped = 1 if shift and latents.shape[1] > 1 else 0
+    fit_decoder(model.decoder, latents, target.unflatten(1, (latents.shape[1], -1)), skipped, slope)
+    if model.output_range == (-1, 1):
+        init_taehv.move_range(model.encoder[0], model.decoder[-1])
+        model.decoder[-1].bias.mul_(2).sub_(1)
+    return model
+
+
+def start_from_clips(model, batches, frames):
+    """Lets a fresh TAEHV, on the CPU, start from the first CLIPS or so clips of an iterator over training batches,
+    {"video": uint8 N T 3 H W, "latents": where there is a teacher}: `fit` to squares of them that are up to 8 cells
+    wide. A model that cannot be fitted starts from colours, for clips of `frames` frames. Says which, in words."""
+    video, latents = [], []
+    for batch in batches:
+        if not can_fit(model, with_teacher="latents" in batch):
+            init_taehv.colours(model, frames)
+            return ""
+        cells = min(8, batch["video"].shape[-1] // model.space_factor)
+        size = cells * model.space_factor
+        video.append(batch["video"][..., :size, :size].float().div_(255))
+        latents += [batch["latents"][..., :cells, :cells].float()] if "latents" in batch else []
+        if sum(map(len, video)) >= CLIPS:
+            break
+    fit(model, torch.cat(video), torch.cat(latents) if latents else None)
+    return f", fitted to {sum(map(len, video))} clips"
+
+
+# ---- encoder -------------------------------------------------------------------------------------------------------
+
+
+def fit_encoder(encoder, pixels, latents, slope):
+    """Fits the layers to pixels around 0, N T C H W, and returns the latents that the decoder is to be fitted to: those
+    given, or the ones that this encoder makes."""
+    first, last = encoder[0], encoder[-1]
+    values = pixels
+    for layer in encoder:
+        if layer is first:
+            maps = components(columns(values.flatten(0, 1)), layer.out_channels // 2)
+            features = write(layer, maps[..., None, None], values, 1 + slope)
+            layer.bias[:2 * len(maps)] = torch.cat([-maps.sum(1), maps.sum(1)]) / 2  # pixels are in [0, 1] there
+        elif isinstance(layer, TPool):
+            k = features.values.shape[2]
+            layer.conv.weight[:layer.stride * k] = 0
+            for frame in range(layer.stride):
+                read(layer.conv, range(frame * k, (frame + 1) * k), features, start=frame * layer.conv.out_channels)
+            values = features.values.unflatten(1, (-1, layer.stride)).flatten(2, 3)
+        elif isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
+            squares = F.pixel_unshuffle(values.flatten(0, 1), 2)
+            maps = components(columns(squares), layer.out_channels // 2)
+            maps = F.pad(maps.unflatten(1, (-1, 2, 2)), (1, 0, 1, 0))
+            features = write(layer, maps, values, 1 + slope ** 3)  # three memory blocks follow
+    values = features.values.flatten(0, 1)
+    last.weight.zero_()
+    if latents is None:
+        maps = components(columns(values), min(last.out_channels, values.shape[1]), deviation=SPREAD)
+        mean = maps @ columns(values).mean(0)
+        read(last, range(len(maps)), features, maps[..., None, None])
+        last.bias[:len(maps)] = -mean
+        latents = torch.einsum("lk,nkhw->nlhw", maps, values) - mean[:, None, None]
+        latents = F.pad(latents, (0, 0, 0, 0, 0, last.out_channels - len(maps)))
+        return latents.unflatten(0, (len(pixels), -1))
+    maps, bias = regression(windows(values), columns(latents.flatten(0, 1)))
+    read(last, range(len(maps)), features, maps.unflatten(1, (-1, 3, 3)))
+    last.bias.copy_(bias)
+    return latents
+
+
+# ---- decoder -------------------------------------------------------------------------------------------------------
+
+
+def fit_decoder(decoder, latents, target, skipped, slope):
+    """Fits the layers to latents N T C h w and the pixels around 0 that they stand for, N T frames C H W. The first
+    `skipped` latents of each clip are there as the past of the next one only."""
+    features = fit_first_layers(decoder, decoder[0](latents), target, skipped, slope)
+    target, cell = target[:, skipped:], target.shape[-1] // latents.shape[-1]
+    last = decoder[-1]
+    enlarging = [layer for layer in decoder if isinstance(layer, nn.Conv2d) and layer.bias is None]
+    for layer in decoder:
+        if isinstance(layer, TGrow):
+            target = target.unflatten(2, (layer.stride, -1))  # N T stride frames C H W
+            features = fit_growth(layer, features, target, cell)
+            target = target.flatten(1, 2)
+        elif layer in enlarging:
+            cell //= 2
+            values = features.values.flatten(0, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
+            aim = target if layer is not enlarging[-1] else neighbours(target)  # the last layer looks at neighbours too
+            places = sample(values, aim, cell)
+            maps = reduced_rank(*places, layer.out_channels // 2).unflatten(1, (-1, 3, 3))
+            gain = 1 + slope ** (1 if layer is enlarging[-1] else 3)
+            features = write(layer, maps, values.unflatten(0, features.values.shape[:2]), gain)
+    maps, bias = regression(*sample(features.values.flatten(0, 1), target, 1))
+    last.weight.zero_()
+    read(last, range(len(maps)), features, maps.unflatten(1, (-1, 3, 3)))
+    last.bias.copy_(bias + 0.5)
+
+
+def fit_first_layers(decoder, latents, target, skipped, slope):
+    """The first convolution passes the latents on; the first memory block adds features of 3 x 3 latents and of the
+    latents before them, those that tell most about the pixels. Returns the features of all but the skipped latents."""
+    layer, width = decoder[1], decoder[1].out_channels
+    count = min(layer.in_channels, width // 4)  # half of the channels are for what the memory block adds
+    maps = torch.eye(count) if count == layer.in_channels else components(columns(latents.flatten(0, 1)), count)
+    mean = maps @ columns(latents.flatten(0, 1)).mean(0)
+    layer.weight.zero_()
+    own = write(layer, maps[..., None, None], latents, 1 + slope)
+    layer.bias[:2 * count] = torch.cat([-mean, mean])
+    own = own._replace(values=own.values - mean[:, None, None])
+    both = torch.cat([own.values, F.pad(own.values, (0, 0) * 3 + (1, -1))], 2)[:, skipped:]
+
+    added = (width - 2 * count) // 2
+    inputs, outputs = sample(both.flatten(0, 1), target[:, skipped:], target.shape[-1] // latents.shape[-1])
+    maps = reduced_rank(inputs - inputs.mean(0), outputs, added)
+    mean, maps = maps @ inputs.mean(0), maps.unflatten(1, (2, count, 3, 3))
+    block = next(block for block in decoder if isinstance(block, MemBlock))
+    first, second, third = block.conv[::2]
+    added = len(maps)
+    first.weight[:2 * added] = second.weight[:2 * added] = 0
+    for rows, sign in ((range(added), 1), (range(added, 2 * added), -1)):
+        read(first, rows, own, sign * maps[:, 0])
+        read(first, rows, own, sign * maps[:, 1], start=width)
+        first.bias[list(rows)] = -sign * mean
+    rows = torch.arange(2 * added)
+    second.weight[rows, rows, 1, 1] = third.weight[2 * count + rows, rows, 1, 1] = 1
+    new = F.conv2d(both.flatten(0, 1), maps.flatten(1, 2), padding=1) - mean[:, None, None]
+    start = 2 * count
+    return Features(torch.cat([own.values[:, skipped:], new.unflatten(0, both.shape[:2])], 2),
+                    own.plus + [*range(start, start + added)], own.minus + [*range(start + added, start + 2 * added)],
+                    1 + slope ** 4)
+
+
+def fit_growth(layer, features, target, cell):
+    """A TGrow gives each new frame the features that tell most about its own pixels, in the same channels for all."""
+    g, width = layer.stride, layer.conv.in_channels
+    if g == 1:
+        k = features.values.shape[2]
+        layer.conv.weight[:k] = 0
+        read(layer.conv, range(k), features)
+        return Features(features.values, [*range(k)], [])
+    inputs, maps = features.values.flatten(0, 1), []
+    for frame in range(g):
+        places = sample(inputs, target[:, :, frame], cell, window=1)
+        maps.append(regression(*places)[0])
+    root = power(places[0], 0.5)
+    directions, sizes, _ = torch.linalg.svd(torch.cat([m @ root for m in maps], 1), full_matrices=False)
+    count = min(width, int((sizes > 1e-4 * sizes[0]).sum()))
+    scale = sizes[:count] ** -0.5 * sizes[:count].square().mean() ** -0.25
+    maps = [scale[:, None] * (directions[:, :count].T @ m) for m in maps]
+    for frame in range(g):
+        rows = range(frame * width, frame * width + count)
+        layer.conv.weight[list(rows)] = 0
+        read(layer.conv, rows, features, maps[frame][..., None, None])
+    values = torch.einsum("grk,ntkhw->ntgrhw", torch.stack(maps), features.values).flatten(1, 2)
+    return Features(values, [*range(count)], [])
+
+
+# ---- features in channels ------------------------------------------------------------------------------------------
+
+
+def write(layer, maps, values, gain):
+    """Lets a convolution's first channels hold the features that `maps`, k c a a, makes of `values`, N T c H W, which
+    come in its first c channels: k channels with one sign, then k with the other. Returns the Features."""
+    k, c, size, _ = maps.shape
+    room = (layer.kernel_size[0] - size) // 2
+    layer.weight[:2 * k] = 0
+    layer.weight[:2 * k, :c] = F.pad(torch.cat([maps, -maps]), (room,) * 4)
+    flat = values.flatten(0, 1)
+    result = torch.cat([F.conv2d(piece, maps, stride=layer.stride, padding=size // 2) for piece in flat.split(32)])
+    return Features(result.unflatten(0, values.shape[:2]), [*range(k)], [*range(k, 2 * k)], gain)
+
+
+def read(layer, rows, features, maps=None, start=0):
+    """Lets these output channels of a convolution be `maps`, rows k a a, of the features that come in from channel
+    `start` on; None: the features themselves. The rows' other weights stay."""
+    k, rows = features.values.shape[2], torch.tensor([*rows])[:, None]
+    maps = torch.eye(k)[..., None, None] if maps is None else maps
+    room = (layer.kernel_size[0] - maps.shape[-1]) // 2
+    maps = F.pad(maps, (room,) * 4) / features.gain
+    layer.weight[rows, torch.tensor(features.plus) + start] = maps
+    if features.minus:
+        layer.weight[rows, torch.tensor(features.minus) + start] = -maps
+
+
+# ---- samples and regressions ---------------------------------------------------------------------------------------
+
+
+def columns(x):
+    """n c h w -> n*h*w c."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def windows(x):
+    """n c h w -> n*h*w c*9: each place with its neighbours."""
+    return F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+
+
+def neighbours(target):
+    """N T 1 C H W -> N T 1 9*C H W: each pixel with its neighbours."""
+    flat = target.flatten(0, 2)
+    near = F.unfold(F.pad(flat, (1,) * 4, mode="replicate"), 3)
+    return near.view(*target.shape[:3], -1, *target.shape[-2:])
+
+
+def sample(values, target, cell, window=3):
+    """(what a convolution sees, places c*window*window; the squares of `cell` pixels there, places frames*C*cell*cell)
+    for about SAMPLES places, the same ones for the same shapes. values: n c h w; target: N T frames C H W, N T = n."""
+    target = target.flatten(0, 1).flatten(1, 2)
+    each, generator, parts = max(1, SAMPLES // len(values)), torch.Generator().manual_seed(0), []
+    for some, aims in zip(values, target):
+        chosen = torch.randperm(some[0].numel(), generator=generator)[:each]
+        seen = windows(some[None]) if window == 3 else columns(some[None])
+        squares = F.pixel_unshuffle(aims[None], cell) if cell > 1 else aims[None]
+        parts.append((seen[chosen], columns(squares)[chosen]))
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def covariance(a, b):
+    return (a.T @ b).double() / len(a)
+
+
+def power(inputs, exponent):
+    """A power of the covariance of inputs, places c, whose diagonal is first raised: by RIDGE of its mean, and by more
+    where places are few."""
+    matrix, ridge = covariance(inputs, inputs), RIDGE * (1 + 100 * inputs.shape[1] / len(inputs))
+    matrix = matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+    values, directions = torch.linalg.eigh(matrix)
+    return (directions * values.clamp(min=values[-1] * 1e-12) ** exponent @ directions.T).float()
+
+
+def regression(inputs, outputs):
+    """(maps, bias) of the linear map from inputs, places c, to outputs, places d: d c and d."""
+    mean_in, mean_out = inputs.mean(0), outputs.mean(0)
+    inputs = inputs - mean_in
+    maps = covariance(outputs - mean_out, inputs).float() @ power(inputs, -1)
+    return maps, mean_out - maps @ mean_in
+
+
+def components(inputs, count, deviation=None):
+    """The first principal components of inputs, places c: count c, each of length 1, or such that the components have
+    this deviation."""
+    values, directions = torch.linalg.eigh(covariance(inputs, inputs))
+    maps = directions.flip(1).T[:count]
+    return (maps if deviation is None else maps * deviation / values.flip(0)[:count, None].sqrt()).float()
+
+
+def reduced_rank(inputs, outputs, count):
+    """The `count` linear maps of inputs, places c, from which outputs, places d, can best be predicted: k c, k <= count
+    (reduced-rank regression, Izenman 1975). What tells more is larger, by the root of its deviation in the outputs."""
+    whiten = power(inputs, -0.5)
+    told = whiten @ covariance(inputs, outputs).float()
+    values, directions = torch.linalg.eigh((told @ told.T).double())
+    values, directions = values.flip(0)[:count], directions.flip(1)[:, :count]
+    keep = values > 1e-9 * values[0]
+    values, directions = values[keep], directions[:, keep].float()
+    return (values / values.mean()).float()[:, None] ** 0.25 * (directions.T @ whiten)
