@@ -536,7 +536,7 @@ def test_a_teacher_that_pools_pairs_gets_frames_that_it_takes(tmp_path):
 
 @pytest.mark.parametrize("frames", [16, 17])
 def test_fresh_weights_of_cogvideox_keep_the_colours_of_the_frames_that_they_stand_for(frames):
-    settings = ["taehv", "variant=taecvx", f"frames={frames}", "size=32", "data=demo"]
+    settings = ["taehv", "variant=taecvx", f"frames={frames}", "size=32", "data=demo", "init=colours"]
     cfg = config.load_config(settings)
     model, _ = models.make_model(cfg, [data.Bucket(*b) for b in config.parse_buckets(cfg)])
     video = torch.rand(1, frames, 3, 1, 1).expand(-1, -1, -1, 32, 32)  # each frame of one colour
