@@ -110,8 +110,14 @@ def test_an_error_anywhere_ends_all_and_is_the_one_that_is_raised(where):
 @pytest.mark.parametrize("block", ["gives", "takes"])
 def test_ctrl_c_while_all_wait_ends_all(block):
     """The block stands at a full queue, or at an empty one; and so do the stages."""
+    block_thread = threading.get_ident()
+
     def interrupts(items):
         next(items)
+        for _ in range(3000):
+            if sys._current_frames()[block_thread].f_code.co_name == "wait":  # that of threading.Condition
+                break
+            threading.Event().wait(0.01)
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait(0.2)
         list(items)
