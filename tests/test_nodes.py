@@ -21,11 +21,20 @@ ENVIRONMENT = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM
 QUICK = "join_timeout=60,last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=20"
 RUN = [*FRAMES, "batch_size=1", "max_steps=9", "save_every=2", "timeout_minutes=1"]
 
-# FAULT=2:killed: in step 2, this rank kills its agent, and then itself. FAULT=2:orphaned: its agent only.
+# FAULT=2:killed: in step 2, this rank kills its agent, and then itself. FAULT=2:orphaned: its agent only. What is
+# being saved is on disk before.
 FAULTS = """
 if "FAULT" in os.environ:
+    from saving import Saver
     step, what = os.environ["FAULT"].split(":")
+    writes = []
+    def note(self, *arguments, begin=Saver.begin):
+        begin(self, *arguments)
+        writes[:] = [future for _, future, _ in self.pending]
+    Saver.begin = note
     def fault(call):
+        for write in writes:
+            write.result()
         os.kill(os.getppid(), signal.SIGKILL)
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
