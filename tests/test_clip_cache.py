@@ -176,6 +176,7 @@ def test_more_shards_than_a_process_may_open_at_first(stored):
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_latent_cache_serves_as_a_clip_cache(cache, here):
     folder = here(*SMALL, f"clip_cache={cache}", "max_steps=2", "buckets=16x4:0.5:2,24x1:0.5:3", "name=latents")
     assert "clip cache: 10 clips of 32x32x12 from 6 files" in log_of(folder)
@@ -224,7 +225,8 @@ def test_checksums_of_many_clips_are_left_out_and_the_log_says_so(stored, here, 
     assert "too large (0 GB) to compare checksums" in log_of(here(*SMALL, f"clip_cache={stored}", "max_steps=1"))
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_training_from_a_clip_cache_resumes_to_the_bit(stored, clips, tmp_path, ranks):
     asked = [TRAIN, *SMALL, f"clip_cache={stored}", "buckets=16x4:0.6:2,24x1:0.4:2", "max_steps=5", "workers=2"]
     output = run(*asked, "name=whole", "save_every=2", "val_every=5", ranks=ranks, cwd=tmp_path)

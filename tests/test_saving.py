@@ -369,6 +369,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_a_thread_writes_goes_on_from_the_checkpoint_before(here, clips, tmp_path):
     settings = [*FRAMES, "save_every=2", "max_steps=7", "keep_last=9"]
     whole = here(*settings, "name=whole")
