@@ -107,8 +107,16 @@ def test_an_error_anywhere_ends_all_and_is_the_one_that_is_raised(where):
     assert "of a stage" in str(caught.value) and threading.active_count() < 20
 
 
+@pytest.fixture
+def ctrl_c():
+    """Whatever other tests have left: Ctrl-C raises KeyboardInterrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("block", ["gives", "takes"])
-def test_ctrl_c_while_all_wait_ends_all(block):
+def test_ctrl_c_while_all_wait_ends_all(block, ctrl_c):
     """The block stands at a full queue, or at an empty one; and so do the stages."""
     block_thread = threading.get_ident()
 
