@@ -23,6 +23,8 @@ import train
 from conftest import NARROW, PLAIN, ROOT, mistake, run, write_clip
 from model_taehv import TAEHV
 
+pytestmark = pytest.mark.slow  # it has a command of its own
+
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
 FP32 = ("--precision", "fp32")
 SMALL = [*PLAIN, *NARROW]

@@ -473,6 +473,7 @@ def test_a_runs_settings_reach_its_discriminator(here, monkeypatch):
     assert limits == [0.5] and made[0].max_weight == 12 and made[0].figures[4] <= 12
 
 
+@pytest.mark.slow
 def test_the_small_video_dcae_goes_on_with_a_discriminator(here):
     narrow = [*COMMON, "net.width_list=(16,16,16,32,32,32)", "net.latent_channels=16", "size=32", "frames=4",
               "batch_size=1", "max_steps=1", "gan_norm=group"]

@@ -93,6 +93,7 @@ def test_a_sum_in_another_layout_is_right_too():
 
 @pytest.mark.parametrize("band", [1, 1 << 22])
 @torch.no_grad()
+@pytest.mark.slow
 def test_past_frames_in_half_precision_cost_little(band, monkeypatch):
     monkeypatch.setattr(fast_taehv, "BAND", band)
     model, video = make(), clip()
@@ -110,6 +111,7 @@ def test_past_frames_in_half_precision_cost_little(band, monkeypatch):
 
 @pytest.mark.parametrize(("kept", "most"), [(None, 8.5), (torch.float16, 6.0)])
 @torch.no_grad()
+@pytest.mark.slow
 def test_large_frames_need_few_maps(kept, most, tmp_path, monkeypatch):
     """In half-size maps of 64 channels: 5.25 (2.63 in half precision) are kept, 1 and 0.5 in work, 0.2 a frame."""
     height, width = 160, 256
@@ -138,6 +140,7 @@ def test_streams_do_not_depend_on_the_cutting(cut):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_odd_sizes_and_the_published_calls(monkeypatch, sums_are_channels_last):
     monkeypatch.setattr(fast_taehv, "BAND", 1)
     model, video = TAEHV().eval(), clip(8, 75, 51)  # initial weights: what is decoded is seldom clamped
@@ -150,6 +153,7 @@ def test_odd_sizes_and_the_published_calls(monkeypatch, sums_are_channels_last):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_bf16_is_within_its_own_error():
     reference, video = make(), clip()
     exact = reference.encode(video)
@@ -183,6 +187,7 @@ def test_a_tokenizer_of_latents_uses_it():
     assert error(quick.detokenize(codes), model.detokenize(codes)) < 1e-5
 
 
+@pytest.mark.slow
 def test_infer_spares_memory_on_large_frames_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_clip("./a.mp4")

@@ -105,6 +105,7 @@ def test_tokens_differ_only_at_ties():
 
 @pytest.mark.parametrize("make", [vqgan, dcae])
 @torch.no_grad()
+@pytest.mark.slow
 def test_bf16_is_within_its_own_error(make, sums_are_channels_last):
     reference = make()
     encode, decode = parts(reference)
@@ -142,6 +143,7 @@ def test_codes_restore_what_latents_do():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_tiles(sums_are_channels_last):
     model, video = dcae("equal"), clip(12, 64, 70)[:1]
     plain, quick = (Tiled(m, spatial_tile_size=64, temporal_tile_size=8, tile_overlap_factor=0.5)

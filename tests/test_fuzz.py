@@ -194,6 +194,7 @@ def test_scrambled_checkpoints_are_refused_in_one_line(kind, here, tmp_path):
     assert min(seen.count("read"), seen.count("refused")) > 3, seen
 
 
+@pytest.mark.slow
 def test_a_state_of_a_rank_that_is_none_costs_only_itself(here, tmp_path):
     begun = here(*SERAENA, "name=begun", "max_steps=1")
     state = checkpoint.read(str(begun / "step_00000001.rank0"))

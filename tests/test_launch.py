@@ -497,6 +497,7 @@ def test_a_file_that_is_not_there_and_no_places(tmp_path, monkeypatch, capsys):
     assert launch.main(["tasks.json", "--slots", "1"]) == 2 and "runs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_example_of_the_help_is_a_file_of_tasks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "videos").mkdir()

@@ -439,6 +439,7 @@ def test_hub_entry_points(mirror):
     assert torch.hub.load(ROOT, "taeh3", source="local", pretrained=False, **SMALL).is_h3
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_trains_and_is_quick_when_its_folder_is_out_of_sight(folder):
     code = ("import sys, torch; "
             "load = lambda **how: torch.hub.load(sys.argv[1], 'taehv', source='local', pretrained=False, **how); "

@@ -277,6 +277,7 @@ def used_after_training(quantizer, steps):
         return quantizer.eval()(stream(10**6, 64))[1]["usage"].item()
 
 
+@pytest.mark.slow
 def test_the_whole_codebook_is_used_where_plain_vq_collapses():
     torch.manual_seed(0)
     restart = {"decay": 0.9, "restart_below": 0.4}

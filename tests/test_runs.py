@@ -166,6 +166,7 @@ def test_one_clip_can_be_learnt(tmp_path):
     assert len(psnrs) == 40 and np.mean(psnrs[-5:]) > np.mean(psnrs[:5]) + 4
 
 
+@pytest.mark.slow
 def test_starting_from_weights_and_training_one_half(here):
     whole = here(*PLAIN, "max_steps=1", "name=whole")
     half = here(*PLAIN, "max_steps=2", "name=half", f"init_from={whole}/model.pth", "train_encoder=false")
@@ -200,6 +201,7 @@ def test_latents_of_another_model_or_cut_short_are_refused(trained, tmp_path, ca
         assert "damaged" in mistake(capsys, monkeypatch, infer, run_folder, "b.latents.npz")
 
 
+@pytest.mark.slow
 def test_one_bad_input_does_not_cost_the_others(teacher, tmp_path):
     (tmp_path / "in").mkdir()
     cv2.imwrite(str(tmp_path / "in" / "a.png"), np.zeros((16, 16400, 3), np.uint8))  # too wide for VP8

@@ -138,6 +138,7 @@ def test_the_correction_is_as_strong_for_large_frames_as_for_small_ones():
     assert 0.8 < large / small < 1.25
 
 
+@pytest.mark.slow
 def test_a_free_image_moves_towards_the_original():
     seraena = make(lr=1e-3)
     grid = torch.linspace(0, 6.28, 16)
@@ -158,6 +159,7 @@ def test_a_free_image_moves_towards_the_original():
 # ---- the discriminator's steps -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_to_tell():
     seraena = make()
     for _ in range(16):

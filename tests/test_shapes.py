@@ -35,6 +35,7 @@ def check(folder, name="model.pth"):
 
 
 @pytest.mark.any_precision
+@pytest.mark.slow
 def test_a_run_of_its_own_shape_is_taken_everywhere(own, clips, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "own"
     for name in ("", "model.pth", "best.pt", "step_00000001.pt"):
@@ -68,6 +69,7 @@ def test_a_run_of_its_own_shape_is_taken_everywhere(own, clips, tmp_path, monkey
 
 
 @pytest.mark.any_precision
+@pytest.mark.slow
 def test_latents_of_its_own_shape_are_learnt_from(own, clips, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     small = "--size 16 --frames 8 --clips 4 --batch-size 2 --workers 0 --precision fp32".split()

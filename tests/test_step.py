@@ -123,6 +123,7 @@ def test_without_gradients_the_plain_path_runs():
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_it_compiles_into_one_graph():
     torch.manual_seed(0)
     blocks = [MemBlock(8, 8), torch.nn.Upsample(scale_factor=2), model_taehv.TGrow(8, 2),

@@ -191,6 +191,7 @@ def test_booleans_are_written_either_way(no, yes):
 SMALL = "workers=0 val_fraction=0 warmup_steps=2 precision=fp32 device=cpu save_every=100 size=16 frames=4".split()
 
 
+@pytest.mark.slow
 def test_a_runs_config_json_stands_for_its_settings(here, tmp_path, monkeypatch):
     """The same run goes on, to the same end; with another name it is another run."""
     folder = here("taehv", *SMALL, "batch_size=1", "max_steps=1", "lr=1e-5", "name=first",
