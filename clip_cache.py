@@ -15,7 +15,7 @@ import torch
 
 import data
 from data import DataError
-from latent_cache import read_ahead
+from latent_cache import evenly_spread, read_ahead
 
 
 class TrainCuts:
@@ -74,10 +74,8 @@ class ValCuts:
 
     def __init__(self, cache, indices, size, frames, limit):
         check_shape(cache, "val_size", size, frames)
-        count = min(limit, len(indices))
-        places = np.linspace(0, len(indices) - 1, count).round().astype(int) if count else []
         self.cache, self.size, self.frames = cache, size, frames
-        self.indices = np.asarray(indices, np.int64)[places] if count else np.empty(0, np.int64)
+        self.indices = evenly_spread(np.asarray(indices, np.int64), limit)
 
     def __len__(self):
         return len(self.indices)

@@ -84,7 +84,7 @@ def find_files(cfg, frames):
     if not val:
         lines.append("no validation: for one, set val_data=FOLDER, or val_fraction (and have two files or more)")
     elif not val_path:
-        lines.append("held out: " + ", ".join(s.key for s in val[:20]) + (" ..." if len(val) > 20 else ""))
+        lines += describe_held_out([source.key for source in val])
     return train, val, lines
 
 
@@ -92,6 +92,11 @@ def look_through(cfg, path):
     """(sources that can be read, [(path, why not)], [lines about the index of files])."""
     return file_index.probe(data.find_sources(path, cfg.data_root, cfg.use_images), cfg.max_pixels, path, cfg.data_root,
                             cfg.use_images)
+
+
+def describe_held_out(names):
+    """[a line that names the files held out for validation], without any: []."""
+    return ["held out: " + ", ".join(names[:20]) + " ..." * (len(names) > 20)] if names else []
 
 
 def augment_of(cfg):
@@ -122,8 +127,7 @@ def find_cuts(cfg, bucket, rank, world, control):
     lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
              + f"; too large ({size / 1e9:.0f} GB) to compare checksums" * (size > MOST_COMPARED),
              f"training: {len(mine)} clips, validation: {len(val)}"]
-    if held_out:
-        lines.append("held out: " + ", ".join(held_out[:20]) + (" ..." if len(held_out) > 20 else ""))
+    lines += describe_held_out(held_out)
     return Clips(TrainCuts(cache, mine, cfg.seed, augment_of(cfg)), val, "", lines)
 
 
@@ -147,8 +151,7 @@ def find_cached_clips(cfg, model, rank, world, control):
         model.calibrate(clips.sample(256))
     lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}",
              f"training: {len(clips)} clips, validation: {len(val_clips)}"]
-    if held_out:
-        lines.append("held out: " + ", ".join(held_out[:20]) + (" ..." if len(held_out) > 20 else ""))
+    lines += describe_held_out(held_out)
     return Clips(clips, val_clips, caches[0].fingerprint, lines)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import init_taehv
-from model_taehv import Clamp, MemBlock, TGrow, TPool, WideMemBlock
+from model_taehv import MemBlock, TGrow, TPool
 
 SAMPLES = 40_000    # places in all clips that a regression looks at
 CLIPS = 48          # clips to fit to: 21.59 dB on unseen clips, with 96 21.49
@@ -39,9 +39,8 @@ def can_fit(model, with_teacher=False):
     left out, and H3 with a teacher, whose clips come in chunks."""
     widths = [layer.out_channels for blocks in (model.encoder, model.decoder) for layer in blocks[:-1]
               if isinstance(layer, nn.Conv2d)]
-    blocks = list(model.decoder)
-    return (isinstance(blocks[0], Clamp) and not any(isinstance(block, WideMemBlock) for block in blocks)
-            and model.space_upscale == model.space_factor and min(widths) >= 6 and not (model.is_h3 and with_teacher))
+    return (init_taehv.is_plain(model.decoder) and model.space_upscale == model.space_factor and min(widths) >= 6
+            and not (model.is_h3 and with_teacher))
 
 
 @torch.no_grad()
@@ -59,8 +58,7 @@ def fit(model, video, latents=None):
     slope = 0.2 if model.activation == "leaky_relu" else 0.0
     latents = fit_encoder(model.encoder, pixels, latents, slope)
 
-    trimmed = not (model.is_h3 or model.is_cogvideox and latents.shape[1] % 2 == 0)
-    shift = model.time_factor - 1 if trimmed else 0  # a decoded frame stands for the one so many frames before it
+    shift = init_taehv.delay(model, latents.shape[1])
     index = [model.time_factor * i + position - shift for i in range(latents.shape[1])
              for position in model.frame_positions]
     target = pixels[:, [max(i, 0) for i in index]]

@@ -28,8 +28,7 @@ def colours(model, frames=1):
     frames give 15.9; 17 frames at 17.7, where weights for 16 give 17.1 (16 clips of four real videos).
     """
     encoder, decoder, positions = model.encoder, model.decoder, model.frame_positions
-    trimmed = not (model.is_h3 or model.is_cogvideox and model.latent_frames(frames) % 2 == 0)
-    shift = model.time_factor - 1 if trimmed else 0  # a decoded frame stands for the one so many frames before it
+    shift = delay(model, model.latent_frames(frames))
     if room_for_colours(encoder, decoder, 1, len(positions)):
         carry_colours(encoder, decoder, model.patch_size ** 2, [position - shift for position in positions])
     if model.output_range == (-1, 1):
@@ -47,16 +46,30 @@ def pytorch_weights(model):
     return model
 
 
+# ---- which layers, and which frames, for fit_taehv.py too ---------------------------------------------------------
+
+
+def is_plain(decoder):
+    """Whether it is neither the super decoder, which shuffles channels into pixels, nor the wide one, whose channels
+    are in groups."""
+    return isinstance(decoder[0], Clamp) and not any(isinstance(layer, WideMemBlock) for layer in decoder)
+
+
+def delay(model, latents):
+    """A decoded frame of a clip of `latents` latents stands for the one so many frames before its own position."""
+    trimmed = not (model.is_h3 or model.is_cogvideox and latents % 2 == 0)
+    return model.time_factor - 1 if trimmed else 0
+
+
 # ---- the channels of colours -------------------------------------------------------------------------------------
 
 
 def room_for_colours(encoder, decoder, frames, frames_out):
-    """Whether the layers can carry the colours of `frames` frames of a group, and give back `frames_out` frames. The
-    super decoder shuffles channels into pixels and the wide one's are in groups: both keep their random weights."""
-    plain = isinstance(decoder[0], Clamp) and not any(isinstance(layer, WideMemBlock) for layer in decoder)
+    """Whether the layers can carry the colours of `frames` frames of a group, and give back `frames_out` frames. A
+    decoder that is not plain keeps its random weights."""
     widths = [[layer.out_channels for layer in blocks[:-1] if isinstance(layer, nn.Conv2d)]
               for blocks in (encoder, decoder)]
-    return (plain and 3 * frames <= max(3, encoder[-1].out_channels) and min(widths[0]) >= 6 * frames
+    return (is_plain(decoder) and 3 * frames <= max(3, encoder[-1].out_channels) and min(widths[0]) >= 6 * frames
             and widths[1][0] >= 12 * frames - 6 and min(widths[1]) >= 6 * frames_out)
 
 

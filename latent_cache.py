@@ -138,10 +138,15 @@ class LatentCache:
     def files(self):
         return [self.names[n] for n in self.file_of]
 
+    def place(self, i):
+        """(shard, row in it) of clip i."""
+        shard = np.searchsorted(self.starts, i, side="right") - 1
+        return shard, i - self.starts[shard]
+
     def clip(self, i):
         """A stored clip, uint8 T H W 3, in place."""
-        shard = np.searchsorted(self.starts, i, side="right") - 1
-        return self.clips[shard][i - self.starts[shard]]
+        shard, row = self.place(i)
+        return self.clips[shard][row]
 
     def problem(self, rank=0, world=1, most=math.inf):
         """Compare the checksums of this rank's share of the shards: "", or one line that names the damaged file. Clips
@@ -182,9 +187,8 @@ class LatentCache:
         clips = np.empty((len(indices), *self.clips[0].shape[1:]), np.uint8)
         latents = np.empty((len(indices), *self.latent_shape), STORED[self.dtype])
         for n, i in enumerate(indices):
-            shard = np.searchsorted(self.starts, i, side="right") - 1
-            clips[n] = self.clips[shard][i - self.starts[shard]]
-            latents[n] = self.latents[shard][i - self.starts[shard]]
+            shard, row = self.place(i)
+            clips[n], latents[n] = self.clips[shard][row], self.latents[shard][row]
         latents = torch.from_numpy(latents.view(np.int16) if self.dtype == "bfloat16" else latents)
         return {"video": torch.from_numpy(clips).permute(0, 1, 4, 2, 3), "notes": [],
                 "latents": latents.view(torch.bfloat16) if self.dtype == "bfloat16" else latents}
@@ -235,16 +239,17 @@ class CachedClips:
 
     def share(self, rank, world, _):
         """This rank's part of up to `limit` clips, evenly spread: [{"video": uint8 T 3 H W, "latents": T' C h w}]."""
-        batches = [self.cache.read(self.indices[[place]]) for place in self.spread(self.limit)[rank::world]]
+        batches = [self.cache.read([i]) for i in evenly_spread(self.indices, self.limit)[rank::world]]
         return [{"video": b["video"][0], "latents": b["latents"][0]} for b in batches]
 
     def sample(self, limit):
         """The latents of up to `limit` clips, evenly spread: N T' C h w, float32."""
-        return self.cache.read(self.indices[self.spread(limit)])["latents"].float()
+        return self.cache.read(evenly_spread(self.indices, limit))["latents"].float()
 
-    def spread(self, limit):
-        count = min(limit, len(self))
-        return np.linspace(0, len(self) - 1, count).round().astype(int) if count else np.empty(0, int)
+
+def evenly_spread(indices, limit):
+    """Up to `limit` of an array's entries, from its first to its last."""
+    return indices[np.linspace(0, len(indices) - 1, min(limit, len(indices))).round().astype(int)]
 
 
 def read_ahead(make, schedule, threads=1):
