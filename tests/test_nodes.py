@@ -25,6 +25,7 @@ RUN = [*FRAMES, "batch_size=1", "max_steps=9", "save_every=2", "timeout_minutes=
 # being saved is on disk before.
 FAULTS = """
 if "FAULT" in os.environ:
+    import time
     from saving import Saver
     step, what = os.environ["FAULT"].split(":")
     writes = []
@@ -35,9 +36,12 @@ if "FAULT" in os.environ:
     def fault(call):
         for write in writes:
             write.result()
-        os.kill(os.getppid(), signal.SIGKILL)
+        agent = os.getppid()
+        os.kill(agent, signal.SIGKILL)
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        while os.getppid() == agent:  # it takes a while to die, and the next step must find it dead
+            time.sleep(0.01)
         return call()
     spoil(objective, "pixel_loss", {(int(step), rank): fault for rank in (0, 1)})
 """
