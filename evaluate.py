@@ -1,7 +1,7 @@
-"""What quality means: one code for the validation of a run and for the reconstructions of infer.py.
+"""What quality means: one code for the validation of a run, the reconstructions of infer.py, and leaderboard.py.
 
-To add a metric: its function in metrics.py and a row in `MEASURES` there. Validation, TensorBoard, infer.py and its
-report then have it.
+To add a metric: its function in metrics.py and a row in `MEASURES` there. Validation, TensorBoard, infer.py, its report
+and leaderboard.py then have it.
 """
 import time
 

@@ -41,7 +41,7 @@ from inputs import MISTAKES, Failures, find_inputs, remove_leftovers
 from latent_file import LATENTS
 from lock import locked
 from reconstruct import reconstruct, reconstruct_by_teacher
-from screen import guard_screen, one_line
+from screen import ended_by_sigterm, guard_screen, one_line
 from teachers import KINDS, TeacherError, is_spec, load_teacher
 
 
@@ -244,22 +244,6 @@ def parse(arguments=None):
     except ValueError as error:
         parser.error(f"--targets: {error}")
     return options
-
-
-@contextlib.contextmanager
-def ended_by_sigterm():
-    """SIGTERM ends what is in the block as Ctrl-C does, by an exception, so that files are left whole or removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets no other thread choose
-        return
-    def stop(number, _):
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main():

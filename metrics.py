@@ -6,6 +6,7 @@ This file works alone with torch; LPIPS needs losses.py beside it and the packag
 """
 import contextlib
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,12 @@ def laplacian_variance(images):
     middle = grey[..., 1:-1, 1:-1]
     around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
     return (around - 4 * middle).var((-2, -1), correction=0)
+
+
+def flicker(output, target):
+    """Mean squared error of the differences between frames, N T C H W -> N T-1. Errors that stand still make none of
+    it; errors that each frame has anew make twice their mean squared error."""
+    return mse(output[:, 1:] - output[:, :-1], target[:, 1:] - target[:, :-1])
 
 
 class Measure(NamedTuple):
@@ -200,6 +207,29 @@ def load_fid(device="cpu"):
     except OSError as error:  # URLError is one: no network
         return None, f"FID is left out: the weights of its network could not be downloaded ({error})"
     return lambda: FID(lambda frames: network(frames)[0].flatten(1)), ""
+
+
+def load_i3d(path, device="cpu"):
+    """A function that makes FIDs between videos, which are Frechet video distances (Unterthiner et al. 2018) with the
+    I3D network in a TorchScript file. Each `add` takes one clip: 1 T 3 H W in [0, 1].
+
+    The network gets clips 1 3 T 224 224 in [-1, 1]; the file that the field shares (of StyleGAN-V, i3d_torchscript.pt)
+    is asked for its features, 400 of them, and not to resize. OSError or RuntimeError for a file that cannot be used.
+    """
+    with warnings.catch_warnings():  # that torch.jit is deprecated
+        warnings.simplefilter("ignore")
+        network = torch.jit.load(path, map_location=device).eval()
+    known = {argument.name for argument in network.forward.schema.arguments}
+    options = {name: value for name, value in (("rescale", False), ("resize", False), ("return_features", True))
+               if name in known}
+
+    def features(frames):  # T 3 H W, of one clip
+        sized = torch.nn.functional.interpolate(frames, size=(224, 224), mode="bilinear")
+        return network(sized.transpose(0, 1)[None] * 2 - 1, **options).flatten(1)
+
+    with torch.no_grad():
+        size = features(torch.zeros(16, 3, 224, 224, device=device)).shape[1]
+    return lambda: FID(features, size)
 
 
 class CodeStatistics:

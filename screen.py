@@ -9,9 +9,12 @@ where its reader wants no more, as `| head -1`.
 
 This file works alone; it needs Python only.
 """
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 
 
 class Guarded(io.RawIOBase):
@@ -69,6 +72,22 @@ def guard_screen():
         layer = guarded if stream.write_through else io.BufferedWriter(guarded)
         setattr(sys, name, io.TextIOWrapper(layer, stream.encoding, "backslashreplace",
                                             line_buffering=stream.line_buffering, write_through=stream.write_through))
+
+
+@contextlib.contextmanager
+def ended_by_sigterm():
+    """SIGTERM ends what is in the block as Ctrl-C does, by an exception, so that files are left whole or removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread choose
+        return
+    def stop(number, _):
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def one_line(text, most=4000):

@@ -1,0 +1,265 @@
+"""What leaderboard.py compares: models of ours, teachers, and what they are measured against, behind the same calls.
+
+    entry = load("runs/mine", context)                  # or taehv:FILE ..., bicubic, pca16, h264@200, av1@crf40
+    entry.returned(17)                                  # the numbers of the frames that come back of 17
+    result = entry.run(video, fps, clip, timed=True)    # 1 T 3 H W in [0, 1] -> a Result
+
+Each has `name`, `words` (what it is), `fingerprint` (other for other weights), `parameters` (how many, or None),
+`weight_bytes`, and `group`, `first`: how many frames a latent stands for, and how many of them the first one does (None
+and 0 where frames are coded by themselves, or by a codec).
+"""
+import functools
+import inspect
+import math
+import re
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import models
+from codec import InputError
+from compare import factors
+from device import place, synchronize
+from evaluate import time_halves
+from rate import Result, VideoCodec, parse_codec
+from teachers import is_spec, load_teacher
+
+BASELINE = re.compile(r"bicubic|pca([1-9]\d{0,2})")
+
+
+class Context(NamedTuple):
+    """What entries are loaded with. fit: a protocols.Clips for principal components, or None: they are those of the
+    other half of `clips`."""
+    device: torch.device
+    dtype: torch.dtype
+    clips: object
+    fit: object = None
+
+
+def load(name, context, levels=0):
+    """The entry of a name. InputError, TeacherError or CheckpointError, of one line, for one that cannot be had.
+    levels: so many of a residual tokenizer's, from the coarsest; 0: all."""
+    if codec := parse_codec(name):
+        return VideoCodec(name, *codec)
+    if baseline := BASELINE.fullmatch(name):
+        return PCA(name, int(baseline[1]), context) if baseline[1] else Bicubic(name, context)
+    return ByTeacher(name, context) if is_spec(name) else Own(name, context, levels)
+
+
+def is_fitted(name):
+    """Whether an entry of this name wants to see the clips before."""
+    return bool((baseline := BASELINE.fullmatch(name)) and baseline[1])
+
+
+def padded(video, factor, frames=0):
+    """The video with its edges repeated until `factor` divides its sides, and its last frame until it has `frames`."""
+    missing = max(0, frames - video.shape[1])
+    video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) if missing else video
+    pad = (0, -video.shape[-1] % factor, 0, -video.shape[-2] % factor)
+    return F.pad(video.flatten(0, 1), pad, mode="replicate")[None] if any(pad) else video
+
+
+def size_of(*modules):
+    """(parameters, bytes of parameters and buffers) of modules; (None, 0) of none."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    count = sum(tensor.numel() for module in modules for tensor in module.parameters())
+    return count if modules else None, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Own:
+    """A run folder, a checkpoint, or published weights: what `models.load_model` takes."""
+
+    def __init__(self, name, context, levels=0):
+        model, words = models.load_model(name)
+        if levels and not takes_levels(model):
+            raise InputError(f"{name}: {words}, has no levels to leave out: --levels is for residual tokenizers")
+        about = f"levels {levels}" if levels else ""
+        self.name, self.words = f"{name} {about}".strip(), f"{words}, {about}".strip(", ")
+        self.fingerprint = models.fingerprint(model, f"{sorted(model.config.items())} {about}")
+        self.levels, self.device, self.dtype = levels, context.device, context.dtype
+        self.parameters, self.weight_bytes = size_of(model)
+        place(model, context.device, context.dtype).requires_grad_(False)
+        self.model = models.fast(model) if context.device.type == "cpu" else model
+        trimmed = getattr(getattr(model, "taehv", model), "frames_to_trim", 0)  # causal: the first stands for one frame
+        self.group = model.time_factor if model.time_factor > 1 else None
+        self.first = model.time_factor - trimmed
+
+    def returned(self, frames):
+        """Alignment comes from the model's `targets`: of a clip in which each frame is its number."""
+        size = self.model.space_factor
+        ramp = torch.arange(frames, dtype=torch.float32).view(1, -1, 1, 1, 1).expand(-1, -1, 3, size, size)
+        targets = self.model.targets(ramp)
+        if targets.shape[-2:] != ramp.shape[-2:]:
+            raise InputError(f"{self.name}: a preview decoder: its frames are smaller than its input's")
+        return targets[0, :, 0, 0, 0].long().tolist()
+
+    @torch.no_grad()
+    def run(self, video, fps, clip, timed=False):
+        height, width = video.shape[-2:]
+        fed = padded(video.to(self.device), self.model.space_factor).to(self.dtype)
+        output, info = self.model(fed)
+        codes = info.get("codes")
+        if self.levels:
+            codes = codes[:self.levels]
+            output = self.model.detokenize(codes, levels=self.levels)
+        output = output.float().clamp(0, 1)[..., :height, :width]
+        seconds = time_halves(self.model, fed, self.device) if timed else None
+        return Result(output, seconds, None if codes else info["latents"].numel(), None, codes)
+
+    @property
+    def codebook_sizes(self):
+        """Of the tensors in a Result's codes."""
+        return self.model.codebook_sizes[:self.levels or None]
+
+
+def takes_levels(model):
+    """Whether it is a tokenizer that can decode from its first levels alone."""
+    return hasattr(model, "detokenize") and "levels" in inspect.signature(model.detokenize).parameters
+
+
+class ByTeacher:
+    """A teacher, see teachers.py."""
+
+    def __init__(self, name, context):
+        self.teacher = load_teacher(name, context.device, context.dtype)
+        if not self.teacher.can_decode:
+            raise InputError(f"{name} has no decode")
+        self.time_factor, self.space_factor = factors(self.teacher)
+        self.name, self.words, self.fingerprint = name, self.teacher.name, self.teacher.fingerprint
+        source = self.teacher.source
+        modules = [source] if isinstance(source, torch.nn.Module) else [
+            part for part in getattr(source, "__dict__", {}).values() if isinstance(part, torch.nn.Module)]
+        self.parameters, self.weight_bytes = size_of(*modules)
+        self.group, self.first = (self.time_factor, 1) if self.time_factor > 1 else (None, 0)
+
+    def returned(self, frames):
+        """The first frames that come back stand for the first that went in: how many, a small clip tells."""
+        side = max(64, self.space_factor)
+        output = self.code(torch.zeros(1, frames, 3, side, side))[0]
+        return list(range(min(frames, output.shape[1])))
+
+    def code(self, video):
+        """(reconstruction, latents, seconds)"""
+        device, frames = self.teacher.device, self.teacher.filled(video.shape[1], self.time_factor)
+        fed, times = padded(video.to(device), self.space_factor, frames), []
+        synchronize(device)
+        times.append(time.perf_counter())
+        latents = self.teacher.encode(fed)
+        synchronize(device)
+        times.append(time.perf_counter())
+        output = self.teacher.decode(latents)
+        synchronize(device)
+        times.append(time.perf_counter())
+        return output, latents, {"encode": times[1] - times[0], "decode": times[2] - times[1]}
+
+    def run(self, video, fps, clip, timed=False):
+        height, width = video.shape[-2:]
+        output, latents, seconds = self.code(video)
+        output = output[:, :video.shape[1], :, :height, :width]
+        if output.shape[-2:] != (height, width):
+            raise InputError(f"{self.name}: frames of {output.shape[-2]}x{output.shape[-1]} came back for "
+                             f"{height}x{width}")
+        return Result(output, seconds, latents.numel())
+
+
+class Bicubic:
+    """Down by 8 and up again, both bicubic: what a picture of an eighth of the size holds. Anti-aliased on the way
+    down."""
+
+    parameters, weight_bytes, group, first, fingerprint = None, 0, None, 0, "bicubic by 8"
+
+    def __init__(self, name, context):
+        self.name, self.words, self.device = name, "down by 8, up again", context.device
+
+    def returned(self, frames):
+        return list(range(frames))
+
+    def run(self, video, fps, clip, timed=False):
+        height, width = video.shape[-2:]
+        fed = padded(video.to(self.device), 8)[0]
+        start = time.perf_counter()
+        small = F.interpolate(fed, scale_factor=1 / 8, mode="bicubic", antialias=True)
+        synchronize(self.device)
+        middle = time.perf_counter()
+        output = F.interpolate(small, size=fed.shape[-2:], mode="bicubic").clamp(0, 1)[None]
+        synchronize(self.device)
+        seconds = {"encode": middle - start, "decode": time.perf_counter() - middle}
+        return Result(output[..., :height, :width], seconds, small.numel())
+
+
+class PCA:
+    """The best linear code of blocks of 8x8 pixels and 4 frames: so many numbers for each, of the principal components
+    of other clips' blocks.
+
+    Those of the Clips in context.fit; without them, clips of half the videos are coded by components of the other half.
+    InputError where there is but one video.
+    """
+
+    group, first = 4, 4
+
+    def __init__(self, name, numbers, context):
+        if numbers > 768:
+            raise InputError(f"{name}: a block of 8x8 pixels and 4 frames has 768 numbers")
+        self.name, self.numbers, self.device, self.sources = name, numbers, context.device, context.clips.sources
+        self.clips, self.halves = context.fit, [None]
+        self.words = f"{numbers} principal components of "
+        if self.clips:
+            self.words += f"the {len(self.clips)} clips of --fit"
+        else:
+            self.clips, videos = context.clips, sorted(set(self.sources))
+            if len(videos) < 2:
+                raise InputError(f"{name} wants other clips to fit to: --fit FOLDER, or two videos in --data")
+            self.halves = [set(videos[0::2]), set(videos[1::2])]
+            self.words += "the other half of the clips"
+        self.fingerprint = f"pca {numbers} {self.clips.fingerprint} {len(self.halves)}"
+        self.parameters = len(self.halves) * 768 * (numbers + 1)
+        self.weight_bytes = 4 * self.parameters
+
+    @functools.cached_property
+    def bases(self):
+        """[(the videos of a half, mean (768,) and components (768, numbers) that its clips are coded by)]"""
+        found = []
+        for half in self.halves:
+            others = [i for i in range(len(self.clips)) if not half or self.clips.sources[i] not in half]
+            found.append((half, *self.fit(self.clips, others, self.numbers)))
+        return found
+
+    @staticmethod
+    def blocks(video):
+        """1 T 3 H W -> (n, 768)"""
+        x = padded(video, 8, video.shape[1] + -video.shape[1] % 4)[0]
+        t, c, h, w = x.shape
+        x = x.reshape(t // 4, 4, c, h // 8, 8, w // 8, 8)
+        return x.permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, 768)
+
+    @classmethod
+    def fit(cls, clips, chosen, numbers):
+        """(mean (768,), components (768, numbers)) of the clips with these numbers."""
+        count, total, products = 0, torch.zeros(768, dtype=torch.float64), torch.zeros(768, 768, dtype=torch.float64)
+        for i in chosen:
+            rows = cls.blocks(clips.video(i)).double()
+            count, total = count + len(rows), total + rows.sum(0)
+            products.addmm_(rows.t(), rows)
+        mean = total / count
+        vectors = torch.linalg.eigh(products / count - mean[:, None] * mean)[1]  # the largest last
+        return mean.float(), vectors[:, -numbers:].float()
+
+    def returned(self, frames):
+        return list(range(frames))
+
+    def run(self, video, fps, clip, timed=False):
+        frames, height, width = video.shape[1], *video.shape[-2:]
+        mean, basis = next((mean, basis) for half, mean, basis in self.bases if not half or self.sources[clip] in half)
+        mean, basis, video = mean.to(self.device), basis.to(self.device), video.to(self.device)
+        start = time.perf_counter()
+        code = (self.blocks(video) - mean) @ basis
+        synchronize(self.device)
+        middle = time.perf_counter()
+        rows = code @ basis.t() + mean
+        t, h, w = math.ceil(frames / 4), math.ceil(height / 8), math.ceil(width / 8)
+        output = rows.view(t, h, w, 4, 3, 8, 8).permute(0, 3, 4, 1, 5, 2, 6).reshape(1, 4 * t, 3, 8 * h, 8 * w)
+        synchronize(self.device)
+        seconds = {"encode": middle - start, "decode": time.perf_counter() - middle}
+        return Result(output[:, :frames, :, :height, :width].clamp(0, 1), seconds, code.numel())

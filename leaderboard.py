@@ -1,0 +1,292 @@
+"""Many models over the same clips: one table, one page.
+
+    python leaderboard.py runs/mine taew2_1 bicubic --data videos/         # runs, checkpoints, published weights
+    python leaderboard.py runs/mine python:vae.py:make diffusers:AutoencoderKLWan:FOLDER --data videos/    # teachers
+    python leaderboard.py runs/mine pca16 bicubic --data videos/ --fit train_videos/     # the best linear code
+    python leaderboard.py runs/tok h264@crf24 h264@crf32 h264@crf40 av1@200 av1@400 --data videos/         # codecs
+    python leaderboard.py runs/mine taew2_1 --data MCL-JCV/ --protocol mcl-jcv           # as papers choose their clips
+
+Writes under --out: leaderboard.html, a page in one file, which needs no other; leaderboard.json, the same numbers;
+videos/. What was measured already, with the same weights, clips and settings, is not measured again (--again does).
+
+All models get the same frames, and are judged on those that all of them return: which these are, a model's `targets`
+says (a teacher returns the first of them). Reconstructions are rounded to 8 bits first. The metrics are those of
+validation and infer.py (metrics.py, `MEASURES`). Besides them:
+- flicker: mean squared error of the differences between frames;
+- first, inner, last: PSNR of a frame by its place among the frames that one latent stands for;
+- latents per pixel, or bits per pixel: of a codec as written, of a tokenizer with each code written plainly;
+- frames a second of clips as a whole, and the memory that one takes, with the weights.
+
+Exit code: 0; 1 where some models could not be measured (the page and the terminal say why); 2 for a mistake, in one
+line; 130 after Ctrl-C, 143 after SIGTERM: what was measured until then is kept.
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+
+import data
+import entries
+import report
+from codec import InputError
+from device import describe, pick_device, pick_precision, tune
+from inputs import MISTAKES, Failures
+from leaderboard_page import table, write_page
+from lock import locked
+from measure_entry import Judges, measure, write_video
+from protocols import PROTOCOLS, Clips
+from rate import compare_rates
+from screen import ended_by_sigterm, guard_screen, one_line
+from teachers import KINDS
+from untrusted import read_json
+
+FORMAT = 1  # of the rows; rows of another one are measured again
+SETTINGS = dict(height=256, width=256, frames=17)  # without a protocol: 17 frames are what causal video VAEs take
+MOST = 1 << 26  # bytes of a leaderboard.json
+
+
+# ---- one model -------------------------------------------------------------------------------------------------------
+
+
+def short(name):
+    """The last part of a path or a specification: "taef2" of "python:../teachers/taef2.py:taef2"."""
+    parts = [part for part in re.split(r"[/:\\]", name) if part]
+    return "/".join(parts[-2:]) if parts[-1:] and parts[-1].endswith((".pt", ".pth")) else parts[-1] if parts else name
+
+
+def read_rows(path):
+    """({key: row} of an earlier command's leaderboard.json, [a line on what is wrong with it])."""
+    try:
+        rows = read_json(path, MOST)
+        rows = rows["rows"] + rows["earlier"]
+        return {row["key"]: row for row in rows if not row.get("failed")}, []
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{path} cannot be read ({one_line(str(error), 100)}): all is measured"]
+
+
+def look_at(name, context, frames, levels=0):
+    """What is to be known of an entry before any is measured: {"name", "levels", "returned", "fingerprint"}."""
+    entry = entries.load(name, context, levels)
+    return dict(spec=name, name=entry.name, levels=levels, returned=entry.returned(frames),
+                fingerprint=entry.fingerprint, has_levels=entries.takes_levels(getattr(entry, "model", None)))
+
+
+def looked_at(names, options, context, failures):
+    """{name: [what `look_at` says of the entry, or of a residual tokenizer for each of --levels], or the row of one
+    that failed}."""
+    found = {}
+    for name in names:
+        try:
+            one = look_at(name, context, options.shape["frames"])
+            several = options.levels and one["has_levels"]
+            found[name] = [look_at(name, context, options.shape["frames"], count) for count in options.levels] \
+                if several else [one]
+        except Exception as error:  # whatever befalls one, the others get their turn
+            found[name] = failures.row(name, name, error)
+            print(f"{name}: {one_line(found[name]['failed'])}")
+    return found
+
+
+def check_some_are_left(found):
+    """InputError where all have failed. found: as `looked_at` returns it."""
+    rows = [one for one in found.values() if isinstance(one, dict)]
+    if len(rows) == len(found):
+        what = f"none of the {len(rows)} can be measured; the first: " if len(rows) > 1 else ""
+        raise InputError(f"{what}{rows[0]['failed']}")
+
+
+def judged_frames(found, frames):
+    """The frames that all entries return; InputError where there are none."""
+    common = sorted(set(range(frames)).intersection(*(one["returned"] for one in found)))
+    if not common:
+        least = min(found, key=lambda one: len(one["returned"]))
+        raise InputError(f"no frame comes back from all models: of {frames}, {least['name']} returns "
+                         f"{least['returned']}: leave it out, or give more --frames")
+    return common
+
+
+def run(options):
+    """Returns the exit code; errors as in `main`."""
+    device = pick_device(options.device)
+    tune(device)
+    dtype = pick_precision(options.precision, device)
+    os.makedirs(os.path.join(options.out, "videos"), exist_ok=True)
+    judges, failures = Judges(options, device), Failures(options.out)
+    fitted = [name for name in options.entries if entries.is_fitted(name)]
+    context = entries.Context(device, dtype, None)
+    found = looked_at([name for name in options.entries if name not in fitted], options, context, failures)
+    if options.levels and not any(one[0]["has_levels"] for one in found.values() if isinstance(one, list)):
+        raise InputError("--levels: none of the models is a residual tokenizer whose detokenize takes levels")
+    if not fitted:
+        check_some_are_left(found)
+    clips = Clips(options.data, options.out, **options.shape, clips=options.clips, max_pixels=options.max_pixels)
+    fit = Clips(options.fit, options.out, **{**options.shape, "protocol": ""}, clips=options.fit_clips,
+                max_pixels=options.max_pixels, what="--fit") if options.fit else None
+    for note in clips.notes + judges.notes:
+        print(note)
+    if options.show >= len(clips):
+        raise InputError(f"--show {options.show}: there are clips 0 to {len(clips) - 1}")
+    context = context._replace(clips=clips, fit=fit)
+    found.update(looked_at(fitted, options, context, failures))
+    check_some_are_left(found)
+    failed = {name: found[name] for name in options.entries if isinstance(found[name], dict)}
+    found = [one for name in options.entries if name not in failed for one in found[name]]
+    judged = judged_frames(found, clips.frames)
+    settings = dict(format=FORMAT, clips=clips.fingerprint, judged=judged, machine=describe(device),
+                    precision=str(dtype).removeprefix("torch."), shown=options.show, **judges.about)
+    path = os.path.join(options.out, "leaderboard.json")
+    known, notes = read_rows(path)
+    print(*notes, sep="\n", end="\n" * bool(notes))
+    original = f"videos/{clips.fingerprint}_{options.show}.webm"
+    write_video(os.path.join(options.out, original), clips.video(options.show)[:, judged], clips.fps[options.show])
+    info = dict(data=options.data, clips=len(clips), frames=clips.frames, height=clips.height, width=clips.width,
+                judged=judged, judged_words=in_words(judged), show=options.show, notes=clips.notes + judges.notes,
+                fewest=short(min(found, key=lambda one: len(one["returned"]))["name"]),
+                returned={one["name"]: one["returned"] for one in found},
+                protocol=options.shape["protocol"], changed=options.changed, shown=clips.names[options.show],
+                original=original, fps=clips.fps[options.show], machine=settings["machine"],
+                precision=settings["precision"], created=time.strftime("%Y-%m-%d %H:%M"),
+                command="python leaderboard.py " + shlex.join(sys.argv[1:]))
+    rows, waiting = dict.fromkeys(one["name"] for one in found), []
+    for one in found:
+        one["key"] = hashlib.sha256(json.dumps([one["name"], one["fingerprint"], settings]).encode()).hexdigest()[:24]
+        row = known.get(one["key"])
+        if row and not options.again and os.path.exists(os.path.join(options.out, row["video"])):
+            rows[one["name"]] = row
+        else:
+            waiting.append(one)
+    if len(waiting) < len(found):
+        print(f"measured before, with the same weights, clips and settings: {len(found) - len(waiting)} of {len(found)}"
+              " (--again measures them anew)")
+
+    def save():
+        ready = [row for row in rows.values() if row] + list(failed.values())
+        keys = {row.get("key") for row in ready}
+        rates = compare_rates(ready)
+        report.write_whole(path, json.dumps(dict(
+            info=info, rates=rates, rows=ready, earlier=[row for key, row in known.items() if key not in keys]),
+            indent=1, allow_nan=False) + "\n")
+        write_page(options.out, ready, info, rates, short)
+        return ready
+
+    save()
+    for one in waiting:
+        try:
+            entry = entries.load(one["spec"], context, one["levels"])
+            rows[one["name"]] = {"key": one["key"], **measure(entry, clips, one["returned"], judged, judges,
+                                                              options.show, device, options.out)}
+        except Exception as error:
+            failed[one["name"]] = failures.row(one["name"], one["name"], error)
+            print(f"{one['name']}: {one_line(failed[one['name']]['failed'])}")
+        entry = None  # its memory is the next one's
+        save()
+    ready = save()
+    if all(row.get("failed") for row in ready):
+        raise InputError(f"none of the {len(ready)} could be measured; the first: {ready[0]['failed']}")
+    print(*table(ready, short), sep="\n")
+    for name, one in compare_rates(ready).get("curves", {}).items():
+        mean = "no PSNR in common" if one["mean"] is None else f"{one['mean']:+.1f} % bits"
+        print(f"BD-rate of {short(name)} against {short(compare_rates(ready)['against'])}: {mean}")
+    print(f"judged on frames {in_words(judged)} of {clips.frames}, of {len(clips)} clips of "
+          f"{clips.height}x{clips.width}")
+    print(f"page: {os.path.join(options.out, 'leaderboard.html')}")
+    return int(bool(failed))
+
+
+def in_words(numbers):
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    pieces = []
+    for number in numbers:
+        if pieces and number == pieces[-1][1] + 1:
+            pieces[-1][1] = number
+        else:
+            pieces.append([number, number])
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in pieces)
+
+
+def parse(arguments=None):
+    """Options from the command line; leaves with code 2 and one line where they make no sense."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"leaderboard.py: {one_line(message)}\n")  # without lines of usage
+    parser.add_argument("entries", nargs="+", metavar="CKPT", help=f"what infer.py takes: run folders, checkpoints, "
+                        f"published weights, {KINDS}; or bicubic, pca16, h264@KBPS, h265@crfN, av1@crfN")
+    parser.add_argument("--data", required=True, metavar="DIR",
+                        help="videos: a folder, a list or a file; a folder of images is a video")
+    parser.add_argument("--out", default="leaderboard_results", help="folder to write to (default: %(default)s)")
+    parser.add_argument("--protocol", default="", choices=("", *PROTOCOLS), metavar="NAME",
+                        help=f"{', '.join(PROTOCOLS)}: size, frames and clips as papers have them (protocols.py)")
+    parser.add_argument("--clips", type=int, default=0, metavar="N",
+                        help="N clips in all, evenly spread (default: one of each video, or as the protocol has it)")
+    parser.add_argument("--frames", type=int, metavar="T", help="frames of a clip (default: 17)")
+    parser.add_argument("--size", metavar="HxW", help="height and width of a clip (default: 256x256)")
+    parser.add_argument("--fit", metavar="DIR", help="videos that pca16 is fitted to (default: to the other half)")
+    parser.add_argument("--fit-clips", type=int, default=0, metavar="N", help="N clips of --fit (default: one a video)")
+    parser.add_argument("--levels", metavar="LIST",
+                        help="say 1,2,4: residual tokenizers are also decoded from their first levels alone")
+    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
+    parser.add_argument("--no-fid", dest="fid", action="store_false", help="no FID, though pytorch-fid is installed")
+    parser.add_argument("--i3d", metavar="FILE", help="TorchScript of the I3D network, for rFVD")
+    parser.add_argument("--show", type=int, default=0, metavar="K", help="the clip that the page plays (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure anew what was measured before")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
+                        help="auto: bf16 where the hardware has it")
+    parser.add_argument("--max-pixels", type=int, default=data.MAX_PIXELS, metavar="N",
+                        help="videos whose frames have more are refused (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name, least, most in (("clips", 0, 10 ** 6), ("frames", 1, 1000), ("show", 0, 10 ** 6),
+                              ("fit_clips", 0, 10 ** 6), ("max_pixels", 1, 2 ** 40)):
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {value}: {least} to {most} is wanted")
+    options.entries = list(dict.fromkeys(options.entries))
+    shape = PROTOCOLS[options.protocol]._asdict() if options.protocol else dict(SETTINGS)
+    shape.pop("videos", None)
+    before = dict(shape)
+    if options.size:
+        sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", options.size)
+        if not sides or not all(16 <= int(side) <= 2 ** 13 for side in sides.groups()):
+            parser.error(f"--size {options.size}: height x width of 16 to {2 ** 13} are wanted, like 256x256")
+        shape["height"], shape["width"] = map(int, sides.groups())
+    shape["frames"] = options.frames or shape["frames"]
+    options.shape = {**shape, "protocol": options.protocol}
+    options.changed = bool(options.protocol) and (shape != before or bool(options.clips))
+    if options.levels:
+        try:
+            options.levels = [int(count) for count in options.levels.split(",")]
+            if min(options.levels) < 1:
+                raise ValueError
+        except ValueError:
+            parser.error(f"--levels {options.levels}: numbers of 1 or more are wanted, like 1,2,4")
+    return options
+
+
+def main():
+    guard_screen()
+    options = parse()
+    try:
+        with ended_by_sigterm(), locked(options.out, "choose another --out") as unlocked:
+            if unlocked:
+                print(unlocked)
+            code = run(options)
+    except MISTAKES as error:
+        print(f"leaderboard.py: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"leaderboard.py: stopped by {signal.Signals(number).name}; what was measured is kept: the same command "
+              "goes on", file=sys.stderr)
+        sys.exit(128 + number)
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""One entry of a leaderboard over all its clips: a row of leaderboard.json.
+
+    judges = Judges(options, device)                     # LPIPS, FID and rFVD, where they can be had
+    row = measure(entry, clips, entry.returned(17), judged, judges, 0, device, "results")
+
+The metrics of frames are those of evaluate.py and metrics.py: one more in `metrics.MEASURES` is in the row.
+"""
+import hashlib
+import math
+import os
+import zipfile
+
+import torch
+from tqdm import tqdm
+
+import metrics
+import report
+from checkpoint import MISSHAPEN, first_line
+from codec import InputError
+from device import held_memory, reset_peak_memory
+from evaluate import TIMED_CLIPS, Quality
+from measure import memory_of
+from untrusted import check_archive, open_regular
+
+
+class Judges:
+    """What is loaded to judge with: `lpips`, `make_fid` and `make_fvd`, functions or None; `notes` say why one is
+    missing, `about` is what the key of a measured row holds of them."""
+
+    def __init__(self, options, device):
+        self.lpips, self.make_fid, self.make_fvd, self.notes = None, None, None, []
+        if options.i3d:
+            self.make_fvd = load_i3d(options.i3d, device)
+        else:
+            self.notes.append("rFVD is left out: --i3d FILE, a TorchScript file of the I3D network, gives it")
+        if options.lpips == "none":
+            self.notes.append("LPIPS was not asked for")
+        else:
+            self.lpips, problem = metrics.load_lpips(options.lpips, device)
+            self.notes += [problem] * bool(problem)
+        if options.fid:
+            self.make_fid, problem = metrics.load_fid(device)
+            self.notes += [problem] * bool(problem)
+        self.about = dict(metrics=[*metrics.MEASURES], lpips=options.lpips if self.lpips else "",
+                          fid=bool(self.make_fid), i3d=file_hash(options.i3d) if options.i3d else "")
+
+
+def load_i3d(path, device):
+    """See metrics.load_i3d; InputError, of one line, for a file that is none."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            check_archive(archive, os.path.getsize(path))
+        return metrics.load_i3d(path, device)
+    except (*MISSHAPEN, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"--i3d {path}: no TorchScript file that gives features of clips 1 3 T 224 224 "
+                         f"({first_line(error)})") from None
+
+
+def file_hash(path):
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()[:16]
+
+
+def places(entry, psnrs):
+    """{"place_first": mean PSNR of the frames that begin a latent's group, "place_inner", "place_last"}, None where
+    there are none. psnrs: {frame: [PSNR, ...]}. A first group that is shorter than the others is left out."""
+    found = {"first": [], "inner": [], "last": []}
+    for frame, values in psnrs.items() if entry.group else ():
+        position = (frame - entry.first) % entry.group
+        if frame >= entry.first or entry.first == entry.group:
+            found["first" if position == 0 else "last" if position == entry.group - 1 else "inner"] += values
+    return {f"place_{name}": sum(some) / len(some) if some else None for name, some in found.items()}
+
+
+@torch.no_grad()
+def measure(entry, clips, returned, judged, judges, shown, device, out):
+    """A row: what `measure`d `entry` makes of all clips. judged: the numbers of the frames that count, which `returned`
+    holds too. shown: the number of the clip whose reconstruction is written to out/videos/."""
+    fid, fvd = (make and make() for make in (judges.make_fid, judges.make_fvd))
+    quality, flicker = Quality(judges.lpips, fid), metrics.Mean("flicker")
+    tokens, psnrs, rows = None, {frame: [] for frame in judged}, []
+    seconds, timed, numbers, index = {"encode": 0.0, "decode": 0.0}, 0, None, [returned.index(n) for n in judged]
+    getattr(entry, "bases", None)  # principal components are fitted before anything is timed
+    memory = peak_of(entry, clips, device)
+    for i in tqdm(range(len(clips)), desc=entry.name[-30:], unit="clip", dynamic_ncols=True):
+        video = clips.video(i, device)
+        result = entry.run(video, clips.fps[i], i, timed=i < TIMED_CLIPS)
+        if result.frames.shape[1] != len(returned):
+            raise InputError(f"{entry.name}: {result.frames.shape[1]} frames came back, not {len(returned)}")
+        output, target = result.frames[:, index].mul(255).round().div(255), video[:, judged]
+        quality.add(output, target)
+        if len(judged) > 1:
+            flicker.add(flicker=metrics.flicker(output, target))
+        if fvd:
+            fvd.add(output, target)
+        of_frames = metrics.MEASURES["psnr"].function(output, target)[0].tolist()
+        for frame, value in zip(judged, of_frames):
+            psnrs[frame].append(value)
+        if result.seconds:
+            timed += 1
+            seconds = {half: seconds[half] + result.seconds[half] for half in seconds}
+        pixels, bits, numbers = video[:, :, 0].numel(), result.bits, result.numbers
+        if result.codes:
+            tokens = tokens or metrics.CodeStatistics(entry.codebook_sizes)
+            tokens.add(result.codes, pixels)
+            bits = sum(codes.numel() * math.log2(size) for codes, size in zip(result.codes, entry.codebook_sizes))
+        rows.append(dict(name=clips.names[i], psnr=sum(of_frames) / len(of_frames),
+                         bits_per_pixel=bits / pixels if bits is not None else None))
+        if i == shown:
+            write_video(os.path.join(out, video_path(entry)), output, clips.fps[i])
+    coded = [row["bits_per_pixel"] for row in rows if row["bits_per_pixel"] is not None]
+    code_facts = tokens.reduce() if tokens else {}
+    found = quality.reduce()
+    del found["count"]
+    row = dict(name=entry.name, words=entry.words, metrics=found, fid=fid.reduce() if fid else None,
+               rfvd=fvd.reduce() if fvd else None, flicker=flicker.reduce()["flicker"], **places(entry, psnrs),
+               numbers_per_pixel=numbers / pixels if numbers else None,
+               bits_per_pixel=sum(coded) / len(coded) if coded else None,
+               entropy_bits_per_pixel=code_facts.get("entropy_bits_per_pixel"),
+               codebook_use=code_facts.get("codebook_use"), parameters=entry.parameters,
+               encode_fps=timed * clips.frames / seconds["encode"] if timed else None,
+               decode_fps=timed * clips.frames / seconds["decode"] if timed else None, peak_memory_mb=memory,
+               clips=rows, video=video_path(entry))
+    return finite(row)
+
+
+def peak_of(entry, clips, device):
+    """Megabytes that the first clip takes at the peak, with the weights; None where the system cannot tell. It also
+    warms up what there is to warm up."""
+    held_memory(device)  # what was freed goes back to the system, or it would hide what is taken
+    video = clips.video(0, device)
+    taken = memory_of(lambda: entry.run(video, clips.fps[0], 0), device)
+    return (taken + entry.weight_bytes) / 1e6 if reset_peak_memory(device) else None
+
+
+def finite(value):
+    """A copy in which None stands for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def video_path(entry):
+    about = f"{entry.name} {entry.fingerprint}".encode(errors="backslashreplace")
+    return f"videos/{hashlib.sha256(about).hexdigest()[:12]}.webm"
+
+
+def write_video(path, video, fps):
+    """1 T 3 H W in [0, 1]"""
+    frames = video[0].mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    with report.VideoWriter(path, fps, frames.shape[2], frames.shape[1]) as writer:
+        for frame in frames:
+            writer.write(frame)

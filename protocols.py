@@ -1,0 +1,180 @@
+"""The fixed clips that leaderboard.py judges all models on, and the protocols by which papers choose theirs.
+
+    clips = Clips(options.data, "results", height=256, width=256, frames=17)      # one from the middle of each video
+    clips = Clips("MCL-JCV/", "results", *PROTOCOLS["mcl-jcv"][:4], protocol="mcl-jcv")
+    video = clips.video(0)                               # 1 T 3 H W in [0, 1]
+
+Each frame is scaled, keeping its shape, until height x width just fits in it, and the centre is cut out. A folder of
+two images or more is a video too, its frames in the order of their names, as DAVIS is published.
+
+mcl-jcv   VidTok (Tang et al. 2024, arXiv 2412.13061): all 30 videos, whole, as clips of 17 frames of 256x256, at 30
+          frames/s or as they are where they have fewer; the last clip is filled up with its last frame. (MAGVIT-v2, Yu
+          et al. 2024, arXiv 2310.05737, has the same videos at 640x360: --size 360x640.)
+ucf101    LARP (Wang et al. 2025, arXiv 2410.21264), as OmniTokenizer and TATS have it: 16 frames of 128x128 of each
+          video at its own rate, rFVD over all. They are of the videos that split 1 trains on (9537), as the field
+          reports them, each from a random place; here from the middle, and of any folder of at least 3783 videos (split
+          1's tests): the figures of two such folders do not compare.
+davis     Cosmos (NVIDIA 2025, arXiv 2501.03575): DAVIS 2017 at 1080p (90 videos, JPEGImages/Full-Resolution), whole,
+          17 frames at a time, which is the window of the code published with it (github.com/NVIDIA/Cosmos-Tokenizer);
+          the paper itself does not name it.
+--clips, --frames and --size override these; the page then says that it is a part of the protocol.
+"""
+import hashlib
+import itertools
+import os
+import tempfile
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from data import DataError
+
+
+class Protocol(NamedTuple):
+    height: int
+    width: int
+    frames: int
+    whole: bool     # clips one after the other, from the first frame to the last; else one from the middle
+    fps: float = 0  # frames are left out of what has twice as many a second or more; 0: none are
+    videos: int = 1  # that it takes at least
+
+
+PROTOCOLS = {"mcl-jcv": Protocol(256, 256, 17, True, 30, 30),
+             "ucf101": Protocol(128, 128, 16, False, 0, 3783),
+             "davis": Protocol(1080, 1920, 17, True, 0, 90)}
+
+
+class Video(NamedTuple):
+    name: str
+    source: data.Source
+    images: tuple = ()  # the paths of its frames, where it is a folder of images
+
+
+def find_videos(path, max_pixels=data.MAX_PIXELS, what="--data"):
+    """([Video], [(path, why not)]) of a folder, a list of files or a file, by their names. DataError, about the option
+    `what`, for none that can be read."""
+    sources = data.find_sources(path)
+    folders = {}
+    for source in sources:
+        if source.is_image:
+            folders.setdefault(os.path.dirname(source.path), []).append(source)
+    videos, refused = data.probe([source for source in sources if not source.is_image], max_pixels)
+    found = [Video(os.path.splitext(source.key)[0], source) for source in videos]
+    for folder, images in folders.items():
+        if len(images) > 1:
+            name = os.path.dirname(images[0].key) or os.path.basename(os.path.abspath(folder))
+            found.append(Video(name, images[0], tuple(sorted(image.path for image in images))))
+    if not found:
+        first = f"; the first: {refused[0][0]}: {refused[0][1]}" if refused else ", and single images are no videos"
+        raise DataError(f"{what}: {path!r} holds no video that can be read{first}")
+    return sorted(found, key=lambda video: video.name), refused
+
+
+def fit(frame, height, width):
+    """H W 3 BGR -> its centre, scaled to height x width, RGB uint8."""
+    scale = min(frame.shape[0] / height, frame.shape[1] / width)
+    rows, columns = (max(1, round(side * scale)) for side in (height, width))
+    top, left = (frame.shape[0] - rows) // 2, (frame.shape[1] - columns) // 2
+    part = np.ascontiguousarray(frame[top:top + rows, left:left + columns])
+    part = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if scale >= 1 else cv2.INTER_CUBIC)
+    return cv2.cvtColor(part, cv2.COLOR_BGR2RGB)
+
+
+def all_frames(video, max_pixels):
+    """All frames of a Video, H W 3 BGR."""
+    if video.images:
+        for path in video.images:
+            yield data.read_image(path, max_pixels)
+    else:
+        for frame in data.VideoReader(video.source.path, max_pixels):
+            yield cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+
+
+def pieces(frames, size, step):
+    """Lists of `size` frames, every `step`-th, one after the other; the last is filled up with its last frame."""
+    frames = itertools.islice(frames, 0, None, step)
+    while piece := list(itertools.islice(frames, size)):
+        yield piece + piece[-1:] * (size - len(piece))
+
+
+class Clips:
+    """The clips of a folder. `names`, `fps` of each, `fingerprint` (16 hexadecimal digits of their pixels), `notes`
+    (what is odd about them), `height`, `width`, `frames`.
+
+    whole, fps, protocol: as PROTOCOLS has them. clips: so many clips in all, evenly spread over the videos, several of
+    each where there are more clips than videos; 0: all that there are. They are read once, into a temporary file under
+    `out`. DataError where there are no videos, or fewer than the protocol takes and `clips` does not ask for fewer.
+    """
+
+    def __init__(self, path, out, height, width, frames, whole=False, fps=0, clips=0, protocol="",
+                 max_pixels=data.MAX_PIXELS, what="--data"):
+        self.height, self.width, self.frames = height, width, frames
+        videos, refused = find_videos(path, max_pixels, what)
+        self.notes = [f"{path}: {reason}" for path, reason in refused]
+        wanted = PROTOCOLS[protocol].videos if protocol else 1
+        if len(videos) < wanted and not clips:
+            raise DataError(f"--protocol {protocol} wants {wanted} videos, and {len(videos)} of {what} {path} can be "
+                            "read: give the whole set, or --clips N for a part of the protocol")
+        self.names, self.fps, self.sources = [], [], []
+        self.file, digest = tempfile.TemporaryFile(dir=out), hashlib.sha256()
+        per_video = max(1, -(-clips // len(videos)))
+        if clips and clips < len(videos):
+            videos = [videos[i] for i in np.linspace(0, len(videos) - 1, clips).round().astype(int)]
+        for video in tqdm(videos, desc="reading the clips", unit="video", dynamic_ncols=True, disable=None):
+            try:
+                found = list(self.clips_of(video, whole and not clips, fps, per_video, max_pixels))
+            except DataError as error:
+                self.notes.append(f"{video.source.path}: {error}")
+                continue
+            for number, clip in enumerate(found):
+                if clips and len(self.names) == clips:
+                    break
+                clip = np.stack([fit(frame, height, width) for frame in clip])
+                digest.update(clip.data)
+                self.file.write(clip.data)
+                self.names.append(video.name + f" #{number + 1}" * (len(found) > 1))
+                self.fps.append(self.fps_of(video, fps, max_pixels)[0])
+                self.sources.append(video.name)
+        if not self.names:
+            raise DataError(f"{what}: no clip could be read; the first: {self.notes[0]}")
+        self.file.flush()
+        self.pixels = np.memmap(self.file, np.uint8, "r", shape=(len(self.names), frames, height, width, 3))
+        digest.update(f"{self.pixels.shape} {self.fps}".encode())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.names)
+
+    def fps_of(self, video, most, max_pixels):
+        """(frames a second of its clips, every how manieth frame they take)"""
+        fps = 25.0 if video.images else data.VideoReader(video.source.path, max_pixels).fps
+        step = max(1, round(fps / most)) if most else 1
+        return fps / step, step
+
+    def clips_of(self, video, whole, fps, per_video, max_pixels):
+        """Lists of H W 3 BGR frames of one Video."""
+        step = self.fps_of(video, fps, max_pixels)[1]
+        if whole:
+            yield from pieces(all_frames(video, max_pixels), self.frames, step)
+            return
+        for k in range(per_video):
+            place = (k + 0.5) / per_video
+            if video.images:
+                first, step = data.fit_clip(len(video.images), place, self.frames, step)
+                paths = video.images[first::step][:self.frames]
+                clip, notes = [data.read_image(path, max_pixels) for path in paths], []
+                if len(clip) < self.frames:
+                    notes = [f"only {len(clip)} frames, {self.frames} wanted: the last is repeated"]
+                    clip += clip[-1:] * (self.frames - len(clip))
+            else:
+                clip, _, _, notes = data.read_frames(video.source.path, place, self.frames, step, max_pixels)
+            self.notes += [f"{video.source.path}: {note}" for note in notes]
+            yield clip
+
+    def video(self, i, device="cpu"):
+        """1 T 3 H W in [0, 1]."""
+        return torch.from_numpy(np.array(self.pixels[i])).to(device).permute(0, 3, 1, 2)[None].float().div_(255)
