@@ -9,7 +9,6 @@ Each has `name`, `words` (what it is), `fingerprint` (other for other weights), 
 and 0 where frames are coded by themselves, or by a codec).
 """
 import functools
-import inspect
 import math
 import re
 import time
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+import quantize
 from codec import InputError
 from compare import factors
 from device import place, synchronize
@@ -73,15 +73,16 @@ class Own:
 
     def __init__(self, name, context, levels=0):
         model, words = models.load_model(name)
-        if levels and not takes_levels(model):
-            raise InputError(f"{name}: {words}, has no levels to leave out: --levels is for residual tokenizers")
+        self.most_levels = levels_of(model)
         about = f"levels {levels}" if levels else ""
         self.name, self.words = f"{name} {about}".strip(), f"{words}, {about}".strip(", ")
         self.fingerprint = models.fingerprint(model, f"{sorted(model.config.items())} {about}")
-        self.levels, self.device, self.dtype = levels, context.device, context.dtype
+        self.device, self.dtype = context.device, context.dtype
         self.parameters, self.weight_bytes = size_of(model)
         place(model, context.device, context.dtype).requires_grad_(False)
         self.model = models.fast(model) if context.device.type == "cpu" else model
+        if levels:
+            quantize.use_levels(self.model, levels)
         trimmed = getattr(getattr(model, "taehv", model), "frames_to_trim", 0)  # causal: the first stands for one frame
         self.group = model.time_factor if model.time_factor > 1 else None
         self.first = model.time_factor - trimmed
@@ -101,9 +102,6 @@ class Own:
         fed = padded(video.to(self.device), self.model.space_factor).to(self.dtype)
         output, info = self.model(fed)
         codes = info.get("codes")
-        if self.levels:
-            codes = codes[:self.levels]
-            output = self.model.detokenize(codes, levels=self.levels)
         output = output.float().clamp(0, 1)[..., :height, :width]
         seconds = time_halves(self.model, fed, self.device) if timed else None
         return Result(output, seconds, None if codes else info["latents"].numel(), None, codes)
@@ -111,12 +109,13 @@ class Own:
     @property
     def codebook_sizes(self):
         """Of the tensors in a Result's codes."""
-        return self.model.codebook_sizes[:self.levels or None]
+        return self.model.codebook_sizes
 
 
-def takes_levels(model):
-    """Whether it is a tokenizer that can decode from its first levels alone."""
-    return hasattr(model, "detokenize") and "levels" in inspect.signature(model.detokenize).parameters
+def levels_of(model):
+    """How many levels a residual tokenizer's codes have, of which the first alone stand for the video too; else 0."""
+    quantizer = getattr(model, "quantize", None)
+    return quantizer.codes_per_position if getattr(quantizer, "nested", False) else 0
 
 
 class ByTeacher:

@@ -75,7 +75,7 @@ def look_at(name, context, frames, levels=0):
     """What is to be known of an entry before any is measured: {"name", "levels", "returned", "fingerprint"}."""
     entry = entries.load(name, context, levels)
     return dict(spec=name, name=entry.name, levels=levels, returned=entry.returned(frames),
-                fingerprint=entry.fingerprint, has_levels=entries.takes_levels(getattr(entry, "model", None)))
+                fingerprint=entry.fingerprint, most_levels=getattr(entry, "most_levels", 0))
 
 
 def looked_at(names, options, context, failures):
@@ -85,9 +85,8 @@ def looked_at(names, options, context, failures):
     for name in names:
         try:
             one = look_at(name, context, options.shape["frames"])
-            several = options.levels and one["has_levels"]
-            found[name] = [look_at(name, context, options.shape["frames"], count) for count in options.levels] \
-                if several else [one]
+            counts = [count for count in options.levels or [] if count <= one["most_levels"]]
+            found[name] = [look_at(name, context, options.shape["frames"], count) for count in counts] or [one]
         except Exception as error:  # whatever befalls one, the others get their turn
             found[name] = failures.row(name, name, error)
             print(f"{name}: {one_line(found[name]['failed'])}")
@@ -122,8 +121,9 @@ def run(options):
     fitted = [name for name in options.entries if entries.is_fitted(name)]
     context = entries.Context(device, dtype, None)
     found = looked_at([name for name in options.entries if name not in fitted], options, context, failures)
-    if options.levels and not any(one[0]["has_levels"] for one in found.values() if isinstance(one, list)):
-        raise InputError("--levels: none of the models is a residual tokenizer whose detokenize takes levels")
+    if options.levels and not any(one[0]["most_levels"] for one in found.values() if isinstance(one, list)):
+        raise InputError("--levels: none of the models has codes of several levels: they are of residual "
+                         "quantizers (net.quantizer=rvq)")
     if not fitted:
         check_some_are_left(found)
     clips = Clips(options.data, options.out, **options.shape, clips=options.clips, max_pixels=options.max_pixels)
@@ -180,8 +180,9 @@ def run(options):
     for one in waiting:
         try:
             entry = entries.load(one["spec"], context, one["levels"])
-            rows[one["name"]] = {"key": one["key"], **measure(entry, clips, one["returned"], judged, judges,
-                                                              options.show, device, options.out)}
+            video = f"videos/{one['key']}.webm"
+            rows[one["name"]] = {"key": one["key"], "video": video, **measure(
+                entry, clips, one["returned"], judged, judges, device, options.show, os.path.join(options.out, video))}
         except Exception as error:
             failed[one["name"]] = failures.row(one["name"], one["name"], error)
             print(f"{one['name']}: {one_line(failed[one['name']]['failed'])}")

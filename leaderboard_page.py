@@ -47,7 +47,7 @@ for (const head of document.querySelectorAll("th[data-key]")) head.onclick = () 
   const up = head.ariaSort ? head.ariaSort === "descending" : head.dataset.up === "1";
   for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
   head.ariaSort = up ? "ascending" : "descending";
-  const value = row => { const text = row.cells[column].dataset.value;
+  const value = row => { const text = row.cells[column]?.dataset.value;
     return text === "" || text === undefined ? null : column ? Number(text) : text; };
   const rows = [...body.rows].sort((a, b) => { const x = value(a), y = value(b);
     if (x === null || y === null) return (x === null) - (y === null);
@@ -58,6 +58,7 @@ const videos = [...document.querySelectorAll(".together video")], play = documen
 const place = document.getElementById("place"), speed = document.getElementById("speed");
 if (videos.length) {
   const lead = videos[0];
+  for (const v of videos) v.playbackRate = Number(speed.value);
   const start = () => { for (const v of videos) {
     v.currentTime = 0; v.playbackRate = Number(speed.value); v.play(); } };
   lead.onended = start;

@@ -1,7 +1,7 @@
 """One entry of a leaderboard over all its clips: a row of leaderboard.json.
 
     judges = Judges(options, device)                     # LPIPS, FID and rFVD, where they can be had
-    row = measure(entry, clips, entry.returned(17), judged, judges, 0, device, "results")
+    row = measure(entry, clips, entry.returned(17), judged, judges, device, 0, "results/videos/clip.webm")
 
 The metrics of frames are those of evaluate.py and metrics.py: one more in `metrics.MEASURES` is in the row.
 """
@@ -73,9 +73,9 @@ def places(entry, psnrs):
 
 
 @torch.no_grad()
-def measure(entry, clips, returned, judged, judges, shown, device, out):
-    """A row: what `measure`d `entry` makes of all clips. judged: the numbers of the frames that count, which `returned`
-    holds too. shown: the number of the clip whose reconstruction is written to out/videos/."""
+def measure(entry, clips, returned, judged, judges, device, shown, path):
+    """A row: what `entry` makes of all clips. judged: the numbers of the frames that count, which `returned` holds too.
+    shown: the number of the clip whose reconstruction is written to `path`, a .webm file."""
     fid, fvd = (make and make() for make in (judges.make_fid, judges.make_fvd))
     quality, flicker = Quality(judges.lpips, fid), metrics.Mean("flicker")
     tokens, psnrs, rows = None, {frame: [] for frame in judged}, []
@@ -107,7 +107,7 @@ def measure(entry, clips, returned, judged, judges, shown, device, out):
         rows.append(dict(name=clips.names[i], psnr=sum(of_frames) / len(of_frames),
                          bits_per_pixel=bits / pixels if bits is not None else None))
         if i == shown:
-            write_video(os.path.join(out, video_path(entry)), output, clips.fps[i])
+            write_video(path, output, clips.fps[i])
     coded = [row["bits_per_pixel"] for row in rows if row["bits_per_pixel"] is not None]
     code_facts = tokens.reduce() if tokens else {}
     found = quality.reduce()
@@ -120,7 +120,7 @@ def measure(entry, clips, returned, judged, judges, shown, device, out):
                codebook_use=code_facts.get("codebook_use"), parameters=entry.parameters,
                encode_fps=timed * clips.frames / seconds["encode"] if timed else None,
                decode_fps=timed * clips.frames / seconds["decode"] if timed else None, peak_memory_mb=memory,
-               clips=rows, video=video_path(entry))
+               clips=rows)
     return finite(row)
 
 
@@ -140,11 +140,6 @@ def finite(value):
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def video_path(entry):
-    about = f"{entry.name} {entry.fingerprint}".encode(errors="backslashreplace")
-    return f"videos/{hashlib.sha256(about).hexdigest()[:12]}.webm"
 
 
 def write_video(path, video, fps):

@@ -126,7 +126,8 @@ class Clips:
             videos = [videos[i] for i in np.linspace(0, len(videos) - 1, clips).round().astype(int)]
         for video in tqdm(videos, desc="reading the clips", unit="video", dynamic_ncols=True, disable=None):
             try:
-                found = list(self.clips_of(video, whole and not clips, fps, per_video, max_pixels))
+                rate, step = self.fps_of(video, fps, max_pixels)
+                found = list(self.clips_of(video, whole and not clips, step, per_video, max_pixels))
             except DataError as error:
                 self.notes.append(f"{video.source.path}: {error}")
                 continue
@@ -135,13 +136,12 @@ class Clips:
                     break
                 clip = np.stack([fit(frame, height, width) for frame in clip])
                 digest.update(clip.data)
-                self.file.write(clip.data)
+                self.write(clip, out)
                 self.names.append(video.name + f" #{number + 1}" * (len(found) > 1))
-                self.fps.append(self.fps_of(video, fps, max_pixels)[0])
+                self.fps.append(rate)
                 self.sources.append(video.name)
         if not self.names:
             raise DataError(f"{what}: no clip could be read; the first: {self.notes[0]}")
-        self.file.flush()
         self.pixels = np.memmap(self.file, np.uint8, "r", shape=(len(self.names), frames, height, width, 3))
         digest.update(f"{self.pixels.shape} {self.fps}".encode())
         self.fingerprint = digest.hexdigest()[:16]
@@ -149,15 +149,22 @@ class Clips:
     def __len__(self):
         return len(self.names)
 
+    def write(self, clip, out):
+        try:
+            self.file.write(clip.data)
+            self.file.flush()
+        except OSError as error:
+            raise DataError(f"{out}: clip {len(self.names) + 1} finds no room there ({error.strerror}); clips take "
+                            f"{clip.nbytes / 1e6:.1f} MB each") from None
+
     def fps_of(self, video, most, max_pixels):
         """(frames a second of its clips, every how manieth frame they take)"""
         fps = 25.0 if video.images else data.VideoReader(video.source.path, max_pixels).fps
         step = max(1, round(fps / most)) if most else 1
         return fps / step, step
 
-    def clips_of(self, video, whole, fps, per_video, max_pixels):
-        """Lists of H W 3 BGR frames of one Video."""
-        step = self.fps_of(video, fps, max_pixels)[1]
+    def clips_of(self, video, whole, step, per_video, max_pixels):
+        """Lists of H W 3 BGR frames of one Video, every `step`-th."""
         if whole:
             yield from pieces(all_frames(video, max_pixels), self.frames, step)
             return

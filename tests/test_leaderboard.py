@@ -19,6 +19,7 @@ import protocols
 import rate
 from codec import InputError
 from conftest import mistake, write_clip
+from model_taehv import load_taehv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +72,7 @@ def board(clips, teacher, tmp_path_factory):
     return arguments, found, (folder / "out" / "leaderboard.html").read_text(encoding="utf-8")
 
 
-def test_figures_are_of_the_frames_that_all_models_return(board):
+def test_figures_are_of_the_frames_that_all_models_return(board, clips, teacher, tmp_path):
     """TAEHV returns 9 of 12 frames: the others' last three count no more. By hand: what a known error gives."""
     _, found, _ = board
     marked, taehv, bicubic, pca, broken = found["rows"]
@@ -84,6 +85,13 @@ def test_figures_are_of_the_frames_that_all_models_return(board):
     assert marked["parameters"] == 7 and marked["numbers_per_pixel"] == 4 * 5 / 64 / 12  # 12 frames are filled up to 13
     assert bicubic["numbers_per_pixel"] == 3 / 64 and bicubic["place_first"] is None
     assert math.isclose(pca["numbers_per_pixel"], 16 / (3 * 256) * 3) and pca["metrics"]["psnr"] > 20
+    model, clips = load_taehv(teacher).eval(), protocols.Clips(clips, str(tmp_path), 64, 64, 12, clips=3)
+    with torch.no_grad():  # the plain network, where the command has a fast one
+        videos = [clips.video(i) for i in range(3)]
+        outputs = [model(video)[0].clamp(0, 1).mul(255).round().div(255) for video in videos]
+    expected = [metrics.psnr(output, video[:, :9]).mean().item() for output, video in zip(outputs, videos)]
+    assert np.allclose([clip["psnr"] for clip in taehv["clips"]], expected, atol=0.01)
+    assert math.isclose(taehv["metrics"]["psnr"], np.mean(expected), abs_tol=0.01)
     assert taehv["numbers_per_pixel"] == 16 * 3 / 64 / 12 and taehv["place_last"] and taehv["decode_fps"] > 0
     assert all(len(row["clips"]) == 3 and row["peak_memory_mb"] != 0 for row in found["rows"][:4])
     assert "broken.pth" in broken["failed"]
@@ -164,6 +172,10 @@ def test_mistakes_are_one_line(clips, tmp_path, capsys, monkeypatch):
             (["pca16", "--data", clips, *out, "--clips", "1"], "--fit FOLDER"),
             (["none.pth", "pca999", "--data", clips, *out, "--clips", "2"], "none of the 2 can be measured; the ")):
         assert line in mistake(capsys, monkeypatch, leaderboard, *arguments), arguments
+    with monkeypatch.context() as patched:
+        patched.setattr(protocols.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+        line = mistake(capsys, monkeypatch, leaderboard, "bicubic", "--data", clips, *out, "--clips", "2")
+    assert "out: clip 1 finds no room there (No space left on device); clips take 0.1 MB each" in line
     monkeypatch.setitem(sys.modules, "av", None)
     line = mistake(capsys, monkeypatch, leaderboard, "h264@crf30", "--data", clips, *out, "--clips", "2")
     assert line == "leaderboard.py: h264@crf30 needs a package: pip install av"
