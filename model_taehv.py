@@ -21,6 +21,7 @@ import contextlib
 import difflib
 import hashlib
 import http.client
+import json
 import math
 import os
 import socket
@@ -850,9 +851,34 @@ def read_weights(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_about(path):
+    """{"model_name": ..., "model_config": {...}} of a .safetensors file that says so in its metadata, as export.py
+    writes them; {} of others. ValueError for settings that are none."""
+    if not path.endswith(".safetensors"):
+        return {}
+    from safetensors import safe_open  # pip install safetensors
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    if not {"model_name", "model_config"} <= about.keys():
+        return {}
+    try:
+        config = json.loads(about["model_config"][:1 << 20])
+    except (ValueError, RecursionError):  # RecursionError: nested too deeply
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: model_config in its metadata is no JSON object")
+    return {"model_name": about["model_name"], "model_config": config}
+
+
 def arguments_of(state_dict, path, variant=None):
-    """What `recognise` finds, with the variant that is given. ValueError if the weights cannot be of that one."""
+    """What `recognise` finds, with the variant that is given, or else what the file says of itself. ValueError if the
+    weights cannot be of that variant."""
     arguments = recognise(state_dict, path)
+    about = {} if variant else read_about(path)
+    if about.get("model_name") == "taehv":
+        told = about["model_config"]
+        arguments.update({key: told[key] for key in ("activation", "output_range") if key in told})
+        variant = str(told.get("variant", "taehv"))
     if variant is not None:
         found = tuple(arguments[key] for key in ("patch_size", "latent_channels", "encoder_time_downscale",
                                                  "decoder_time_upscale", "arch_variant"))

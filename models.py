@@ -24,9 +24,10 @@ from checkpoint import MISSHAPEN, UNREADABLE, CheckpointError, check_finite, fir
 from config import ConfigError, check_net, load_config, may_be_large, parse_buckets, tuples
 from data import Bucket
 from device import host_memory
+from diffusers_names import from_diffusers, is_diffusers
 from model_dcae import DCAE, load_dcae
 from model_taehv import (TAEHV, VARIANTS, adapt_state_dict, arguments_of, find_weights, look_alikes, put_weights,
-                         read_weights)
+                         read_about, read_weights)
 from model_vq_latents import VQLatents
 from model_vqgan import VQGAN, load_vqgan
 from model_vqvae import VQVAE2, VqVae2, load_vqvae
@@ -253,7 +254,7 @@ def load_file(path, variant, overrides):
 
 
 def load_own(path, state, variant, overrides):
-    """From a checkpoint of ours: its averaged weights."""
+    """From a checkpoint of ours: its averaged weights; or from a file of export.py."""
     try:
         arguments = {**state["model_config"], **overrides}
         if variant and state["model_name"] not in ("taehv", "vq_latents"):
@@ -265,7 +266,8 @@ def load_own(path, state, variant, overrides):
         weights = state["ema"]
         model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)
         words = f"{state['model_name']}{' (' + arguments['variant'] + ')' if 'variant' in arguments else ''}"
-        return model.eval(), f"{words}, step {int(state['step'])}"
+        exported = path.endswith(".safetensors")  # by export.py
+        return model.eval(), f"{words}, exported" if exported else f"{words}, step {int(state['step'])}"
     except MISSHAPEN as error:
         raise CheckpointError(f"checkpoint: {path!r} does not fit its own model: {first_line(error)}") from None
 
@@ -303,7 +305,9 @@ def read_foreign(path):
     """The dict in a file of weights of any kind; a .ckpt may hold objects of the program that wrote it.
     CheckpointError, or what safetensors raises."""
     if path.endswith(".safetensors"):
-        return read_weights(path)
+        about, weights = read_about(path), read_weights(path)
+        weights = from_diffusers(weights) if is_diffusers(weights) else weights
+        return {**about, "ema": weights} if about.get("model_name") in MODELS else weights
     if not path.endswith(".ckpt"):
         return read(path)
     try:
@@ -366,12 +370,15 @@ def safetensors_errors():
 
 
 def newest_weights(folder):
-    """best.pt of a run folder, or else its newest good checkpoint, or else model.pth."""
+    """best.pt of a run folder, or else its newest good checkpoint, or else model.pth; the weights of a diffusers
+    folder."""
     best = os.path.join(folder, "best.pt")
     if os.path.isfile(best):
         return best
     path, _ = newest_checkpoint(folder)
-    path = path or os.path.join(folder, "model.pth")
+    path, other = path or os.path.join(folder, "model.pth"), os.path.join(folder, "diffusion_pytorch_model.safetensors")
+    if os.path.isfile(other) and not os.path.isfile(path):
+        return other
     if not os.path.isfile(path):
         raise CheckpointError(f"checkpoint: the folder {folder!r} holds no best.pt, step_*.pt or model.pth")
     return path
