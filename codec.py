@@ -169,9 +169,10 @@ def to_uint8(frame, height, width):
 
 
 class TokenSource:
-    """A token file, as decode_file reads it; InputError if it is another model's."""
+    """A token file, as decode_file reads it; InputError if it is another model's. levels: how many levels of nested
+    codes are decoded, None for all that it holds; InputError if it holds fewer."""
 
-    def __init__(self, path, model, model_hash):
+    def __init__(self, path, model, model_hash, levels=None):
         reader = TokenReader(path)
         if reader.about.get("model") != model_hash:
             raise InputError(f"{path}: its tokens are of another model ({reader.about.get('model')}); this one is "
@@ -182,8 +183,10 @@ class TokenSource:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: no tokens of a video ({error} in its header)") from None
         padded = [side + -side % model.space_factor for side in (self.height, self.width)]
-        maps = [(size, padded[0] // stride, padded[1] // stride)
-                for size, stride in zip(model.codebook_sizes, model.code_strides)]
+        sizes, strides, held = model.codebook_sizes, model.code_strides, len(reader.maps)
+        if getattr(getattr(model, "quantize", None), "nested", False) and held <= model.quantize.codes_per_position:
+            sizes, strides = sizes[:1] * held, strides[:1] * held  # it may have been cut after any level
+        maps = [(size, padded[0] // stride, padded[1] // stride) for size, stride in zip(sizes, strides)]
         if min(self.height, self.width) < 1 or reader.maps != maps:
             raise InputError(f"{path}: code maps (codes, height, width) {str(reader.maps)[:80]} are not those of a "
                              f"{self.height}x{self.width} video ({str(maps)[:80]})")
@@ -191,11 +194,13 @@ class TokenSource:
         if max(reader.frames) != self.total:
             raise InputError(f"{path}: {self.frames} frames take {self.total} latents, and it holds "
                              f"{max(reader.frames)}")
-        self.reader, self.note = reader, ""
+        if levels and levels > held:
+            raise InputError(f"{path}: holds {held} level{'s' * (held > 1)} of codes; --levels {levels} asks for more")
+        self.reader, self.levels, self.note = reader, levels, ""
 
     def __iter__(self):
         for piece in self.reader:
-            yield [torch.from_numpy(codes)[None] for codes in piece]
+            yield [torch.from_numpy(codes)[None] for codes in piece[:self.levels]]
 
 
 def check_frames(path, model, frames, held):
@@ -208,10 +213,11 @@ def check_frames(path, model, frames, held):
     return needed
 
 
-def open_codes(path, model, model_hash, tiles):
-    """What decode_file reads: fps, height, width, frames, total (latents), note, and iterating gives pieces."""
+def open_codes(path, model, model_hash, tiles, levels=None):
+    """What decode_file reads: fps, height, width, frames, total (latents), note, and iterating gives pieces. levels:
+    see TokenSource."""
     if path.endswith(TOKENS):
-        reader = TokenSource(path, model, model_hash)
+        reader = TokenSource(path, model, model_hash, levels)
     else:
         reader = LatentReader(path, model, tiles)
         check_frames(path, model, reader.frames, reader.total)

@@ -108,6 +108,9 @@ class Config:
                                     # distance of pixels in [0, 1] that the pixel loss averages (l1+l2 is |d| + 2 d^2)
     encoder_weight: float = 0.0     # weight of the squared error of the encoder's latents against the latent cache's
     vq_weight: float = 1.0          # weight of a tokenizer's codebook and commitment loss
+    temporal_weight: float = 0.0    # weight of the distance between the changes from frame to frame: against flicker
+    wavelet_weight: float = 0.0     # weight of the distance between the details of Haar wavelets in space and time
+    wavelet_levels: int = 2         # number of wavelet_weight's levels: details of 2 pixels and frames, of 4, ...
     perceptual_weight: float = 0.0  # weight of the LPIPS loss
     perceptual_net: Literal["vgg", "alex"] = "vgg"
                                     # network that the LPIPS loss looks through (validation measures with alex)
@@ -330,7 +333,7 @@ def tuples(value):
 
 def fitting(net, given):
     """`net` without a preset's quantizer options where another quantizer was chosen, which does not have them."""
-    kind = net.get("kind", "vq") if net.get("quantizer") == "rvq" else net.get("quantizer")
+    kind = net.get("kind", {"rvq": "vq", "product": "ema"}.get(net.get("quantizer"), net.get("quantizer")))
     takes = {"kmeans_init": ("vq", "ema", "optvq"), "restart_below": ("vq", "ema"), "num_head": ("optvq",)}
     return {key: value for key, value in net.items()
             if key not in takes or kind in takes[key] or f"net.{key}" in given}
@@ -391,23 +394,25 @@ CHOICES = {field.name: get_args(field.type) for field in dataclasses.fields(Conf
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
                "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
                "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
+               "temporal_weight wavelet_weight "
                "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
                "gan_clip",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
                "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
-               "gan_every clips_per_open",
+               "gan_every clips_per_open wavelet_levels",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
 # Far above what any run needs: what is greater is a slip, and would fill the memory or fail after minutes.
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay",
            0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
-           64: "clips_per_open",
+           8: "wavelet_levels", 64: "clips_per_open",
            1000: "val_clips_per_video perceptual_frames seraena_frames patch_size", 2 ** 14: "size val_size",
            2 ** 16: "frames batch_size accumulation latent_channels",
            10 ** 6: "timeout_minutes val_clips keep_last min_frame_delta max_frame_delta seraena_replay_mb",
            10 ** 11: "max_steps warmup_steps gan_start gan_ramp gan_every log_every val_every save_every max_bad_steps "
                      "max_val_images",
            10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
-                     "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes",
+                     "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes "
+                     "temporal_weight wavelet_weight",
            2 ** 62: "seed"}
 WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
 # Of `net`: what counts layers, which are built one by one, and all other numbers (codes, channels, frames).
@@ -465,6 +470,8 @@ def check_together(config):
         given = f"init_from={config.init_from}" if config.init_from else f"model={model}"
         raise ConfigError(f"init=pytorch with {given}: it is for a taehv from scratch")
 
+    check_quantizer(config.net)
+
     # ---- a latent cache
     if cached and model not in ("taehv", "vq_latents"):
         raise ConfigError(f"latent_cache with model={model}: only taehv and vq_latents learn from a teacher")
@@ -512,10 +519,40 @@ def check_together(config):
         raise ConfigError("no term of the loss trains the encoder: set encoder_weight above 0, or train_encoder=false")
     if learns.decoder and not learns.from_pixels:
         raise ConfigError("no term of the loss trains the decoder: set pixel_weight above 0, or train_decoder=false")
+    shapes = parse_buckets(config)
+    if config.temporal_weight > 0 and max(frames for _, frames, *_ in shapes) == 1:
+        raise ConfigError(f"temporal_weight={config.temporal_weight} with clips of one frame: nothing changes in them; "
+                          "set it to 0, or frames=2 or more")
+    smallest = min(size for size, *_ in shapes)
+    if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
+        raise ConfigError(f"wavelet_levels={config.wavelet_levels}: clips of {smallest} pixels have "
+                          f"{int(math.log2(smallest))} levels at most")
     if config.gan_weight > 0 and learns.from_pixels and config.gan_dims == 2:
         for size, *_ in parse_buckets(config):
             if size < 24:
                 raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {size}")
+
+
+def check_quantizer(net):
+    """ConfigError for options in `net` that its quantizer has not, or cannot be set so. Where `net` names no quantizer,
+    its model's default or that of init_from is meant, which says more when it is built."""
+    quantizer = net.get("quantizer")
+    gradient = ("vq", "ema", "simvq", "rvq", "product")
+    for key, takes in (("estimator", gradient), ("cosine", ("vq", "ema", "product")), ("quantizer_dropout", ("rvq",)),
+                       ("groups", ("product",)), ("entropy_weight", ("lfq", "bsq")), ("diversity", ("lfq", "bsq"))):
+        if key in net and quantizer and quantizer not in takes:
+            raise ConfigError(f"net.{key}={net[key]} with net.quantizer={quantizer}: only {', '.join(takes)} take it")
+    if (name := net.get("estimator", "rotation")) not in ("straight_through", "rotation"):
+        raise ConfigError(f"net.estimator={name}: one of straight_through, rotation is wanted")
+    chance = net.get("quantizer_dropout", 0)
+    if type(chance) not in (int, float) or not 0 <= chance <= 1:
+        raise ConfigError(f"net.quantizer_dropout={chance}: a probability from 0 to 1 is wanted")
+    if chance and net.get("depth") == 1:
+        raise ConfigError(f"net.quantizer_dropout={chance} with net.depth=1: there is no level to leave out")
+    codes = net.get("n_embed", 2)
+    if quantizer in ("lfq", "bsq") and (type(codes) is not int or codes < 2 or codes & (codes - 1)):
+        raise ConfigError(f"net.n_embed={codes} with net.quantizer={quantizer}: signs make 2, 4, 8, ... codes, a power "
+                          "of 2")
 
 
 class Learns(NamedTuple):
@@ -530,7 +567,8 @@ def what_learns(config):
     """The Learns of a run."""
     decoder = config.train_decoder and config.model != "vq_latents"  # there it is frozen
     reached = decoder or config.train_encoder and config.decoder_input == "own"
-    weights = (config.pixel_weight, config.perceptual_weight, config.seraena_weight)
+    weights = (config.pixel_weight, config.temporal_weight, config.wavelet_weight, config.perceptual_weight,
+               config.seraena_weight)
     pixels = reached and max(weights) > 0
     return Learns(config.train_encoder, decoder, pixels, config.train_encoder and config.encoder_weight > 0)
 

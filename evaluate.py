@@ -21,40 +21,70 @@ DETAILS = {"detail": Measure(lambda output, target: metrics.laplacian_variance(o
            "original_detail": Measure(lambda output, target: metrics.laplacian_variance(target), "")}
 
 
+PLACES = "mse_first", "mse_inner", "mse_last"  # squared error by the frame's place among those that a latent stands for
+
+
+def group_of(model, frames):
+    """(how many frames a latent decodes to, place in its group of the first frame that comes back) for `frames` frames
+    that come back. (1, 0) where a latent is one frame, and of taeh3, whose groups have gaps."""
+    model = getattr(model, "taehv", model)
+    size, trimmed = getattr(model, "time_factor", 1), getattr(model, "frames_to_trim", 0)
+    if getattr(model, "t_upscale", size) != size or getattr(model, "is_h3", False):
+        return 1, 0
+    return size, trimmed if frames % size else 0  # the first latents' own frames are not given back
+
+
 class Quality:
     """Means over frames of `metrics.MEASURES` and of sharpness (or of those named in `only`), and of LPIPS if its
-    function is given. `fid`, a metrics.FID that others may add to as well, or None, gets each `every`-th frame."""
+    function is given. `fid`, a metrics.FID that others may add to as well, or None, gets each `every`-th frame.
+    group: see `group_of`; a group of more than one frame adds the squared errors of PLACES."""
 
-    def __init__(self, lpips=None, fid=None, every=1, only=(*MEASURES, *DETAILS)):
+    def __init__(self, lpips=None, fid=None, every=1, only=(*MEASURES, *DETAILS), group=(1, 0)):
         measures = {**MEASURES, "lpips": MEASURES["lpips"]._replace(function=lpips), **DETAILS}
         self.measures = {name: measure for name, measure in measures.items()
                          if measure.function and name in (*only, "lpips")}
-        self.fid, self.every, self.frames = fid, every, 0
-        self.sums = torch.zeros(len(self.measures), 2, dtype=torch.float64)  # of each measure; and over how many frames
+        self.fid, self.every, self.frames, self.group = fid, every, 0, group
+        self.last, self.place = None, 0  # of the call before: its last frames; where in a group the next one stands
+        self.names = [*self.measures, *PLACES]
+        self.sums = torch.zeros(len(self.names), 2, dtype=torch.float64)  # of each measure; and over how many frames
 
     @torch.no_grad()
-    def add(self, output, target):
-        """N T 3 H W in [0, 1]. A measure leaves out frames that are too small for it."""
+    def add(self, output, target, follows=False):
+        """N T 3 H W in [0, 1]. A measure leaves out frames that are too small for it. follows: whether these frames
+        come behind those of the call before, in the same videos."""
         frames = output.shape[:-3].numel()
         if self.fid:
             wanted = [i for i in range(frames) if (self.frames + i) % self.every == 0]
             if wanted:
                 self.fid.add(*(video.flatten(0, -4)[wanted] for video in (output, target)))
         self.frames += frames
-        fits = [min(output.shape[-2:]) >= measure.least for measure in self.measures.values()]
-        values = [measure.function(output, target).flatten() for measure, fit in zip(self.measures.values(), fits)
-                  if fit]
+        pair, found = (output, target), {}
+        if follows and self.last:
+            pair = [torch.cat([last, video], 1) for last, video in zip(self.last, pair)]
+        for name, measure in self.measures.items():
+            given = pair if measure.frames > 1 else (output, target)
+            if min(output.shape[-2:]) >= measure.least and given[0].shape[1] >= measure.frames:
+                found[name] = measure.function(*given)
+        size, first = self.group[0], self.place if follows and self.last else self.group[1]
+        if size > 1 and "mse" in found:
+            places = [(first + t) % size for t in range(output.shape[1])]
+            for name, wanted in zip(PLACES, ({0}, set(range(1, size - 1)), {size - 1})):
+                found[name] = found["mse"][:, [t for t, place in enumerate(places) if place in wanted]]
+        self.last, self.place = (output[:, -1:].clone(), target[:, -1:].clone()), first + output.shape[1]
+        values = [value.flatten() for value in found.values()]
         if values:  # they come from a GPU together, once
-            sums = torch.stack(values).cpu().double().sum(1)
-            self.sums[torch.tensor(fits)] += torch.stack([sums, torch.full_like(sums, frames)], 1)
+            parts = torch.cat(values).cpu().double().split([len(value) for value in values])
+            self.sums[[self.names.index(name) for name in found]] += torch.tensor(
+                [[part.sum(), len(part)] for part in parts], dtype=torch.float64)
 
     def reduce(self, group=None):
         """{"mse": its mean over all ranks of `group`, or None where no frame was measured, ...}; "sharpness" in the
-        place of "detail" and "original_detail"; "count": frames."""
+        place of "detail" and "original_detail"; PLACES where latents have groups of frames; "count": frames."""
         if group is not None:
             torch.distributed.all_reduce(self.sums, group=group)
         means = {name: sum / count if count else None
-                 for name, (sum, count) in zip(self.measures, self.sums.tolist())}
+                 for name, (sum, count) in zip(self.names, self.sums.tolist())}
+        means = {name: mean for name, mean in means.items() if name not in PLACES or mean is not None}
         if "detail" in means:
             detail, original = means.pop("detail"), means.pop("original_detail")
             means["sharpness"] = None if detail is None else metrics.sharpness(detail, original)
@@ -67,7 +97,8 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
 
     samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
     dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
-    (frames at most 100 dB), "ssim", "sharpness" (as `metrics.sharpness`, of all frames; None for flat clips), "count";
+    (frames at most 100 dB), "ssim", "flicker" (None for clips of one frame), "sharpness" (as `metrics.sharpness`, of
+    all frames; None for flat clips), PLACES (where a latent stands for several frames), "count";
     "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
     `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
     latents, and "teacher_psnr", "teacher_mse", "teacher_ssim" and, if asked for, "teacher_lpips", of decoding the
@@ -90,6 +121,7 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
         own, output, target = info["latents"].float(), output.float().clamp(0, 1), model.targets(video)
         if statistics:
             statistics.add(info["codes"], video[:, :, 0].numel())
+        quality.group = group_of(model, target.shape[1])
         quality.add(output, target)
         if len(shown) < 4:
             shown.append((target[0].cpu(), output[0].cpu()))
@@ -151,6 +183,12 @@ def load_judges(cfg, device):
     return judges
 
 
+def describe_places(means):
+    """Those of PLACES among the means as words, "" if there are none: where in a latent's group of frames it errs."""
+    found = [f"{name.removeprefix('mse_')} {means[name]:.5f}" for name in PLACES if means.get(name) is not None]
+    return f"mse in a latent's group of frames: {', '.join(found)}" if found else ""
+
+
 def describe_validation(result):
     """`evaluate`'s dict as a line of the log, with its units."""
     sharpness = "-" if result["sharpness"] is None else f"{result['sharpness']:.3f}"
@@ -159,6 +197,8 @@ def describe_validation(result):
     line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness {sharpness}"
             + "".join(f", {name} {result[name]:.4g}" for name in others)
             + f" over {result['count']} frames")
+    if places := describe_places(result):
+        line += f"; {places}"
     if "codebook_use" in result:
         line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "
                  f"per pixel {result['bits_per_pixel']:.4f} ({result['entropy_bits_per_pixel']:.4f} entropy-coded)")

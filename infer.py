@@ -6,6 +6,7 @@
     python infer.py runs/mine a.latents.npz                # ... and decodes it
     python infer.py runs/vqgan a.mp4 --save-tokens         # compresses: writes results/tokens/a.tokens ...
     python infer.py runs/vqgan a.tokens                    # ... and restores it
+    python infer.py runs/rvq a.tokens --levels 2           # ... or coarsely, from the first levels of its codes
     python infer.py runs/mine a.mp4 --max-frames 48 --teacher taehv:taew2_1.pth    # beside its teacher
     python infer.py diffusers:AutoencoderKLWan:FOLDER a.mp4          # a teacher itself, a few frames at a time
 
@@ -37,12 +38,15 @@ import report
 from codec import TOKENS, InputError, Job, decode_file, open_codes, tile
 from compare import PeakMemory, factors
 from device import describe, pick_device, pick_precision, place, share_freed_blocks, tune
+from evaluate import PLACES, describe_places
 from inputs import MISTAKES, Failures, find_inputs, remove_leftovers
 from latent_file import LATENTS
 from lock import locked
+from quantize import use_levels
 from reconstruct import reconstruct, reconstruct_by_teacher
 from screen import ended_by_sigterm, guard_screen, one_line
 from teachers import KINDS, TeacherError, is_spec, load_teacher
+from token_file import keep_maps
 
 
 def load_own(options, device, dtype, memory):
@@ -53,6 +57,11 @@ def load_own(options, device, dtype, memory):
         place(model, device, dtype).requires_grad_(False)
         if device.type == "cpu":
             model = models.fast(model)
+    if options.levels:
+        try:
+            use_levels(model, options.levels)
+        except ValueError as error:
+            raise InputError(f"--levels {options.levels}: {options.checkpoint} is {words}; {error}") from None
     tiled = tile(model, options)
     if tiled:
         words += f", tiles of {tiled}"
@@ -71,6 +80,13 @@ def describe_model(model):
     settings = ", ".join(f"{k} {v}" for k, v in about.items()) if isinstance(about, dict) else ""
     parameters = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
     return {"settings": settings, "parameters": parameters} if settings else {"parameters": parameters}
+
+
+def cut_to(path, name, options):
+    """Where a token file that is cut to --levels goes; "" for no such file."""
+    if not (options.save_tokens and options.levels and path.endswith(TOKENS)):
+        return ""
+    return os.path.join(options.out, "tokens", name + TOKENS)
 
 
 STAGES = "reading", "model", "metrics", "writing"
@@ -104,7 +120,11 @@ def run(options):
         raise InputError(f"{latent_files[0]}: a video is all that is made of it, and none is to be written")
     if not options.by_teacher:
         model, tiled, model_hash, words = load_own(options, device, dtype, memory)
-        readers = [open_codes(path, model, model_hash, str(tiled or "")) for path in latent_files]
+        for path in latent_files:
+            if (target := cut_to(path, report.safe_name(path.removesuffix(TOKENS), set()), options)) \
+                    and os.path.realpath(target) == os.path.realpath(path):
+                raise InputError(f"{path}: --save-tokens --levels would write over it; choose another --out")
+        readers = [open_codes(path, model, model_hash, str(tiled or ""), options.levels) for path in latent_files]
     if spec := options.checkpoint if options.by_teacher else options.teacher:
         with memory.of("teacher"):
             teacher = load_teacher(spec, device, dtype)
@@ -136,6 +156,9 @@ def run(options):
         try:
             print("wrote", decode_file(reader, name, job))
             decoded += 1
+            if target := cut_to(path, name, options):
+                keep_maps(path, target, options.levels)
+                print(f"wrote {target}, of {options.levels} level{'s' * (options.levels > 1)}")
         except Exception as error:
             rows.append(failures.row(name, path, error))
             failures.code = 1
@@ -177,6 +200,10 @@ def run(options):
         print(f"FID {distance:.3f} over {fid.count} frames")
     if lpips_note:
         print(lpips_note)
+    done = [row["metrics"] for row in rows if "failed" not in row]
+    if places := describe_places({name: sum(found) / len(found) for name in PLACES
+                                  if (found := [means[name] for means in done if name in means])}):
+        print(places)
     print(describe_times(job.busy, time.perf_counter() - start))
     print(f"report: {page}")
     return failures.code
@@ -205,6 +232,9 @@ def parse(arguments=None):
                         help="what --num-samples draws by (default: %(default)s)")
     parser.add_argument("--save-latents", action="store_true", help="write OUT/latents/NAME.latents.npz too")
     parser.add_argument("--save-tokens", action="store_true", help=f"write OUT/tokens/NAME{TOKENS} too (tokenizers)")
+    parser.add_argument("--levels", type=int, metavar="K",
+                        help="only the first K levels of a residual quantizer's codes, in making tokens or in decoding "
+                             f"them: fewer bits, coarser; with --save-tokens also cuts *{TOKENS} to K levels")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
     parser.add_argument("--targets", nargs="?", default=judge.TARGETS, const=judge.TARGETS, metavar="LIST",
                         help="marks each input and the mean as having met or missed them; mse, psnr, ssim, lpips, or "
@@ -232,11 +262,13 @@ def parse(arguments=None):
                          "wanted")
     if options.max_pixels < 1:
         parser.error(f"--max-pixels {options.max_pixels}: at least 1 is wanted")
+    if options.levels is not None and options.levels < 1:
+        parser.error(f"--levels {options.levels}: 1 or more is wanted")
     for name, most in (("tile", 2 ** 14), ("tile_frames", 2 ** 14)):
         if not 0 <= (value := getattr(options, name) or 0) <= most:
             parser.error(f"--{name.replace('_', '-')} {value}: 0 to {most} is wanted")
     options.by_teacher = is_spec(options.checkpoint)
-    for name in ("variant", "save_latents", "save_tokens", "tile", "tile_frames", "teacher"):
+    for name in ("variant", "save_latents", "save_tokens", "levels", "tile", "tile_frames", "teacher"):
         if options.by_teacher and getattr(options, name) is not None and getattr(options, name) is not False:
             parser.error(f"--{name.replace('_', '-')} is for models of ours, and {options.checkpoint} is a teacher")
     try:

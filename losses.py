@@ -1,4 +1,7 @@
-"""Training losses: pixel distance and LPIPS. This file works alone: torch, and lpips where LPIPS is asked for."""
+"""Training losses: distances of pixels, of changes in time and of wavelets, and LPIPS.
+
+This file works alone: torch, and lpips where LPIPS is asked for.
+"""
 import os
 import warnings
 
@@ -27,6 +30,41 @@ def pixel_loss(kind, output, target):
     if kind == "charbonnier":
         return (output - target).square().add(1e-6).sqrt().mean()
     raise ValueError(f"unknown pixel loss {kind!r}; there are {', '.join(PIXEL_LOSSES)}")
+
+
+def temporal_loss(output, target):
+    """Mean distance of the changes from frame to frame, a scalar: the l1 form of `metrics.flicker`. N T 3 H W in
+    [0, 1]; 0 for T = 1. It does not see an error that all frames share: the pixel loss does."""
+    error = output - target
+    return error.diff(dim=1).abs().mean() if error.shape[1] > 1 else error.sum() * 0
+
+
+def wavelet_loss(output, target, levels=2):
+    """Mean distance of the details in an orthonormal Haar transform in space and time, a scalar; N T 3 H W in [0, 1].
+
+    A level splits each 2 x 2 pixels of two frames into their mean and seven details; the next one splits the means.
+    Levels weigh the same. The means that the last level leaves are not compared: the pixel loss does that. An axis of
+    one frame or pixel is not split, and an odd one is filled up with its last frame, row or column.
+    """
+    means, total = output - target, 0
+    for _ in range(levels):
+        bands = [means]
+        for axis in (1, -2, -1):
+            bands = [part for band in bands for part in haar(band, axis)]
+        means, *details = bands
+        total = total + (sum(band.abs().mean() for band in details) / len(details) if details else means.sum() * 0)
+    return total / levels
+
+
+def haar(x, axis):
+    """[sums, differences] of neighbours along an axis, over sqrt(2); [x] where the axis has one entry."""
+    size = x.shape[axis]
+    if size == 1:
+        return [x]
+    if size % 2:
+        x = torch.cat([x, x.narrow(axis, size - 1, 1)], axis)
+    first, second = x.unflatten(axis, (-1, 2)).unbind(axis + 1 if axis >= 0 else axis)
+    return [(first + second) * 0.5 ** 0.5, (first - second) * 0.5 ** 0.5]
 
 
 def lpips_network(net):

@@ -1,6 +1,7 @@
-"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, FID, sharpness, and exact sums of them over clips and ranks.
+"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, flicker, FID, sharpness, and their sums over clips and ranks.
 
-All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
+All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N); that
+of flicker, which videos have alone, one per pair of frames.
 Networks and windows multiply in true float32 (no TF32, no autocast), so that figures from a GPU compare with others.
 This file works alone with torch; LPIPS needs losses.py beside it and the package lpips, FID the package pytorch-fid.
 """
@@ -21,8 +22,8 @@ def true_float32(kind):
 
     kind: a device's type, "cuda" say. TF32 keeps 10 of 23 bits: emulated, it changes 0.1 to 3 % of all codes, and SSIM
     by up to 0.03. What was set before is set again at the end. torch.compile bakes precision into its kernels: what
-    needs this is to be kept out of it, by torch.compiler.disable. (quantize.py and metrics.py, which work alone, both
-    have this function.)
+    needs this is to be kept out of it, by torch.compiler.disable. (quantize_base.py and metrics.py, which work alone,
+    both have this function.)
     """
     backends, before = torch.backends, []
     if NEW_NAMES:
@@ -92,6 +93,12 @@ def ssim(output, target):
     return (total / ((height - 10) * (width - 10))).view(output.shape[:-2]).mean(-1)
 
 
+def flicker(output, target):
+    """Mean absolute error of the changes from frame to frame: N T C H W -> N T-1, each pair's at its second frame. What
+    stands still in the original and moves in its reconstruction shows here, and in no measure of single frames."""
+    return (output.float() - target.float()).diff(dim=-4).abs().mean((-3, -2, -1))
+
+
 def laplacian_variance(images):
     """Variance of the Laplacian (4 neighbours) of each image's grey values: its fine detail. Of a reconstruction over
     that of its original it is a measure of sharpness: below 1 is blurred, above 1 is oversharp or noisy."""
@@ -113,13 +120,15 @@ class Measure(NamedTuple):
     heading: str
     style: str = ".4f"  # format of the number
     least: int = 1      # pixels of height and width that it needs; smaller frames are left out
+    frames: int = 1     # frames in a row that it compares: of 2, the function returns N T-1
 
 
 # Validation, TensorBoard, infer.py's table and its report have all of these. A frame without an error counts as 100 dB.
 MEASURES = {"mse": Measure(mse, "MSE", ".5f"),
             "psnr": Measure(lambda output, target: psnr(output, target).clamp(max=100), "PSNR dB", ".2f"),
             "ssim": Measure(ssim, "SSIM", least=11),
-            "lpips": Measure(None, "LPIPS", least=32)}  # `load_lpips`
+            "lpips": Measure(None, "LPIPS", least=32),  # `load_lpips`
+            "flicker": Measure(flicker, "flicker", ".5f", frames=2)}
 
 
 # What rounding to 8 bits makes by itself: an error of variance 1/12 of a level squared, times the Laplacian's 4^2 + 4.

@@ -8,7 +8,7 @@ small part of what training a VQGAN takes: the idea is ReVQ's (Zhang et al. 2025
 differs: the autoencoder is a causal one of videos, the rectifier a few convolutions over a latent and the one before
 it, so that a tokenizer of live video comes out, and any quantizer of quantize.py may be taken.
 
-This file works with torch, model_taehv.py and quantize.py beside it.
+This file works with torch, and model_taehv.py and the quantize*.py files beside it.
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C h w, the TAEHV's own.
 """
 import torch

@@ -4,7 +4,7 @@
     codes = model.tokenize(video)                    # N T 3 H W in [0, 1]  ->  [int64 N T H/16 W/16]
     video = model.detokenize(codes)                  # ... and back, clamped to [0, 1]
 
-This file works with torch, quantize.py beside it. State_dict names, shapes and results are those of
+This file works with torch, and the quantize*.py files beside it. State_dict names, shapes and results are those of
 github.com/CompVis/taming-transformers (VQModel and EMAVQ; Esser et al. 2021) and github.com/zbr17/OptVQ. What differs:
 frames are folded into the batch, attention is one fused call, and videos are in [0, 1] (the networks see [-1, 1]).
 
@@ -154,9 +154,10 @@ class VQGAN(nn.Module):
     at which sizes blocks attend, for frames of `resolution` pixels (other sizes work as well). z_channels, embed_dim:
     channels before and behind the 1x1 convolution that leads to the quantizer. n_embed: number of codes, which the
     models of model_vqvae.py call nb_entries and vocab_size. beta: weight of the commitment. quantizer: a key of
-    quantize.QUANTIZERS; quantizer_options go to its class there: "rvq" needs depth=..., "fsq" takes levels=... instead
-    of n_embed and beta, and "optvq" gets eval_nearest=True unless told otherwise (as published, a frame's codes would
-    depend on the other frames of the batch). ValueError for what does not fit.
+    quantize.QUANTIZERS; quantizer_options go to its class: "rvq" needs depth=..., "product" groups=..., "fsq" takes
+    levels=... instead of n_embed and beta, "lfq" and "bsq" have a power of 2 of codes, and
+    "optvq" gets eval_nearest=True unless told otherwise (as published, a frame's codes would depend on the other frames
+    of the batch). ValueError for what does not fit.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256,
@@ -363,6 +364,11 @@ def recognise(weights):
     projected = book + "proj.weight" in weights
     kind = "optvq" if projected or code_dim != embed_dim else "vq"
     kind = "ema" if book + "embedding.cluster_size" in weights else kind
+    if book + "embedding_proj.weight" in weights:
+        return dict(found, n_embed=n_embed, quantizer="simvq")
+    if depth and code_dim != embed_dim:
+        return dict(found, n_embed=n_embed, quantizer="product", groups=depth,
+                    kind="ema" if book + "embedding.cluster_size" in weights else "vq")
     if depth:
         return dict(found, n_embed=n_embed, quantizer="rvq", depth=depth, kind="sinkhorn" if kind == "optvq" else kind)
     options = dict(num_head=embed_dim // code_dim, use_proj=projected) if kind == "optvq" else {}
@@ -373,13 +379,14 @@ def load_vqgan(source, **overrides):
     """(VQGAN in eval mode, what it is and what was ignored, in words) from a taming .ckpt, OptVQ weights or our own.
 
     source: a path (see `read_weights`), or the dict that such a file holds. overrides: arguments of VQGAN, for what
-    weights do not tell: `levels` of FSQ, `depth` and `shared` of a residual quantizer with one codebook, `legacy`,
-    `beta`. ValueError if the weights do not fit.
+    weights do not tell: `levels` of FSQ, `quantizer` of LFQ and BSQ, `cosine`, `depth` and `shared` of a residual
+    quantizer with one codebook, `legacy`, `beta`. ValueError if the weights do not fit.
     """
     weights, left = adapt_state_dict(source if isinstance(source, dict) else read_weights(source))
     arguments = {**recognise(weights), **overrides}
     if arguments["quantizer"] == "fsq" and "levels" not in arguments:
-        raise ValueError("these weights have no codebook: give the levels of FSQ, say levels=(8, 5, 5, 5)")
+        raise ValueError("these weights have no codebook: give the levels of FSQ, say levels=(8, 5, 5, 5), or "
+                         "quantizer='lfq' or 'bsq', and n_embed")
     model = VQGAN(**arguments)
     try:
         model.load_state_dict(weights)

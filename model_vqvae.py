@@ -4,7 +4,8 @@
     codes = model.tokenize(video)                    # N T 3 H W in [0, 1]  ->  [int64 N T' h w], coarse to fine
     video = model.detokenize(codes)                  # ... and back, clamped to [0, 1]
 
-This file works with torch, quantize.py beside it. State_dict names, shapes and results of VQVAE2 are those of
+This file works with torch, and the quantize*.py files beside it.
+State_dict names, shapes and results of VQVAE2 are those of
 github.com/vvvm23/vqvae-2 (after Razavi et al. 2019), names and shapes of VqVae2 those of models/vq_vae/vq_vae2 in
 github.com/zhangxuan1918/VqVaeVideo. What differs: videos are in [0, 1] (the networks see [-1, 1]; the second one was
 published for ImageNet's mean and deviation), and codebooks are those of quantize.py.

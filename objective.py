@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from adversary import Adversary
 from config import ConfigError, parse_buckets, what_learns
 from evaluate import LATENT_FACTS
-from losses import PerceptualLoss, pixel_loss
+from losses import PerceptualLoss, pixel_loss, temporal_loss, wavelet_loss
 from quantize import Quantizer, quantizers
 from ranks import Gradients, stay_together
 from seraena import Seraena
@@ -24,6 +24,8 @@ def pixel_terms(cfg, device):
     takes the two, N T 3 H W, the target in [0, 1], and returns a scalar."""
     return {
         "reconstruction_loss": (cfg.pixel_weight, lambda: lambda *pair: pixel_loss(cfg.pixel_loss, *pair)),
+        "temporal_loss": (cfg.temporal_weight, lambda: temporal_loss),
+        "wavelet_loss": (cfg.wavelet_weight, lambda: lambda *pair: wavelet_loss(*pair, cfg.wavelet_levels)),
         "perceptual_loss": (cfg.perceptual_weight, lambda: make_perceptual(cfg, device)),
     }
 

@@ -17,7 +17,7 @@ import report
 from codec import TOKENS, Codec, InputError, Spill, padded_length, queue_depth, to_uint8
 from compare import TeacherPass, compare_latents, teacher_row
 from device import free_memory
-from evaluate import Quality
+from evaluate import Quality, group_of
 from latent_file import LATENTS, LatentWriter
 from metrics import MEASURES, CodeStatistics
 from pipeline import Pipeline
@@ -124,7 +124,8 @@ def reconstruct(source, name, job):
         pictured = sorted({round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))})
         picture, latents_done, latent_errors = [], 0, []
         statistics = CodeStatistics(model.codebook_sizes) if codec.tokens else None
-        quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
+        quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)),
+                          group=group_of(model, len(model.frame_index(length))))
         teacher_quality = Quality(job.lpips)
         about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
 
@@ -300,10 +301,10 @@ class Outputs:
         while stack := list(itertools.islice(frames, self.at_once)):
             originals, outputs, theirs = zip(*stack)
             with self.job.turn:
-                quality.add(as_video(outputs, self.job.device), as_video(originals, self.job.device))
+                quality.add(as_video(outputs, self.job.device), as_video(originals, self.job.device), follows=True)
                 both = [(one, original) for one, original in zip(theirs, originals) if one is not None]
                 if both:
-                    teacher_quality.add(*(as_video(frames, self.job.device) for frames in zip(*both)))
+                    teacher_quality.add(*(as_video(frames, self.job.device) for frames in zip(*both)), follows=True)
 
     def write(self, kind, with_teacher, frames):
         """A teacher that gave no such frame leaves its panel black."""

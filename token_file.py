@@ -404,6 +404,17 @@ def parse_header(payload):
     return about, maps
 
 
+def keep_maps(path, target, count):
+    """Write to `target` what the file `path` holds of its first `count` maps, as of the first levels of a residual
+    quantizer. TokenError for a file of fewer, or as TokenReader."""
+    reader = TokenReader(path)
+    if not 1 <= count <= len(reader.maps):
+        raise TokenError(f"{path}: holds {len(reader.maps)} code maps, and {count} are to be kept")
+    with TokenWriter(target, reader.about, [codes for codes, *_ in reader.maps[:count]]) as writer:
+        for piece in reader:
+            writer.write(piece[:count])
+
+
 class TokenReader:
     """Reads what TokenWriter wrote: iterate over it (again and again) for the pieces, lists of int64 arrays T h w.
 

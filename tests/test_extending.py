@@ -23,7 +23,7 @@ common = ("data=clips.txt size=32 frames=4 batch_size=2 workers=0 val_fraction=0
           "device=cpu log_every=1").split()
 small = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
 codes = [*small.split(), *"net.quantizer=sign net.embed_dim=8 net.n_embed=256 perceptual_weight=0".split()]
-train.train(load_config(["vqgan", "name=codes", "pixel_weight=0", "motion_weight=0.5", "gan_weight=0", "max_steps=2",
+train.train(load_config(["vqgan", "name=codes", "pixel_weight=0", "edge_weight=0.5", "gan_weight=0", "max_steps=2",
                          *codes, *common]))
 train.train(load_config(["patches", "max_steps=2", "val_data=clips.txt", "val_clips=2", *common]))
 sys.argv = "infer.py runs/patches clips/a.mp4 --lpips none --max-frames 4 --device cpu --precision fp32".split()
@@ -54,7 +54,7 @@ def test_each_diff_applies_alone_and_touches_as_few_files_as_the_page_says(copy)
         touched[name] = re.findall(r"^\+\+\+ b/(\S+)", diff, re.M)
     assert touched == {"model": ["config.py", "model_patches.py", "models.py"],
                        "loss": ["config.py", "losses.py", "objective.py"],
-                       "metric": ["metrics.py"], "quantizer": ["quantize.py"], "dataset": ["data.py"]}
+                       "metric": ["metrics.py"], "quantizer": ["quantize.py", "quantize_binary.py"], "dataset": ["data.py"]}
 
 
 def test_what_the_diffs_add_runs(copy):
@@ -69,7 +69,7 @@ def test_what_the_diffs_add_runs(copy):
     assert done.returncode == 0, done.stderr[-4000:]
     log = (copy / "runs" / "codes" / "train.log").read_text()
     assert '"quantizer": "sign"' in log and "training: 1 files" in log
-    terms = re.search(r"step 2: .*motion (\S+), vq (\S+), codes used (\S+) %", log)
+    terms = re.search(r"step 2: .*edge (\S+), vq (\S+), codes used (\S+) %", log)
     assert terms and all(float(value) > 0 for value in terms.groups())
     assert re.search(r"step 2: validation .* mae 0\.\d+", (copy / "runs" / "patches" / "train.log").read_text())
     row, = json.loads((copy / "inference_results" / "metrics.json").read_text())["rows"]

@@ -35,8 +35,9 @@ from bench import published
 from conftest import NEEDS, ROOT, mistake, write_clip
 from golden.fill import fill_, make_input
 from init_taehv import colours
-from losses import PIXEL_LOSSES, pixel_loss
+from losses import PIXEL_LOSSES, pixel_loss, temporal_loss, wavelet_loss
 from model_taehv import TAEHV, VARIANTS, load_taehv, recognise
+from quantize import QUANTIZERS
 
 
 # ---- TAEHV -------------------------------------------------------------------------------------------------------
@@ -529,6 +530,20 @@ def test_pixel_losses():
         pixel_loss("l1", a, b[:1])
 
 
+def test_losses_in_time_and_of_details():
+    zero, still = torch.zeros(2, 5, 3, 6, 7), torch.full((2, 5, 3, 6, 7), 0.3)
+    for loss in (temporal_loss, wavelet_loss):
+        assert loss(still, zero) < 1e-7, "what all frames and pixels share is the pixel loss's"
+    a, b = torch.rand(2, 2, 5, 3, 6, 7)
+    assert temporal_loss(a, b) == pytest.approx(metrics.flicker(a, b).mean().item(), rel=1e-5)
+    dot = torch.zeros(1, 2, 1, 2, 2)
+    dot[0, 1, 0, 0, 1] = 1  # each of the seven details is 1 or -1, over sqrt(8)
+    assert wavelet_loss(dot, torch.zeros_like(dot), 1) == pytest.approx(8 ** -0.5)
+    image = torch.rand(1, 1, 3, 9, 9, requires_grad=True)
+    (temporal_loss(image, b[:1, :1, :, :1, :1]) + wavelet_loss(image, torch.zeros_like(image), 8)).backward()
+    assert image.grad.isfinite().all() and image.grad.abs().max() > 0
+
+
 # ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
@@ -642,6 +657,8 @@ def test_settings_are_parsed_and_checked():
         (["taehv_distill", "latent_cache=x", "encoder_weight=0"], "no term of the loss trains the encoder"),
         (["pixel_weight=0", "train_encoder=0"], "no term of the loss trains the decoder"),
         (["gan_weight=1", "buckets=64x1:1:1,16x1:1:1"], "its discriminator needs 24 pixels, size is 16"),
+        (["temporal_weight=1", "frames=1"], "clips of one frame"),
+        (["wavelet_weight=1", "wavelet_levels=5", "buckets=64x4:1:1,16x4:1:1"], "16 pixels have 4 levels at most"),
     ):
         with pytest.raises(config.ConfigError, match=words):
             config.load_config(arguments)
@@ -655,8 +672,8 @@ def test_a_presets_quantizer_options_go_with_its_quantizer():
     assert net["kmeans_init"] and net["restart_below"] == 0.1
     assert config.load_config(["vqgan_optvq", "net.quantizer=ema", "net.num_head=2"]).net["num_head"] == 2  # as asked
     assert config.load_config(["vqgan_ema"]).net == config.PRESETS["vqgan_ema"]["net"]
-    for quantizer in ("vq", "ema", "optvq", "fsq", "rvq"):
-        more = ["net.depth=2"] if quantizer == "rvq" else []
+    for quantizer in QUANTIZERS:
+        more = {"rvq": ["net.depth=2"], "product": ["net.groups=2"]}.get(quantizer, [])
         for preset in ("vq_latents", "vqgan", "vqgan_ema", "vqgan_optvq"):
             cfg = config.load_config([preset, *NEEDS.get(preset, []), f"net.quantizer={quantizer}", *more])
             with torch.device("meta"):
@@ -724,8 +741,8 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config", "synthetic", "quantize", "ranks",
-             "adversary", "seraena"]
+    "name", ["model_taehv", "data", "losses", "metrics", "report", "device", "config", "synthetic", "quantize_base",
+             "ranks", "adversary", "seraena"]
 )
 def test_leaf_files_work_when_copied_alone(name, tmp_path):
     spec = importlib.util.find_spec(name)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 import metrics
 import quantize
+import quantize_base
 from conftest import transport_plan
 from device import place
 from model_vq_latents import VQLatents
@@ -21,12 +22,12 @@ from test_tokenizers import MODELS
 
 aten, backends = torch.ops.aten, torch.backends
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
-needs_new_names = pytest.mark.skipif(not quantize.NEW_NAMES, reason="PyTorch 2.9 brought these names")
+needs_new_names = pytest.mark.skipif(not quantize_base.NEW_NAMES, reason="PyTorch 2.9 brought these names")
 
 
 def allowed():
     """The bits of mantissa that the process lets (products, convolutions) have: 23, 10 (TF32) or 7 (bfloat16)."""
-    if not quantize.NEW_NAMES:
+    if not quantize_base.NEW_NAMES:
         products = {"highest": 23, "high": 10, "medium": 7}[torch.get_float32_matmul_precision()]
         return products, 10 if backends.cudnn.allow_tf32 else 23
     bits = {"tf32": 10, "bf16": 7}
@@ -61,7 +62,7 @@ def narrow(request):
         torch.set_float32_matmul_precision("medium" if request.param == "bfloat16" else "highest")
         if request.param == "TF32":
             backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = True  # as device.tune does on a GPU
-        elif quantize.NEW_NAMES:
+        elif quantize_base.NEW_NAMES:
             backends.mkldnn.conv.fp32_precision = "bf16"
         before = allowed()
         assert before[0] < 23
@@ -73,7 +74,7 @@ def narrow(request):
 
     yield call
     torch.set_float32_matmul_precision("highest")
-    if quantize.NEW_NAMES:
+    if quantize_base.NEW_NAMES:
         backends.mkldnn.conv.fp32_precision = "none"
 
 
@@ -142,7 +143,7 @@ def test_figures_are_those_of_float32(narrow, monkeypatch):
 
 @pytest.mark.parametrize("new_names", [pytest.param(True, marks=needs_new_names), False])
 def test_an_error_leaves_the_settings_as_they_were(new_names, monkeypatch):
-    monkeypatch.setattr(quantize, "NEW_NAMES", new_names)
+    monkeypatch.setattr(quantize_base, "NEW_NAMES", new_names)
     try:
         torch.set_float32_matmul_precision("medium")
         before = allowed()

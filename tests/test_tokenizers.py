@@ -455,11 +455,13 @@ def test_lightning_objects_beside_the_weights_are_left_out(tmp_path):
 def test_a_copied_file_works_with_quantize_alone(tmp_path):
     for name in ("model_vqgan", "model_vqvae"):
         os.makedirs(tmp_path / name)
-        for file in (f"{name}.py", "quantize.py"):
-            shutil.copy(os.path.join(ROOT, file), tmp_path / name)
+        for file in os.listdir(ROOT):
+            if file == f"{name}.py" or file.startswith("quantize"):
+                shutil.copy(os.path.join(ROOT, file), tmp_path / name)
     script = "\n".join(["import sys", "for name in ('model_vqgan', 'model_vqvae'):", "    sys.path[0] = name",
-                        "    sys.modules.pop('quantize', None)", "    __import__(name)",
-                        "    print(sys.modules['quantize'].__file__)"])
+                        "    [sys.modules.pop(n) for n in list(sys.modules) if n.startswith('quantize')]",
+                        "    __import__(name)",
+                        "    print(sys.modules['quantize_base'].__file__)"])
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -56,10 +56,32 @@ def test_a_flat_clip_has_no_sharpness():
     textured = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     for clip in (flat, dithered):
         result = validate(Speckled(), [{"video": clip}])
-        assert result["sharpness"] is None and "sharpness - over 4 frames" in train.describe_validation(result)
+        assert result["sharpness"] is None and "sharpness -, flicker 0.0" in train.describe_validation(result)
     result = validate(Speckled(), [{"video": textured}, {"video": flat}])
     assert result["sharpness"] == pytest.approx(1, abs=0.01)
-    assert f"sharpness {result['sharpness']:.3f} over 8 frames" in train.describe_validation(result)
+    line = f"sharpness {result['sharpness']:.3f}, flicker {result['flicker']:.4g} over 8 frames"
+    assert line in train.describe_validation(result)
+
+
+def test_flicker_and_places_do_not_depend_on_how_a_video_is_cut():
+    """infer.py measures a few frames at a time. A TAEHV's first latent gives its last frame alone: 9 are 1 + 4 + 4."""
+    assert evaluate.group_of(TAEHV(), 9) == (4, 3) and evaluate.group_of(TAEHV("taecvx"), 8) == (4, 0)
+    assert evaluate.group_of(Speckled(), 9) == evaluate.group_of(TAEHV("taeh3"), 9) == (1, 0)
+    torch.manual_seed(0)
+    output, target = torch.rand(2, 1, 9, 3, 8, 8)
+    errors, changes = (output - target).square().mean((0, 2, 3, 4)), (output - target).diff(dim=1).abs().mean()
+    for cuts in ([9], [1] * 9, [2, 4, 3]):
+        quality = evaluate.Quality(group=(4, 3))
+        for a, b in zip(output.split(cuts, 1), target.split(cuts, 1)):
+            quality.add(a, b, follows=True)
+        found = quality.reduce()
+        assert found["flicker"] == pytest.approx(changes.item(), rel=1e-5) and found["ssim"] is None
+        for name, frames in (("first", [1, 5]), ("inner", [2, 3, 6, 7]), ("last", [0, 4, 8])):
+            assert found[f"mse_{name}"] == pytest.approx(errors[frames].mean().item(), rel=1e-5), name
+    apart = evaluate.Quality()
+    for a, b in zip(output.split([4, 5], 1), target.split([4, 5], 1)):
+        apart.add(a, b)  # two clips: no change between them
+    assert apart.sums[apart.names.index("flicker"), 1] == 7 and "mse_first" not in apart.reduce()
 
 
 def test_validation_measures_lpips_with_the_backbone_of_infer(monkeypatch):
