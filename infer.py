@@ -237,8 +237,8 @@ def parse(arguments=None):
                              f"them: fewer bits, coarser; with --save-tokens also cuts *{TOKENS} to K levels")
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
     parser.add_argument("--targets", nargs="?", default=judge.TARGETS, const=judge.TARGETS, metavar="LIST",
-                        help="marks each input and the mean as having met or missed them; mse, psnr, ssim, lpips, or "
-                             "'none' (default: %(default)s)")
+                        help="marks each input and the mean as having met or missed them; mse, psnr, ssim, lpips, "
+                             "flicker, or 'none' (default: %(default)s)")
     parser.add_argument("--fid", type=int, default=0, metavar="N",
                         help="FID of about N frames, spread over the inputs (needs pytorch-fid; biased under 2048)")
     parser.add_argument("--teacher", metavar="SPEC", help=f"set it beside the model: {KINDS}")

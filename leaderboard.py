@@ -12,7 +12,6 @@ videos/. What was measured already, with the same weights, clips and settings, i
 All models get the same frames, and are judged on those that all of them return: which these are, a model's `targets`
 says (a teacher returns the first of them). Reconstructions are rounded to 8 bits first. The metrics are those of
 validation and infer.py (metrics.py, `MEASURES`). Besides them:
-- flicker: mean squared error of the differences between frames;
 - first, inner, last: PSNR of a frame by its place among the frames that one latent stands for;
 - latents per pixel, or bits per pixel: of a codec as written, of a tokenizer with each code written plainly;
 - frames a second of clips as a whole, and the memory that one takes, with the weights.

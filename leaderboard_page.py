@@ -18,7 +18,7 @@ from report import AT_LEAST, STYLE, write_whole
 COLUMNS = [*((name, *(MEASURES[name].heading.split(" ", 1) + [""])[:2], MEASURES[name].style, AT_LEAST.get(name))
              for name in sorted(MEASURES, key=lambda name: (["psnr", "ssim", "lpips"] + [name]).index(name))),
            ("sharpness", "sharpness", "", ".2f", None), ("fid", "FID", "", ".1f", False),
-           ("rfvd", "rFVD", "", ".1f", False), ("flicker", "flicker", "", ".5f", False),
+           ("rfvd", "rFVD", "", ".1f", False),
            ("place_first", "first", "dB", ".2f", True), ("place_inner", "inner", "dB", ".2f", True),
            ("place_last", "last", "dB", ".2f", True), ("numbers_per_pixel", "latents", "per pixel", ".4f", False),
            ("bits_per_pixel", "bits", "per pixel", ".4f", False), ("parameters", "weights", "M", ".2f", False),
@@ -37,7 +37,7 @@ th[data-key] { cursor: pointer } th[aria-sort] { text-decoration: underline } .b
 """
 COLOURS = ["#2a78c8", "#d8601c", "#2b9a5b", "#b03a8c", "#8a6d1d", "#6450c8", "#12929c", "#c33c3c", "#6d7a86", "#7a9a12"]
 
-LEGEND = ("A click on a heading sorts. Flicker: mean squared error of the differences between frames. First, inner, "
+LEGEND = ("A click on a heading sorts. Flicker: mean absolute error of the changes from frame to frame. First, inner, "
           "last: PSNR of frames by their place among those that one latent stands for. Bits per pixel: of codecs as "
           "written, of tokenizers with each code written plainly. Memory: of one clip, with the weights.")
 

@@ -77,7 +77,7 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
     """A row: what `entry` makes of all clips. judged: the numbers of the frames that count, which `returned` holds too.
     shown: the number of the clip whose reconstruction is written to `path`, a .webm file."""
     fid, fvd = (make and make() for make in (judges.make_fid, judges.make_fvd))
-    quality, flicker = Quality(judges.lpips, fid), metrics.Mean("flicker")
+    quality = Quality(judges.lpips, fid)
     tokens, psnrs, rows = None, {frame: [] for frame in judged}, []
     seconds, timed, numbers, index = {"encode": 0.0, "decode": 0.0}, 0, None, [returned.index(n) for n in judged]
     getattr(entry, "bases", None)  # principal components are fitted before anything is timed
@@ -89,8 +89,6 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
             raise InputError(f"{entry.name}: {result.frames.shape[1]} frames came back, not {len(returned)}")
         output, target = result.frames[:, index].mul(255).round().div(255), video[:, judged]
         quality.add(output, target)
-        if len(judged) > 1:
-            flicker.add(flicker=metrics.flicker(output, target))
         if fvd:
             fvd.add(output, target)
         of_frames = metrics.MEASURES["psnr"].function(output, target)[0].tolist()
@@ -113,7 +111,7 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
     found = quality.reduce()
     del found["count"]
     row = dict(name=entry.name, words=entry.words, metrics=found, fid=fid.reduce() if fid else None,
-               rfvd=fvd.reduce() if fvd else None, flicker=flicker.reduce()["flicker"], **places(entry, psnrs),
+               rfvd=fvd.reduce() if fvd else None, **places(entry, psnrs),
                numbers_per_pixel=numbers / pixels if numbers else None,
                bits_per_pixel=sum(coded) / len(coded) if coded else None,
                entropy_bits_per_pixel=code_facts.get("entropy_bits_per_pixel"),

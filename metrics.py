@@ -94,8 +94,8 @@ def ssim(output, target):
 
 
 def flicker(output, target):
-    """Mean absolute error of the changes from frame to frame: N T C H W -> N T-1, each pair's at its second frame. What
-    stands still in the original and moves in its reconstruction shows here, and in no measure of single frames."""
+    """Mean absolute error of the changes from frame to frame: N T C H W -> N T-1. Errors that stand still make none of
+    it; what moves in the reconstruction alone shows here, and in no measure of single frames."""
     return (output.float() - target.float()).diff(dim=-4).abs().mean((-3, -2, -1))
 
 
@@ -106,12 +106,6 @@ def laplacian_variance(images):
     middle = grey[..., 1:-1, 1:-1]
     around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
     return (around - 4 * middle).var((-2, -1), correction=0)
-
-
-def flicker(output, target):
-    """Mean squared error of the differences between frames, N T C H W -> N T-1. Errors that stand still make none of
-    it; errors that each frame has anew make twice their mean squared error."""
-    return mse(output[:, 1:] - output[:, :-1], target[:, 1:] - target[:, :-1])
 
 
 class Measure(NamedTuple):
