@@ -5,8 +5,8 @@
     result = entry.run(video, fps, clip, timed=True)    # 1 T 3 H W in [0, 1] -> a Result
 
 Each has `name`, `words` (what it is), `fingerprint` (other for other weights), `parameters` (how many, or None),
-`weight_bytes`, and `group`, `first`: how many frames a latent stands for, and how many of them the first one does (None
-and 0 where frames are coded by themselves, or by a codec).
+`weight_bytes`, and `group(frames)`, which is evaluate.py's `group_of` for so many frames that come back: how many of
+them a latent stands for, and the place of the first.
 """
 import functools
 import math
@@ -22,7 +22,7 @@ import quantize
 from codec import InputError
 from compare import factors
 from device import place, synchronize
-from evaluate import time_halves
+from evaluate import group_of, time_halves
 from rate import Result, VideoCodec, parse_codec
 from teachers import is_spec, load_teacher
 
@@ -83,9 +83,9 @@ class Own:
         self.model = models.fast(model) if context.device.type == "cpu" else model
         if levels:
             quantize.use_levels(self.model, levels)
-        trimmed = getattr(getattr(model, "taehv", model), "frames_to_trim", 0)  # causal: the first stands for one frame
-        self.group = model.time_factor if model.time_factor > 1 else None
-        self.first = model.time_factor - trimmed
+
+    def group(self, frames):
+        return group_of(self.model, frames)
 
     def returned(self, frames):
         """Alignment comes from the model's `targets`: of a clip in which each frame is its number."""
@@ -131,7 +131,10 @@ class ByTeacher:
         modules = [source] if isinstance(source, torch.nn.Module) else [
             part for part in getattr(source, "__dict__", {}).values() if isinstance(part, torch.nn.Module)]
         self.parameters, self.weight_bytes = size_of(*modules)
-        self.group, self.first = (self.time_factor, 1) if self.time_factor > 1 else (None, 0)
+
+    def group(self, frames):
+        """As of a causal video VAE, whose first frame has a latent for itself."""
+        return self.time_factor, self.time_factor - 1
 
     def returned(self, frames):
         """The first frames that come back stand for the first that went in: how many, a small clip tells."""
@@ -167,10 +170,13 @@ class Bicubic:
     """Down by 8 and up again, both bicubic: what a picture of an eighth of the size holds. Anti-aliased on the way
     down."""
 
-    parameters, weight_bytes, group, first, fingerprint = None, 0, None, 0, "bicubic by 8"
+    parameters, weight_bytes, fingerprint = None, 0, "bicubic by 8"
 
     def __init__(self, name, context):
         self.name, self.words, self.device = name, "down by 8, up again", context.device
+
+    def group(self, frames):
+        return 1, 0
 
     def returned(self, frames):
         return list(range(frames))
@@ -195,8 +201,6 @@ class PCA:
     Those of the Clips in context.fit; without them, clips of half the videos are coded by components of the other half.
     InputError where there is but one video.
     """
-
-    group, first = 4, 4
 
     def __init__(self, name, numbers, context):
         if numbers > 768:
@@ -224,6 +228,9 @@ class PCA:
             others = [i for i in range(len(self.clips)) if not half or self.clips.sources[i] not in half]
             found.append((half, *self.fit(self.clips, others, self.numbers)))
         return found
+
+    def group(self, frames):
+        return 4, 0
 
     @staticmethod
     def blocks(video):

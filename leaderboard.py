@@ -12,7 +12,7 @@ videos/. What was measured already, with the same weights, clips and settings, i
 All models get the same frames, and are judged on those that all of them return: which these are, a model's `targets`
 says (a teacher returns the first of them). Reconstructions are rounded to 8 bits first. The metrics are those of
 validation and infer.py (metrics.py, `MEASURES`). Besides them:
-- first, inner, last: PSNR of a frame by its place among the frames that one latent stands for;
+- first, inner, last: PSNR of the mean squared error of frames by their place among those that one latent stands for;
 - latents per pixel, or bits per pixel: of a codec as written, of a tokenizer with each code written plainly;
 - frames a second of clips as a whole, and the memory that one takes, with the weights.
 
@@ -44,7 +44,7 @@ from screen import ended_by_sigterm, guard_screen, one_line
 from teachers import KINDS
 from untrusted import read_json
 
-FORMAT = 1  # of the rows; rows of another one are measured again
+FORMAT = 2  # of the rows; rows of another one are measured again
 SETTINGS = dict(height=256, width=256, frames=17)  # without a protocol: 17 frames are what causal video VAEs take
 MOST = 1 << 26  # bytes of a leaderboard.json
 

@@ -21,7 +21,9 @@ COLUMNS = [*((name, *(MEASURES[name].heading.split(" ", 1) + [""])[:2], MEASURES
            ("rfvd", "rFVD", "", ".1f", False),
            ("place_first", "first", "dB", ".2f", True), ("place_inner", "inner", "dB", ".2f", True),
            ("place_last", "last", "dB", ".2f", True), ("numbers_per_pixel", "latents", "per pixel", ".4f", False),
-           ("bits_per_pixel", "bits", "per pixel", ".4f", False), ("parameters", "weights", "M", ".2f", False),
+           ("bits_per_pixel", "bits", "per pixel", ".4f", False),
+           ("entropy_bits_per_pixel", "entropy", "bits/pixel", ".4f", False),
+           ("parameters", "weights", "M", ".2f", False),
            ("encode_fps", "encode", "frames/s", ".1f", True), ("decode_fps", "decode", "frames/s", ".1f", True),
            ("peak_memory_mb", "memory", "MB", ".0f", False)]
 BITS_OF_A_NUMBER = 16  # of latents as they are kept: float16
@@ -33,13 +35,14 @@ svg .soft { fill: var(--soft) } svg .grid { stroke: var(--rule); stroke-width: 1
 th[data-key] { cursor: pointer } th[aria-sort] { text-decoration: underline } .best { font-weight: 700 }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .45em }
 .together { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; margin: 1rem 0 }
+.rates table { width: auto; min-width: 30rem; margin-bottom: 1rem }
 .controls { display: flex; gap: 1rem; align-items: center } .controls input { flex: 1; max-width: 24rem }
 """
 COLOURS = ["#2a78c8", "#d8601c", "#2b9a5b", "#b03a8c", "#8a6d1d", "#6450c8", "#12929c", "#c33c3c", "#6d7a86", "#7a9a12"]
 
 LEGEND = ("A click on a heading sorts. Flicker: mean absolute error of the changes from frame to frame. First, inner, "
-          "last: PSNR of frames by their place among those that one latent stands for. Bits per pixel: of codecs as "
-          "written, of tokenizers with each code written plainly. Memory: of one clip, with the weights.")
+          "last: frames by their place among those that one latent stands for, the PSNR of their MSE. Bits per pixel: "
+          "of codecs as written, of tokenizers with each code written plainly. Memory: of one clip, with the weights.")
 
 SCRIPT = """
 for (const head of document.querySelectorAll("th[data-key]")) head.onclick = () => {
@@ -262,7 +265,7 @@ def html_rates(rows, rates, colours, short):
                  "the PSNRs that both reach (Bjontegaard, piecewise cubic).</p>")
         names = [clip["name"] for clip in next(iter(found.values()))[0]["clips"]]
         heads = "".join(f"<th>{html.escape(short(name))}</th>" for name in rates["curves"])
-        text += '<div class="scroll"><table><thead><tr><th class="name">clip</th>'
+        text += '<div class="scroll rates"><table><thead><tr><th class="name">clip</th>'
         text += f"{heads}</tr></thead><tbody>"
         lines = [(name, [one["clips"][i] for one in rates["curves"].values()]) for i, name in enumerate(names)]
         lines += [("mean of the clips that have one", [one["mean"] for one in rates["curves"].values()]),

@@ -61,24 +61,13 @@ def file_hash(path):
         return hashlib.sha256(file.read()).hexdigest()[:16]
 
 
-def places(entry, psnrs):
-    """{"place_first": mean PSNR of the frames that begin a latent's group, "place_inner", "place_last"}, None where
-    there are none. psnrs: {frame: [PSNR, ...]}. A first group that is shorter than the others is left out."""
-    found = {"first": [], "inner": [], "last": []}
-    for frame, values in psnrs.items() if entry.group else ():
-        position = (frame - entry.first) % entry.group
-        if frame >= entry.first or entry.first == entry.group:
-            found["first" if position == 0 else "last" if position == entry.group - 1 else "inner"] += values
-    return {f"place_{name}": sum(some) / len(some) if some else None for name, some in found.items()}
-
-
 @torch.no_grad()
 def measure(entry, clips, returned, judged, judges, device, shown, path):
     """A row: what `entry` makes of all clips. judged: the numbers of the frames that count, which `returned` holds too.
     shown: the number of the clip whose reconstruction is written to `path`, a .webm file."""
     fid, fvd = (make and make() for make in (judges.make_fid, judges.make_fvd))
-    quality = Quality(judges.lpips, fid)
-    tokens, psnrs, rows = None, {frame: [] for frame in judged}, []
+    size, first = entry.group(len(returned))
+    quality, tokens, rows = Quality(judges.lpips, fid, group=(size, (first + judged[0]) % size)), None, []
     seconds, timed, numbers, index = {"encode": 0.0, "decode": 0.0}, 0, None, [returned.index(n) for n in judged]
     getattr(entry, "bases", None)  # principal components are fitted before anything is timed
     memory = peak_of(entry, clips, device)
@@ -92,8 +81,6 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
         if fvd:
             fvd.add(output, target)
         of_frames = metrics.MEASURES["psnr"].function(output, target)[0].tolist()
-        for frame, value in zip(judged, of_frames):
-            psnrs[frame].append(value)
         if result.seconds:
             timed += 1
             seconds = {half: seconds[half] + result.seconds[half] for half in seconds}
@@ -110,8 +97,10 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
     code_facts = tokens.reduce() if tokens else {}
     found = quality.reduce()
     del found["count"]
+    by_place = {f"place_{place}": -10 * math.log10(found.pop(f"mse_{place}", None) or math.nan)
+                for place in ("first", "inner", "last")}
     row = dict(name=entry.name, words=entry.words, metrics=found, fid=fid.reduce() if fid else None,
-               rfvd=fvd.reduce() if fvd else None, **places(entry, psnrs),
+               rfvd=fvd.reduce() if fvd else None, **by_place,
                numbers_per_pixel=numbers / pixels if numbers else None,
                bits_per_pixel=sum(coded) / len(coded) if coded else None,
                entropy_bits_per_pixel=code_facts.get("entropy_bits_per_pixel"),

@@ -22,6 +22,10 @@ from codec import InputError
 CODECS = {"h264": ("libx264", "h264", {"preset": "medium"}),
           "h265": ("libx265", "hevc", {"preset": "medium", "x265-params": "log-level=none"}),
           "av1": ("libsvtav1", "libdav1d", {"preset": "6"})}
+# How swscale converts RGB to 4:2:0 and back: bicubic, all chroma, rounded right (SWS_BICUBIC, _FULL_CHR_H_INT,
+# _FULL_CHR_H_INP, _ACCURATE_RND). Without the last three all gets darker by a level of 255, and 4:2:0 alone costs 4 dB
+# more: 37.9 dB in the place of 42.3 on a frame of a street.
+CONVERSION = 0x4 | 0x2000 | 0x4000 | 0x40000
 NAME = re.compile(r"(h264|h265|av1)@(crf)?(\d{1,6}(?:\.\d+)?)")
 
 
@@ -61,7 +65,7 @@ class VideoCodec:
     its packets, without a container. kbps: what the encoder aims at, at the clip's frames a second; crf: its quality.
     InputError where PyAV or the encoder is missing, or where the rate is none of the encoder's."""
 
-    parameters, weight_bytes, group, first = None, 0, None, 0
+    parameters, weight_bytes = None, 0
 
     def __init__(self, name, codec, kind, value):
         av = load_av(name)
@@ -77,7 +81,10 @@ class VideoCodec:
         self.words = f"{self.encoder}, preset {options['preset']}, " + (
             f"{value:g} kbit/s" if self.kbps else f"crf {value:g}")
         versions = {key: av.library_versions[key] for key in sorted(av.library_versions)}
-        self.fingerprint = f"{self.encoder} {self.options} {self.kbps} {av.__version__} {versions}"
+        self.fingerprint = f"{self.encoder} {self.options} {self.kbps} {CONVERSION} {versions}"
+
+    def group(self, frames):
+        return 1, 0
 
     def returned(self, frames):
         return list(range(frames))
@@ -94,7 +101,7 @@ class VideoCodec:
         middle = time.perf_counter()
         decoder = av.CodecContext.create(self.decoder, "r")
         frames = [frame for packet in [*map(av.Packet, packets), None] for frame in decoder.decode(packet)]
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+        frames = np.stack([frame.reformat(format="rgb24", interpolation=CONVERSION).to_ndarray() for frame in frames])
         seconds = {"encode": middle - start, "decode": time.perf_counter() - middle}
         if len(frames) != len(images):
             raise InputError(f"{self.name}: {len(frames)} of {len(images)} frames came back")
@@ -112,7 +119,7 @@ class VideoCodec:
         try:
             for number, image in enumerate(images):
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                frame = frame.reformat(format="yuv420p")
+                frame = frame.reformat(format="yuv420p", interpolation=CONVERSION)
                 frame.pts, frame.time_base = number, 1 / rate
                 packets += map(bytes, encoder.encode(frame))
             packets += map(bytes, encoder.encode(None))

@@ -365,6 +365,7 @@ def command_lines(written, clips):
     return {"infer": {"checkpoint": ["runs/taehv"], "inputs": [f"{clips}/sub0/clip0.mp4"],
                       "": "--out o --lpips none --precision fp32 --max-frames 4".split()},
             "latent_cache": {"": ["--teacher", "taehv:runs/taehv/model.pth", *latent_cache]},
+            "export": {"checkpoint": ["runs/taehv"], "to": ["--to", "taehv"], "": ["--out", "x.pth", "--force"]},
             "leaderboard": {"entries": ["bicubic"], "data": ["--data", f"{clips}/sub0"],
                             "": "--out o --lpips none --no-fid --precision fp32 --size 32x32 --frames 4".split()},
             "launch": {"tasks": ["tasks.json"], "": ["--dry-run", "--slots", "1"]},
