@@ -32,12 +32,16 @@ with open(os.path.join(AT_START.name, "auto_precision.py"), "w") as file:
     file.write(f"""
 import importlib.machinery, os, sys
 def change(torch_cpu):
-    has_amx = getattr(torch_cpu, "_is_amx_tile_supported", bool)
-    def is_amx_tile_supported():
+    names = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
+    here = [getattr(torch_cpu, name, bool) for name in names]
+    def is_supported():
         open({ASKED!r}, "w").close()
         meant = os.environ.get("AUTO_PRECISION", "")
-        return {{"bf16": True, "fp32": False}}[meant] if meant in ("bf16", "fp32") else has_amx() != (meant == "other")
-    torch_cpu._is_amx_tile_supported = is_amx_tile_supported
+        if meant in ("bf16", "fp32"):
+            return meant == "bf16"
+        return any(has() for has in here) != (meant == "other")
+    for name in names:
+        setattr(torch_cpu, name, is_supported)
 class AfterItsImport:  # processes that do without torch, which takes seconds, still do
     def find_spec(name, path, target=None):
         if name == "torch.cpu":
@@ -302,7 +306,8 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 import torch.distributed as dist
-import adversary, checkpoint, data, models, objective, quantize, seraena, train
+import adversary, checkpoint, data, models, objective, quantize, ranks, seraena, train
+ranks.SLICE = 1000  # many, though the models are small
 now = [0]
 def spoil(owner, name, faults):  # faults: (step, rank): what happens instead, once
     original = getattr(owner, name)

@@ -3,9 +3,10 @@
 The rule behind this file: no rank leaves a step alone. A fault or a wish to stop is a flag; all ranks agree on the
 flags at one place of every step, and then do the same thing.
 
-Why there is no DistributedDataParallel: it reduces gradients during each rank's backward pass, so a rank that runs out
-of memory or sees a NaN there strands the others; here the reduction is by hand, after all ranks have agreed, and
-strands nobody.
+Why there is no DistributedDataParallel: it reduces gradients during each rank's backward pass, and a rank that runs out
+of memory there strands the others. Here the reduction runs during the backward pass too, but whatever happens to a
+rank, it sends every slice of its gradients, once and in the same order, before the ranks agree on what the step was
+worth; what they agree with goes its own way. So nobody waits for what does not come.
 """
 import importlib
 import os
@@ -40,9 +41,8 @@ def start_ranks(device, timeout_minutes):
         where["device_id"] = device  # or NCCL guesses it from the rank, and barriers warn of that
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
     sys.excepthook = end_at_once  # instead of PyTorch's own
-    # Ranks agree over this group: between CPUs, so that no GPU has to be waited for.
-    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
-    return dist.get_rank(), dist.get_world_size(), control
+    # Ranks agree over this group: between CPUs, so that no GPU has to be waited for, and beside the gradients.
+    return dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=timeout)
 
 
 def end_at_once(kind, error, trace):
@@ -195,15 +195,20 @@ def batch_statistics(model):
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 
+SLICE = 4_000_000  # numbers of the gradient that are reduced together, 16 MB
+
+
 class Gradients:
-    """The gradients of a network in one flat buffer that each parameter's .grad looks into: one reduction over the
-    ranks, one norm, no copies, and all ranks skip a step that is not finite on one. The model has one of these, and so
-    has each discriminator.
+    """The gradients of a network in one flat buffer that each parameter's .grad looks into: one norm, no copies, and
+    all ranks skip a step that is not finite on one. The model has one of these, and so has each discriminator.
 
     `totals` is a part of the buffer: `extra` numbers of the step (its loss, say) that are averaged along with it.
     `statistics`: buffers of the network that its forward pass changes (see `batch_statistics`). Those of floating point
     are averaged along too, so that all ranks hold the same; a step that is bad or has to be done again gives them back.
     All ranks make it together: they start with rank 0's parameters and statistics.
+
+    Several ranks add the buffer up in slices of about SLICE numbers at the borders of parameters, from the last to the
+    first, as a backward pass fills them. After `last_pass` a slice is sent as soon as it and all before it are full.
     """
 
     def __init__(self, parameters, extra=0, statistics=()):
@@ -213,21 +218,70 @@ class Gradients:
         sizes = [sum(p.numel() for p in parameters), extra, sum(b.numel() for b in self.averaged)]
         self.all = torch.zeros(sum(sizes), device=parameters[0].device)
         self.flat, self.totals, self.means = self.all.split(sizes)
-        start = 0
+        self.slices, self.missing = [], []  # (start, end), in the order of sending; parameters that are not filled yet
+        self.sent, self.underway, self.sends_early, self.hooks = 0, [], False, []
+        ranks, start = dist.get_world_size() if dist.is_initialized() else 1, 0
         for p in parameters:
             p.grad = self.flat.as_strided(p.shape, p.stride(), start)
+            if not self.slices or self.slices[0][1] - self.slices[0][0] >= SLICE:
+                self.slices.insert(0, (start, start))
+            self.slices[0] = self.slices[0][0], start + p.numel()
+            if ranks > 1:
+                self.hooks.append((p, len(self.slices)))
             start += p.numel()
+        self.parameters_in = [0] * len(self.slices)
+        for p, number in self.hooks:  # slices were counted from the first one, and are sent from the last one
+            number = len(self.slices) - number
+            self.parameters_in[number] += 1
+            p.register_post_accumulate_grad_hook(lambda _, number=number: self.filled(number))
+        self.slices.append((sizes[0], len(self.all)))  # totals and statistics
 
     @torch.no_grad()
     def begin(self):
         """Before a step's micro-batches, also where the step is done again."""
-        self.all.zero_()
         self.give_up()
+        self.all.zero_()
         self.before = [buffer.clone() for buffer in self.statistics]
+
+    def last_pass(self):
+        """Call it before a step's last backward pass: what it fills is complete, and may be sent."""
+        self.sends_early, self.missing = True, list(self.parameters_in)
+
+    def filled(self, number):
+        """Autograd has added to a parameter's gradient, in slice `number`."""
+        if number < self.sent:
+            raise RuntimeError("a gradient has grown after it was sent to the other ranks")
+        if self.sends_early:
+            self.missing[number] -= 1
+            while self.sent < len(self.missing) and self.missing[self.sent] == 0:
+                self.send()
+
+    def send(self):
+        start, end = self.slices[self.sent]
+        self.sent += 1
+        if dist.is_initialized() and end > start:
+            mean = dist.ReduceOp.AVG if self.all.device.type == "cuda" else dist.ReduceOp.SUM  # gloo has no AVG
+            self.underway.append(dist.all_reduce(self.all[start:end], op=mean, async_op=True))
+
+    @torch.no_grad()
+    def send_rest(self):
+        """Every rank calls it in each attempt at a step, whatever has happened to it, before it votes."""
+        if self.averaged and self.sent < len(self.slices):
+            torch.cat([buffer.flatten() for buffer in self.averaged], out=self.means)
+        self.sends_early = False
+        while self.sent < len(self.slices):
+            self.send()
+
+    def wait(self):
+        """Until all that was sent has come from all ranks."""
+        for work in self.underway:
+            work.wait()
+        self.sent, self.underway, self.sends_early = 0, [], False
 
     @torch.no_grad()
     def give_up(self):
         """Where a step ends without `step`: the statistics are again what they were before it."""
+        self.wait()
         for now, before in zip(self.statistics, self.before or ()):
             now.copy_(before)
         self.before = None
@@ -238,10 +292,9 @@ class Gradients:
         that is above 0. Returns (norm, bad): bad is 1.0 where the norm, a total or a statistic is not finite, and then
         no weight has changed, else 0.0. One rank's NaN is in the sum, so all see it. Nothing waits for the GPU.
         """
-        if self.averaged:
-            torch.cat([buffer.flatten() for buffer in self.averaged], out=self.means)
-        if dist.is_initialized():
-            dist.all_reduce(self.all)
+        self.send_rest()
+        self.wait()
+        if dist.is_initialized() and self.all.device.type != "cuda":
             self.all.div_(dist.get_world_size())
         norm = torch.linalg.vector_norm(self.flat)
         bad = 1.0 - (norm.isfinite() & self.totals.isfinite().all() & self.means.isfinite().all()).float()

@@ -54,8 +54,7 @@ def train(cfg):
         trainer.start()
         cfg, run = trainer.cfg, trainer.run
         stop = StopSignal()
-        last = False      # whether the step that was done is the run's last
-        stopping = False  # whether a signal ends the run after it
+        last = stopping = False  # whether the step that was done is the run's last; whether a signal ends it there
         while not last and not stopping:
             # ---- take this step's clips
             micro_batches, trouble = trainer.take_clips()
@@ -238,7 +237,7 @@ class Trainer:
 
     def accumulate(self, micro_batches, stop, trouble):
         """Adds up the gradients and the objective's scalars over this rank's clips. Returns the Vote of all ranks."""
-        out_of_memory, gradients, names = False, self.gradients, self.objective.names
+        vote, out_of_memory, gradients, names = None, False, self.gradients, self.objective.names
         gradients.begin()
         self.objective.begin(self.run.step)
         try:
@@ -250,16 +249,19 @@ class Trainer:
                     # The shares of a step add up to 1: its gradient is the mean over its clips, however they are cut.
                     share = len(part["video"]) / len(batch["video"]) / len(micro_batches)
                     values = self.objective(part["video"].div_(255), part.get("latents"), share)
+                    if batch is micro_batches[-1] and start + size >= len(batch["video"]):
+                        gradients.last_pass()
                     (values["loss"] * share).backward()
                     gradients.totals += torch.stack([values[name].detach() for name in names]) * share
         except LeftStep as left:
-            return left.vote
+            vote = left.vote
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             out_of_memory = True
-        return Vote(out_of_memory, stop=bool(stop), time_over=self.clock.total() >= self.time_limit,
-                    no_data=bool(trouble)).count(self.control)
+        gradients.send_rest()
+        return vote or Vote(out_of_memory, stop=bool(stop), time_over=self.clock.total() >= self.time_limit,
+                            no_data=bool(trouble)).count(self.control)
 
     def split(self, micro_batches):
         """Memory ran out on some rank: from here on all ranks cut micro-batches into twice as many parts."""
@@ -375,9 +377,7 @@ def learning_rate(cfg, step):
     if cfg.schedule == "cosine":
         done = min(1, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
         return cfg.lr * (cfg.lr_final + (1 - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done)))
-    if cfg.schedule == "exponential":
-        return cfg.lr * cfg.lr_decay ** ((step - cfg.warmup_steps) / 1000)
-    return cfg.lr
+    return cfg.lr * cfg.lr_decay ** ((step - cfg.warmup_steps) / 1000) if cfg.schedule == "exponential" else cfg.lr
 
 
 def main():
