@@ -75,7 +75,7 @@ def loop_turn(how, options, size, batch, steps, folder):
     with tempfile.TemporaryDirectory() as out, open(os.devnull, "w") as nowhere, \
             contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         train.train(load_config([
-            "taehv", f"data={folder}", f"size={size}", f"batch_size={batch}", "precision=fp32", "perceptual_weight=0",
+            "taehv", f"data={folder}", f"size={size}", f"batch_size={batch}", "precision=fp32", "init=colours",
             f"max_steps={steps}", f"log_every={steps // 2}", f"val_every={steps // 4}", f"save_every={steps // 4}",
             "val_fraction=0.2", "val_clips=8", f"device={options.device}", f"out_dir={out}", "name=run"]))
         with open(os.path.join(out, "run", progress.FILE), "rb") as file:
