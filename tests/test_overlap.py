@@ -1,7 +1,7 @@
 """Gradients are reduced slice by slice while the backward pass goes on: the same bits as all at once after it."""
 import pytest
 
-from conftest import BATCH_NORM, PLAIN, SERAENA, different, run, spoilt, state_of
+from conftest import BATCH_NORM, SERAENA, different, run, spoilt, state_of
 
 LATE = """
 ranks.SLICE = 10 ** 12
