@@ -42,7 +42,7 @@ def largest_difference(a, b):
 
 def test_two_ranks_equal_one_with_accumulation(clips, tmp_path):
     common = [*SMALL, f"data={clips}", "max_steps=5"]
-    run(TRAIN, *common, "name=two", ranks=2, cwd=tmp_path)
+    run(TRAIN, *common, "name=two", ranks=2, cwd=tmp_path, fresh=True)
     run(TRAIN, *common, "name=one", "accumulation=2", cwd=tmp_path)
     run(TRAIN, *common, "name=other", "accumulation=2", "seed=1", cwd=tmp_path)
     two, one, other = (weights(tmp_path / "runs" / name, 5) for name in ("two", "one", "other"))

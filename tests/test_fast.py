@@ -212,8 +212,8 @@ def test_training_mode_is_refused():
 @pytest.mark.slow
 @pytest.mark.any_precision
 def test_bench_prints_a_table_and_writes_json(tmp_path):
-    output = run(os.path.join(ROOT, "bench.py"), "codec", "quantizer", "loader", "--quick", "--families", "taehv",
-                 "--precision", "fp32", "--json", "rows.json", cwd=tmp_path, timeout=500)
+    output = run(os.path.join(ROOT, "tests", "bench_in_forks.py"), "codec", "quantizer", "loader", "--quick",
+                 "--families", "taehv", "--precision", "fp32", "--json", "rows.json", cwd=tmp_path, timeout=500)
     found = json.loads((tmp_path / "rows.json").read_text())
     rows = {(row["what"].split()[0], row["how"]): row for row in found["rows"]}
     assert {how for _, how in rows} >= {"plain fp32", "fast fp32", "ours, EMA", "all distances, one-hot", "ours"}

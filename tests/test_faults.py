@@ -172,7 +172,7 @@ def fail(call):
 spoil(train, "evaluate", {(2, 1): fail})
 """
     output = run(spoilt(tmp_path, faults), *FRAMES, f"data={clips}", "val_fraction=0.3", "val_every=2", "max_steps=9",
-                 ranks=2, cwd=tmp_path, expect=1)
+                 ranks=2, cwd=tmp_path, expect=1, fresh=True)
     assert time.time() - float((tmp_path / "failed").read_text()) < 15, "timeout_minutes is 30"
     assert re.search(r"rank 1: Traceback.*\n(rank 1:   .*\n)+rank 1: ValueError: injected\n", output), output
     assert len(re.findall("rank 0: no answer from another rank .*: its own message says why", output)) == 1
@@ -192,7 +192,7 @@ if __name__ == "__main__":  # data processes import this too
     objective.pixel_loss = wrong
     train.main()
 """)
-    output = run("wrong.py", *FRAMES, "workers=1", f"data={clips}", cwd=tmp_path, expect=1, timeout=100)
+    output = run("wrong.py", *FRAMES, "workers=1", f"data={clips}", cwd=tmp_path, expect=1, timeout=100, fresh=True)
     assert output.count("Traceback") == 1 and "ValueError: injected" in output
 
 

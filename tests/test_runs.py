@@ -179,7 +179,7 @@ def test_starting_from_weights_and_training_one_half(here):
 @pytest.mark.slow
 @pytest.mark.any_precision
 def test_a_mistake_in_a_real_process(tmp_path):
-    output = run(TRAIN, "taehv", "data=nowhere", cwd=tmp_path, expect=2)
+    output = run(TRAIN, "taehv", "data=nowhere", cwd=tmp_path, expect=2, fresh=True)
     assert output == "train.py: data: 'nowhere' does not exist\n"
     assert "key=value" in run(TRAIN, "--help", cwd=tmp_path) and "INPUT" in run(INFER, "--help", cwd=tmp_path)
     assert os.listdir(tmp_path) == ["runs"] or os.listdir(tmp_path) == []
@@ -233,7 +233,7 @@ print("left nothing behind")
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
 def test_ranks_end_without_threads_that_could_abort_them(tmp_path):
     (tmp_path / "leaving.py").write_text(LEAVING)
-    assert run(tmp_path / "leaving.py", ranks=2, cwd=tmp_path).count("left nothing behind") == 2
+    assert run(tmp_path / "leaving.py", ranks=2, cwd=tmp_path, fresh=True).count("left nothing behind") == 2
 
 
 @pytest.mark.slow

@@ -140,7 +140,8 @@ def test_it_compiles_into_one_graph():
 @pytest.mark.slow
 @pytest.mark.any_precision
 def test_bench_compares_it_with_the_published_routine(tmp_path):
-    run(os.path.join(ROOT, "bench.py"), "train", "--quick", "--precision", "fp32", "--json", "rows.json", cwd=tmp_path)
+    run(os.path.join(ROOT, "tests", "bench_in_forks.py"), "train", "--quick", "--precision", "fp32", "--json",
+        "rows.json", cwd=tmp_path)
     plain, ours = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (plain["how"], ours["how"], plain["ratio"]) == ("plain fp32", "ours fp32", 1)
     assert 0 < ours["memory"] < plain["memory"] and ours["value"] > 0
@@ -149,7 +150,8 @@ def test_bench_compares_it_with_the_published_routine(tmp_path):
 @pytest.mark.slow
 @pytest.mark.any_precision
 def test_bench_compares_the_loop_with_the_bare_step(tmp_path):
-    run(os.path.join(ROOT, "bench.py"), "loop", "--quick", "--json", "rows.json", cwd=tmp_path, timeout=900)
+    run(os.path.join(ROOT, "tests", "bench_in_forks.py"), "loop", "--quick", "--json", "rows.json",
+        cwd=tmp_path, timeout=900)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["how"].split(",")[0] for row in rows] == ["step alone", "step alone", "loop", "loop with its loader",
                                                           "a save", "a save", "a validation of 8 clips"]
