@@ -85,7 +85,7 @@ def loop_turn(how, options, size, batch, steps, folder):
 
 def loop(options, train_call):
     from synthetic import make_demo
-    size, batch, steps = (32, 2, 8) if options.quick else (64, 4, 16)
+    size, batch, steps = (16, 2, 8) if options.quick else (64, 4, 16)
     rows = ["step alone", f"step alone{SPIN}", "loop, clips in memory", "loop with its loader"]
     found = {how: [] for how in rows}
     with tempfile.TemporaryDirectory() as folder:

@@ -723,17 +723,17 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
     run(CACHE, "--teacher", f"taehv:{path}", "--data", clips, "--out", tmp_path / "c", *SMALL, cwd=tmp_path)
     os.remove(path)
     (tmp_path / "diffusers.py").write_text("raise ImportError('diffusers is not to be imported')\n")
-    common = [TRAIN, *DISTILL, *NARROW, f"latent_cache={tmp_path / 'c'}", "perceptual_weight=0.1",
+    common = [TRAIN, *DISTILL, *NARROW, "init=colours", f"latent_cache={tmp_path / 'c'}", "perceptual_weight=0.1",
               "perceptual_net=alex", "seraena_weight=0.1"]
-    output = run(*common, "max_steps=6", "name=whole", "val_every=6", "save_every=3", ranks=2, cwd=tmp_path)
+    output = run(*common, "max_steps=4", "name=whole", "val_every=4", "save_every=2", ranks=2, cwd=tmp_path)
     assert "psnr from the teacher's" in output and "held out: " in output
     held_out = next(line for line in output.splitlines() if line.startswith("held out: "))[10:].split(", ")
     train_clips, val_clips, names = latent_cache.LatentCache(tmp_path / "c").split(0.3, 0, 64)
     files = [{part.cache.files[i] for i in part.indices} for part in (train_clips, val_clips)]
     assert not files[0] & files[1] and files[1] == set(held_out) == set(names)
-    half = tmp_path / "runs" / "whole" / "step_00000003.pt"
-    run(*common, "max_steps=6", "name=parts", f"resume={half}", ranks=2, cwd=tmp_path)
-    a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000006.pt")) for name in ("whole", "parts"))
+    half = tmp_path / "runs" / "whole" / "step_00000002.pt"
+    run(*common, "max_steps=4", "name=parts", f"resume={half}", ranks=2, cwd=tmp_path)
+    a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000004.pt")) for name in ("whole", "parts"))
     for part in ("model", "ema"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     flat_a, flat_b = (torch.utils._pytree.tree_leaves(state["objective"]) for state in (a, b))
@@ -755,7 +755,7 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
 
 @pytest.mark.slow
 def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path):
-    common = [TRAIN, *DISTILL, *NARROW, f"latent_cache={cache}", "max_steps=3"]
+    common = [TRAIN, *DISTILL, *NARROW, "init=colours", f"latent_cache={cache}", "max_steps=3"]
     run(*common, "name=two", ranks=2, cwd=tmp_path)
     run(*common, "name=one", "accumulation=2", cwd=tmp_path)
     a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000003.pt"))["model"] for name in ("two", "one"))
@@ -766,8 +766,8 @@ def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path):
 def test_distilling_brings_the_latents_nearer(cache, teacher, tmp_path, monkeypatch):
     """A student learns one teacher's latents and frames, and infer.py sets the two side by side."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *DISTILL, f"latent_cache={cache}", "max_steps=25", "lr=1e-3",
-                                      "batch_size=2", "ema_decay=0.9", "name=s", "val_clips=2",
+    monkeypatch.setattr(sys, "argv", ["train.py", *DISTILL, *NARROW, f"latent_cache={cache}", "max_steps=25",
+                                      "lr=1e-3", "batch_size=2", "ema_decay=0.9", "name=s", "val_clips=2",
                                       "val_every=24"])
     with pytest.raises(SystemExit) as end:
         train.main()
@@ -813,12 +813,13 @@ def test_best_pt_of_a_distillation_has_the_teachers_latents(cache, here, monkeyp
         return {**result, **results.pop(0)}, shown
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    folder = here(*DISTILL, "data=", f"latent_cache={cache}", "val_every=1", "max_steps=2", "name=best")
+    settings = [*DISTILL, *NARROW, "init=colours", "data=", f"latent_cache={cache}", "val_every=1", "name=best"]
+    folder = here(*settings, "max_steps=2")
     assert results == [] and checkpoint.read(str(folder / "best.pt"))["step"] == 2
     state = checkpoint.read(str(folder / "best.pt"))
     assert state["judged_by"]["measure"] == "psnr from the teacher's latents x latent error"
     state["judged_by"]["measure"] = "psnr"  # one of another measure is judged anew: here it is not as good any more
     torch.save(state, folder / "best.pt")
     results += [early, late]
-    here(*DISTILL, "data=", f"latent_cache={cache}", "val_every=1", "max_steps=3", "name=best")
+    here(*settings, "max_steps=3")
     assert results == [] and checkpoint.read(str(folder / "best.pt"))["step"] == 3

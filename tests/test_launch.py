@@ -86,6 +86,9 @@ TINY = {
     "precision": "fp32",
     "device": "cpu",
     "log_every": 1,
+    "init": "colours",  # init=clips reads 48 clips first
+    "net.encoder_widths": [32, 32, 32, 32],
+    "net.decoder_widths": [64, 32, 32, 32],
 }
 
 

@@ -39,7 +39,7 @@ FAMILIES = {
     "vqvae_video": ["vqvae_video", *COMMON, "net.group_count=2", "net.n_hid=8", "net.n_init=64",
                     "net.vocab_size=16", "net.n_blk_per_group=1", "net.sequence_length=4", "frames=4", "size=32",
                     "batch_size=1"],
-    "dcae and a clip PatchGAN": ["dcae_disc", *COMMON, "net.width_list=(32,32,32,32,32,32)",
+    "dcae and a clip PatchGAN": ["dcae_disc", *COMMON, "net.width_list=(16,16,16,32,32,32)",
                                  "net.encoder_depth_list=(1,1,1,1,1,1)", "net.decoder_depth_list=(1,1,1,1,1,1)",
                                  "net.latent_channels=16", "buckets=32x4:0.7:1, 32x1:0.3:2", "gan_lecam=0.1",
                                  "gan_norm=group", "gan_start=4"],
@@ -56,7 +56,8 @@ def curves_of(metrics):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stopped_anywhere_a_run_goes_on_as_if_never_stopped(name, here, at):
     """SIGTERM in step 5 of 8: no multiple of anything, and in the middle of an epoch of four files."""
-    settings = [*FAMILIES[name], "max_steps=8", "log_every=4", "val_every=3", "save_every=4", "val_fraction=0.3"]
+    settings = [*FAMILIES[name], "max_steps=8", "log_every=4", "val_every=3", "save_every=4", "val_fraction=0.3",
+                "val_clips=2"]
     whole = here(*settings, "name=whole")
     at({5: terminate})
     parts = here(*settings, "name=parts")

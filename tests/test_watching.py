@@ -25,7 +25,7 @@ import objective
 import ranks
 import train
 import watch
-from conftest import FRAMES, SERAENA, log_of, mistake
+from conftest import FRAMES, NARROW, SERAENA, log_of, mistake
 from logbook import summary
 from model_taehv import TAEHV
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -211,6 +211,7 @@ def test_booleans_are_written_either_way(no, yes):
 
 
 SMALL = "workers=0 val_fraction=0 warmup_steps=2 precision=fp32 device=cpu save_every=100 size=16 frames=4".split()
+SMALL += ["init=colours"]  # init=clips reads 48 clips first
 
 
 @pytest.mark.slow
@@ -259,7 +260,8 @@ def test_a_table_of_files_is_data(here, tmp_path, clips):
     """Relative to the table's folder or to data_root; files that are missing are named, and the rest is learnt from."""
     (tmp_path / "list.csv").write_text('\ufeffcaption,path\r\n"a, b",sub0/clip0.mp4\r\n,sub1/clip1.mp4\r\n'
                                        ",sub0/clip0.mp4\r\n,none.mp4\r\n", encoding="utf-8")
-    folder = here("taehv", *SMALL, "batch_size=1", "max_steps=1", f"data={tmp_path}/list.csv", f"data_root={clips}")
+    folder = here("taehv", *SMALL, *NARROW, "batch_size=1", "max_steps=1", f"data={tmp_path}/list.csv",
+                  f"data_root={clips}")
     log = (folder / "train.log").read_text()
     assert "training: 2 files" in log and "none.mp4: no such file or directory" in log
     own = data.find_sources(str(tmp_path / "list.csv"))
@@ -325,7 +327,7 @@ def test_wandb_copies_the_curves_and_a_resumed_run_keeps_its_id(here, tmp_path, 
     boards = []
     writer = logbook.SummaryWriter
     monkeypatch.setattr(logbook, "SummaryWriter", lambda *a, **k: (boards.append(len(wandb.calls)), writer(*a, **k))[1])
-    settings = ["taehv", *SMALL, "batch_size=1", "wandb=project"]
+    settings = ["taehv", *SMALL, *NARROW, "batch_size=1", "wandb=project"]
     here(*settings, "max_steps=1", "name=a")
     here(*settings, "max_steps=2", "name=a")
     here(*settings, "max_steps=1", "name=b")
