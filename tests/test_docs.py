@@ -9,6 +9,7 @@ import export
 import infer
 import latent_cache
 import leaderboard
+import prune
 from conftest import ROOT
 
 
@@ -37,14 +38,14 @@ def test_the_pages_tell_what_there_is():
             if "--help" not in words:  # a run's config.json, in a preset's place, is not here
                 config.load_config([w for w in words if w != "..." and not w.endswith("/config.json")])
                 found.add("train")
-        for module in (export, infer, latent_cache, leaderboard):
+        for module in (export, infer, latent_cache, leaderboard, prune):
             for words in commands_in(text, f"{module.__name__}.py"):
                 if words and words != ["..."]:
                     module.parse(words)
                     found.add(module.__name__)
         for name in re.findall(r"`(\w+\.(?:py|txt))`", text):
             assert os.path.exists(os.path.join(ROOT, name)), f"{name} is in {page} only"
-    assert found == {"train", "export", "infer", "latent_cache", "leaderboard"}
+    assert found == {"train", "export", "infer", "latent_cache", "leaderboard", "prune"}
     readme = pages()["README.md"]
     assert config.PRESETS.keys() <= set(re.findall(r"`(\w+)`", readme))
     with open(os.path.join(ROOT, ".ci", "run"), encoding="utf-8") as file:
