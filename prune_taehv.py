@@ -95,6 +95,7 @@ def per_column(values, copies):
 # ---- importance: {group: (C,)}, comparable between groups ----------------------------------------------------------
 
 
+@torch.enable_grad()
 def by_taylor(model, layers, samples, device):
     """What the output loses with a channel: the mean square of its change, to first order, relative to its error.
 
