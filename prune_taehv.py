@@ -178,8 +178,8 @@ def smallest(model, layers, parts=PARTS):
 
 def plan(model, layers, scores, budget, parts=PARTS, multiple=16):
     """{group: the channels that stay, in order} with at most `budget` parameters, no fewer than `smallest`. Widths of
-    the stages that are cut become multiples of `multiple`, or LEAST: a CPU's kernels take blocks of 16 channels, so that
-    a stage of 56 decodes no faster than one of 64 (22.7 frames/s, and 22.2), and one of 48 does (27.5)."""
+    the stages that are cut become multiples of `multiple`, or LEAST: a CPU's kernels take blocks of 16 channels, so
+    that a stage of 56 decodes no faster than one of 64 (22.7 frames/s, and 22.2), and one of 48 does (27.5)."""
     widths = widths_of(model)
     ordered = {group: score.argsort(descending=True, stable=True) for group, score in scores.items()}
     while (now := count(model, layers, widths)) > budget:
