@@ -111,8 +111,9 @@ def command(*arguments, ranks=0):
 def run(*arguments, ranks=0, cwd, expect=0, timeout=240, fresh=False):
     """Run it to its end; returns what it printed. Fails if the exit code is not `expect`. Unless it is to be fresh, it
     runs in a fork of a process that has imported PyTorch, its ranks too (tests/warm.py): 2 s less, and 8 s with two
-    ranks. fresh: for tests of what torchrun says or does, or of how the interpreter starts and ends."""
-    if fresh or sys.platform != "linux":
+    ranks. fresh: for tests of what torchrun says or does, or of how the interpreter starts and ends. FRESH=1 before the
+    test command makes all of them so."""
+    if fresh or "FRESH" in os.environ or sys.platform != "linux":
         done = subprocess.run(
             command(*arguments, ranks=ranks),
             cwd=cwd,
