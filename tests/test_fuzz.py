@@ -366,6 +366,8 @@ def command_lines(written, clips):
                       "": "--out o --lpips none --precision fp32 --max-frames 4".split()},
             "latent_cache": {"": ["--teacher", "taehv:runs/taehv/model.pth", *latent_cache]},
             "export": {"checkpoint": ["runs/taehv"], "to": ["--to", "taehv"], "": ["--out", "x.pth", "--force"]},
+            "prune": {"checkpoint": ["runs/taehv"], "keep": ["--keep", "0.6"], "data": ["--data", f"{clips}/sub0"],
+                      "": "--out p.pth --force --clips 2 --val-clips 1 --size 16 --frames 4 --multiple 8".split()},
             "leaderboard": {"entries": ["bicubic"], "data": ["--data", f"{clips}/sub0"],
                             "": "--out o --lpips none --no-fid --precision fp32 --size 32x32 --frames 4".split()},
             "launch": {"tasks": ["tasks.json"], "": ["--dry-run", "--slots", "1"]},
