@@ -192,7 +192,7 @@ def run(options):
         **({"FID": f"{distance:.3f} (over {fid.count} frames)"} if fid else {}),
         **({"targets": report.in_words(options.targets)} if options.targets else {}),
         created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets,
-        {name: measure.heading for name, measure in metrics.MEASURES.items()})
+        {**{name: measure.heading for name, measure in metrics.MEASURES.items()}, **dict.fromkeys(PLACES)})
     print(*judge.table(rows, options.targets), sep="\n")
     if options.targets:
         print(f"targets: {report.in_words(options.targets)}")

@@ -480,7 +480,8 @@ def write_report(out_dir, rows, info, targets=None, headings=None):
     None). An input that could not be read has name, source and failed (the reason) only. row["teacher"], if there,
     holds a teacher's metrics, times, memory and latent_error; the tables then show ours, the teacher's, and ours
     against it: the difference for PSNR, the ratio for the others. targets: as of `judge.parse_targets`; row["targets"]
-    is what `judge` says of a row. headings: {metric: heading} for metrics that `QUANTITIES` lacks.
+    is what `judge` says of a row. headings: {metric: heading} for metrics that `QUANTITIES` lacks; None as a heading
+    leaves it out of the tables.
     info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says
     why LPIPS is missing.
     metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values; targets, judged on
@@ -494,6 +495,7 @@ def write_report(out_dir, rows, info, targets=None, headings=None):
     if not values(done + teachers, "lpips"):
         quantities = [quantity for quantity in quantities if quantity[0] != "lpips"]  # the note says why
     summary = summarize(rows, [key for key, *_ in quantities] + ["seconds"], targets or {})
+    quantities = [quantity for quantity in quantities if quantity[1] is not None]
     clean_rows = []
     for row in rows:
         lost = []

@@ -185,7 +185,9 @@ def test_reconstruct_report_and_latents(trained, tmp_path):
     rows = {row["name"]: row for row in result["rows"]}
     assert len(rows) == 4 and rows["odd"]["frames"] == 14 and rows["odd"]["latent_shape"] == [5, 16, 7, 9]
     assert rows["odd"]["fps"] == 12 and "failed" in rows["broken.mp4"]
-    assert "<b>" not in (tmp_path / "out" / "summary_report.html").read_text().replace("<body>", "")
+    page = (tmp_path / "out" / "summary_report.html").read_text()
+    assert "<b>" not in page.replace("<body>", "") and "mse_first" not in page, "that one is in metrics.json alone"
+    assert "mse_first" in (tmp_path / "out" / "metrics.json").read_text()
     originals, outputs = (read_all(tmp_path / "out" / rows["odd"]["videos"][k]) for k in ("original", "reconstructed"))
     assert len(originals) == len(outputs) == 14
     # what is reported is what the model gives on the whole clip, frame by frame
