@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import os
 import tempfile
-import time
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from device import held_memory, peak_memory, reset_peak_memory, synchronize
+from device import held_memory, peak_memory, reset_peak_memory, time_call
 from teachers import TeacherError
 
 
@@ -99,16 +98,15 @@ class TeacherPass:
         time_factor, space_factor = self.factors
         height, width = clip[0].shape[:2]
         video = torch.from_numpy(np.stack(clip)).to(self.teacher.device).permute(0, 3, 1, 2)[None].float().div_(255)
-        missing = self.teacher.filled(len(clip), time_factor) - len(clip)
+        filled = self.teacher.filled(len(clip), time_factor)
+        missing = filled - len(clip)
         if missing and self.teacher.pools_pairs:
             self.notes.append(f"teacher: the last of {len(clip)} frames was repeated ({missing} x): it takes 8k or "
                               "8k + 1")
-        video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1)
-        pad = (0, -width % space_factor, 0, -height % space_factor)
-        video = F.pad(video.flatten(0, 1), pad, mode="replicate")[None]
-        latents, seconds = self.timed(self.teacher.encode, video)
+        video = padded(video, space_factor, filled)
+        latents, seconds = time_call(self.teacher.encode, video, self.teacher.device)
         self.encode_seconds += seconds
-        output, seconds = self.timed(self.teacher.decode, latents)
+        output, seconds = time_call(self.teacher.decode, latents, self.teacher.device)
         self.decode_seconds += seconds
         self.encoded += video.shape[1]
         self.latent_count += latents.shape[1]
@@ -124,19 +122,21 @@ class TeacherPass:
             self.given += [k < len(output) for k in range(len(clip))]
             self.count += len(output)
 
-    def timed(self, call, argument):
-        synchronize(self.teacher.device)
-        start = time.perf_counter()
-        result = call(argument)
-        synchronize(self.teacher.device)
-        return result, time.perf_counter() - start
-
     def frame(self, i):
         if i >= len(self.given) or not self.given[i]:
             return None
         size = int(np.prod(self.shape))
         self.file.seek(sum(self.given[:i]) * size)
         return np.frombuffer(bytearray(self.file.read(size)), np.uint8).reshape(self.shape)
+
+
+def padded(video, factor, frames=0):
+    """A clip 1 T 3 H W with its edges repeated until `factor` divides its sides, and its last frame until there are
+    `frames`."""
+    missing = max(0, frames - video.shape[1])
+    video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) if missing else video
+    pad = (0, -video.shape[-1] % factor, 0, -video.shape[-2] % factor)
+    return F.pad(video.flatten(0, 1), pad, mode="replicate")[None] if any(pad) else video
 
 
 def factors(teacher):

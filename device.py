@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+import time
 
 import torch
 
@@ -147,6 +148,15 @@ def synchronize(device):
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def time_call(call, argument, device):
+    """(call(argument), the seconds until the device was done with it)"""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call(argument)
+    synchronize(device)
+    return result, time.perf_counter() - start
 
 
 def reset_peak_memory(device):

@@ -11,7 +11,6 @@ them a latent stands for, and the place of the first.
 import functools
 import math
 import re
-import time
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ import torch.nn.functional as F
 import models
 import quantize
 from codec import InputError
-from compare import factors
-from device import place, synchronize
+from compare import factors, padded
+from device import place, time_call
 from evaluate import group_of, time_halves
 from rate import Result, VideoCodec, parse_codec
 from teachers import is_spec, load_teacher
@@ -51,14 +50,6 @@ def load(name, context, levels=0):
 def is_fitted(name):
     """Whether an entry of this name wants to see the clips before."""
     return bool((baseline := BASELINE.fullmatch(name)) and baseline[1])
-
-
-def padded(video, factor, frames=0):
-    """The video with its edges repeated until `factor` divides its sides, and its last frame until it has `frames`."""
-    missing = max(0, frames - video.shape[1])
-    video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) if missing else video
-    pad = (0, -video.shape[-1] % factor, 0, -video.shape[-2] % factor)
-    return F.pad(video.flatten(0, 1), pad, mode="replicate")[None] if any(pad) else video
 
 
 def size_of(*modules):
@@ -145,16 +136,9 @@ class ByTeacher:
     def code(self, video):
         """(reconstruction, latents, seconds)"""
         device, frames = self.teacher.device, self.teacher.filled(video.shape[1], self.time_factor)
-        fed, times = padded(video.to(device), self.space_factor, frames), []
-        synchronize(device)
-        times.append(time.perf_counter())
-        latents = self.teacher.encode(fed)
-        synchronize(device)
-        times.append(time.perf_counter())
-        output = self.teacher.decode(latents)
-        synchronize(device)
-        times.append(time.perf_counter())
-        return output, latents, {"encode": times[1] - times[0], "decode": times[2] - times[1]}
+        latents, there = time_call(self.teacher.encode, padded(video.to(device), self.space_factor, frames), device)
+        output, back = time_call(self.teacher.decode, latents, device)
+        return output, latents, {"encode": there, "decode": back}
 
     def run(self, video, fps, clip, timed=False):
         height, width = video.shape[-2:]
@@ -184,14 +168,11 @@ class Bicubic:
     def run(self, video, fps, clip, timed=False):
         height, width = video.shape[-2:]
         fed = padded(video.to(self.device), 8)[0]
-        start = time.perf_counter()
-        small = F.interpolate(fed, scale_factor=1 / 8, mode="bicubic", antialias=True)
-        synchronize(self.device)
-        middle = time.perf_counter()
-        output = F.interpolate(small, size=fed.shape[-2:], mode="bicubic").clamp(0, 1)[None]
-        synchronize(self.device)
-        seconds = {"encode": middle - start, "decode": time.perf_counter() - middle}
-        return Result(output[..., :height, :width], seconds, small.numel())
+        small, there = time_call(
+            lambda x: F.interpolate(x, scale_factor=1 / 8, mode="bicubic", antialias=True), fed, self.device)
+        output, back = time_call(
+            lambda x: F.interpolate(x, size=fed.shape[-2:], mode="bicubic").clamp(0, 1)[None], small, self.device)
+        return Result(output[..., :height, :width], {"encode": there, "decode": back}, small.numel())
 
 
 class PCA:
@@ -259,13 +240,13 @@ class PCA:
         frames, height, width = video.shape[1], *video.shape[-2:]
         mean, basis = next((mean, basis) for half, mean, basis in self.bases if not half or self.sources[clip] in half)
         mean, basis, video = mean.to(self.device), basis.to(self.device), video.to(self.device)
-        start = time.perf_counter()
-        code = (self.blocks(video) - mean) @ basis
-        synchronize(self.device)
-        middle = time.perf_counter()
-        rows = code @ basis.t() + mean
         t, h, w = math.ceil(frames / 4), math.ceil(height / 8), math.ceil(width / 8)
-        output = rows.view(t, h, w, 4, 3, 8, 8).permute(0, 3, 4, 1, 5, 2, 6).reshape(1, 4 * t, 3, 8 * h, 8 * w)
-        synchronize(self.device)
-        seconds = {"encode": middle - start, "decode": time.perf_counter() - middle}
+
+        def decode(code):
+            rows = (code @ basis.t() + mean).view(t, h, w, 4, 3, 8, 8)
+            return rows.permute(0, 3, 4, 1, 5, 2, 6).reshape(1, 4 * t, 3, 8 * h, 8 * w)
+
+        code, there = time_call(lambda x: (self.blocks(x) - mean) @ basis, video, self.device)
+        output, back = time_call(decode, code, self.device)
+        seconds = {"encode": there, "decode": back}
         return Result(output[:, :frames, :, :height, :width].clamp(0, 1), seconds, code.numel())

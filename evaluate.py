@@ -3,13 +3,11 @@
 To add a metric: its function in metrics.py and a row in `MEASURES` there. Validation, TensorBoard, infer.py, its report
 and leaderboard.py then have it.
 """
-import time
-
 import torch
 
 import metrics
 from config import ConfigError
-from device import synchronize
+from device import time_call
 from metrics import MEASURES, Measure
 
 TIMED_CLIPS = 3  # of a validation: encoded and decoded once more, for their speed
@@ -154,14 +152,8 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
 
 def time_halves(model, video, device):
     """{"encode": seconds for the clips N T 3 H W, "decode": for their latents}"""
-    seconds, given = {}, video
-    for half, run in (("encode", model.encode), ("decode", model.decode)):
-        synchronize(device)
-        start = time.perf_counter()
-        given = run(given)
-        synchronize(device)
-        seconds[half] = time.perf_counter() - start
-    return seconds
+    latents, encode_seconds = time_call(model.encode, video, device)
+    return {"encode": encode_seconds, "decode": time_call(model.decode, latents, device)[1]}
 
 
 def spread(facts):
