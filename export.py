@@ -15,8 +15,6 @@ import contextlib
 import io
 import json
 import os
-import signal
-import sys
 
 import torch
 from tqdm import tqdm
@@ -26,7 +24,7 @@ import models
 from checkpoint import CheckpointError, first_line, not_finite, probe
 from diffusers_names import to_diffusers
 from model_taehv import RELATIVES, TAEHV, config_of, settle
-from screen import guard_screen, one_line
+from screen import ending_in_one_line, guard_screen, one_line
 
 STEPS = (export_step.DecoderStep, export_step.EncoderStep)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -362,14 +360,8 @@ def parse(arguments=None):
 def main():
     guard_screen()
     options = parse()
-    try:
+    with ending_in_one_line("export.py", (ExportError, CheckpointError, OSError), "nothing was written", first_line):
         run(options)
-    except (ExportError, CheckpointError, OSError) as error:
-        print(f"export.py: {one_line(first_line(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("export.py: stopped by SIGINT; nothing was written", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import collections
 import contextlib
 import os
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -44,7 +43,7 @@ from latent_file import LATENTS
 from lock import locked
 from quantize import use_levels
 from reconstruct import reconstruct, reconstruct_by_teacher
-from screen import ended_by_sigterm, guard_screen, one_line
+from screen import ending_in_one_line, guard_screen, one_line
 from teachers import KINDS, TeacherError, is_spec, load_teacher
 from token_file import keep_maps
 
@@ -281,18 +280,11 @@ def parse(arguments=None):
 def main():
     guard_screen()
     options = parse()
-    try:
-        with ended_by_sigterm(), locked(options.out, "choose another --out") as unlocked:
-            if unlocked:
-                print(unlocked)
-            code = run(options)
-    except MISTAKES as error:
-        print(f"infer.py: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        print(f"infer.py: stopped by {signal.Signals(number).name}; what was not finished is removed", file=sys.stderr)
-        sys.exit(128 + number)
+    with (ending_in_one_line("infer.py", MISTAKES, "what was not finished is removed"),
+          locked(options.out, "choose another --out") as unlocked):
+        if unlocked:
+            print(unlocked)
+        code = run(options)
     if code:
         sys.exit(code)
 

@@ -25,7 +25,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 
@@ -40,7 +39,7 @@ from lock import locked
 from measure_entry import Judges, measure, write_video
 from protocols import PROTOCOLS, Clips
 from rate import compare_rates
-from screen import ended_by_sigterm, guard_screen, one_line
+from screen import ending_in_one_line, guard_screen, one_line
 from teachers import KINDS
 from untrusted import read_json
 
@@ -271,19 +270,11 @@ def parse(arguments=None):
 def main():
     guard_screen()
     options = parse()
-    try:
-        with ended_by_sigterm(), locked(options.out, "choose another --out") as unlocked:
-            if unlocked:
-                print(unlocked)
-            code = run(options)
-    except MISTAKES as error:
-        print(f"leaderboard.py: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        print(f"leaderboard.py: stopped by {signal.Signals(number).name}; what was measured is kept: the same command "
-              "goes on", file=sys.stderr)
-        sys.exit(128 + number)
+    with (ending_in_one_line("leaderboard.py", MISTAKES, "what was measured is kept: the same command goes on"),
+          locked(options.out, "choose another --out") as unlocked):
+        if unlocked:
+            print(unlocked)
+        code = run(options)
     if code:
         sys.exit(code)
 

@@ -16,8 +16,6 @@ import copy
 import importlib.util
 import os
 import shlex
-import signal
-import sys
 
 import torch
 from tqdm import tqdm
@@ -33,7 +31,7 @@ from measure import alternate
 from model_taehv import TAEHV, recognise
 from prune_taehv import LEAST, PARTS, by_chance, by_magnitude, by_taylor, compensate, cut, layers_of, plan
 from prune_taehv import smallest
-from screen import ended_by_sigterm, guard_screen, one_line
+from screen import ending_in_one_line, guard_screen, one_line
 
 HELD_OUT = 0.1       # fraction of the files of --data that are held out, without --val-data
 TIMED = 1, 12, 3, 128, 128  # shape of the video whose encoding and decoding is timed
@@ -280,16 +278,8 @@ def parse(arguments=None):
 def main():
     guard_screen()
     options = parse()
-    try:
-        with ended_by_sigterm():
-            run(options)
-    except (PruneError, *MISTAKES) as error:
-        print(f"prune.py: {one_line(first_line(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
-        number_of = error.args[0] if error.args else signal.SIGINT
-        print(f"prune.py: stopped by {signal.Signals(number_of).name}; nothing was written", file=sys.stderr)
-        sys.exit(128 + number_of)
+    with ending_in_one_line("prune.py", (PruneError, *MISTAKES), "nothing was written", first_line):
+        run(options)
 
 
 if __name__ == "__main__":

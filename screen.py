@@ -90,6 +90,23 @@ def ended_by_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def ending_in_one_line(command, mistakes, when_stopped, words=str):
+    """For the body of a command's main: ends the process with one line on stderr, after the errors `mistakes` with exit
+    code 2, after Ctrl-C with 130 and after SIGTERM with 143; `when_stopped` ends the line then. words(error): what is
+    said of it."""
+    try:
+        with ended_by_sigterm():
+            yield
+    except mistakes as error:
+        print(f"{command}: {one_line(words(error))}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        print(f"{command}: stopped by {signal.Signals(number).name}; {when_stopped}", file=sys.stderr)
+        sys.exit(128 + number)
+
+
 def one_line(text, most=4000):
     """A message without line breaks and other control characters, as values and names of files may hold them, of a
     bounded length."""
