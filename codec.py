@@ -21,6 +21,7 @@ from fast_taehv import FastTAEHV
 from latent_file import LatentReader
 from model_dcae import DCAE
 from pipeline import Pipeline
+from quantize import levels_of
 from tiling import Tiled
 from token_file import TokenReader
 
@@ -184,7 +185,7 @@ class TokenSource:
             raise InputError(f"{path}: no tokens of a video ({error} in its header)") from None
         padded = [side + -side % model.space_factor for side in (self.height, self.width)]
         sizes, strides, held = model.codebook_sizes, model.code_strides, len(reader.maps)
-        if getattr(getattr(model, "quantize", None), "nested", False) and held <= model.quantize.codes_per_position:
+        if held <= levels_of(model):
             sizes, strides = sizes[:1] * held, strides[:1] * held  # it may have been cut after any level
         maps = [(size, padded[0] // stride, padded[1] // stride) for size, stride in zip(sizes, strides)]
         if min(self.height, self.width) < 1 or reader.maps != maps:

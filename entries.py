@@ -64,7 +64,7 @@ class Own:
 
     def __init__(self, name, context, levels=0):
         model, words = models.load_model(name)
-        self.most_levels = levels_of(model)
+        self.most_levels = quantize.levels_of(model)
         about = f"levels {levels}" if levels else ""
         self.name, self.words = f"{name} {about}".strip(), f"{words}, {about}".strip(", ")
         self.fingerprint = models.fingerprint(model, f"{sorted(model.config.items())} {about}")
@@ -101,12 +101,6 @@ class Own:
     def codebook_sizes(self):
         """Of the tensors in a Result's codes."""
         return self.model.codebook_sizes
-
-
-def levels_of(model):
-    """How many levels a residual tokenizer's codes have, of which the first alone stand for the video too; else 0."""
-    quantizer = getattr(model, "quantize", None)
-    return quantizer.codes_per_position if getattr(quantizer, "nested", False) else 0
 
 
 class ByTeacher:

@@ -58,17 +58,23 @@ def make_quantizer(kind, dim, n_embed, beta, options):
         raise ValueError(f"quantizer {kind!r}: {error}") from None
 
 
+def levels_of(model):
+    """How many levels a residual tokenizer's codes have, of which the first alone stand for the video too; else 0."""
+    quantizer = getattr(model, "quantize", None)
+    return quantizer.codes_per_position if getattr(quantizer, "nested", False) else 0
+
+
 def use_levels(model, levels):
     """From now on a tokenizer with a residual quantizer gives, outside of training, the codes of its first `levels`
     depths only: fewer bits and a coarser picture. Codes of any number of depths are decoded as before. ValueError for a
     model without such levels, or of fewer."""
-    quantizer = getattr(model, "quantize", None)
-    if not getattr(quantizer, "nested", False):
+    most = levels_of(model)
+    if not most:
         raise ValueError("its codes have no levels: only a residual quantizer's do (net.quantizer=rvq)")
-    if not 1 <= levels <= quantizer.codes_per_position:
-        raise ValueError(f"1 to {quantizer.codes_per_position} are possible: its quantizer has so many levels")
-    quantizer.levels = levels
-    model.codebook_sizes, model.code_strides = [quantizer.num_codes] * levels, [model.space_factor] * levels
+    if not 1 <= levels <= most:
+        raise ValueError(f"1 to {most} are possible: its quantizer has so many levels")
+    model.quantize.levels = levels
+    model.codebook_sizes, model.code_strides = [model.quantize.num_codes] * levels, [model.space_factor] * levels
 
 
 class TokenizerStream:
