@@ -172,9 +172,9 @@ def run(options):
             info=info, rates=rates, rows=ready, earlier=[row for key, row in known.items() if key not in keys]),
             indent=1, allow_nan=False) + "\n")
         write_page(options.out, ready, info, rates, short)
-        return ready
+        return ready, rates
 
-    save()
+    ready, rates = save()
     for one in waiting:
         try:
             entry = entries.load(one["spec"], context, one["levels"])
@@ -185,14 +185,13 @@ def run(options):
             failed[one["name"]] = failures.row(one["name"], one["name"], error)
             print(f"{one['name']}: {one_line(failed[one['name']]['failed'])}")
         entry = None  # its memory is the next one's
-        save()
-    ready = save()
+        ready, rates = save()
     if all(row.get("failed") for row in ready):
         raise InputError(f"none of the {len(ready)} could be measured; the first: {ready[0]['failed']}")
     print(*table(ready, short), sep="\n")
-    for name, one in compare_rates(ready).get("curves", {}).items():
+    for name, one in rates.get("curves", {}).items():
         mean = "no PSNR in common" if one["mean"] is None else f"{one['mean']:+.1f} % bits"
-        print(f"BD-rate of {short(name)} against {short(compare_rates(ready)['against'])}: {mean}")
+        print(f"BD-rate of {short(name)} against {short(rates['against'])}: {mean}")
     print(f"judged on frames {in_words(judged)} of {clips.frames}, of {len(clips)} clips of "
           f"{clips.height}x{clips.width}")
     print(f"page: {os.path.join(options.out, 'leaderboard.html')}")

@@ -108,7 +108,7 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
                encode_fps=timed * clips.frames / seconds["encode"] if timed else None,
                decode_fps=timed * clips.frames / seconds["decode"] if timed else None, peak_memory_mb=memory,
                clips=rows)
-    return finite(row)
+    return report.strict(row)
 
 
 def peak_of(entry, clips, device):
@@ -118,15 +118,6 @@ def peak_of(entry, clips, device):
     video = clips.video(0, device)
     taken = memory_of(lambda: entry.run(video, clips.fps[0], 0), device)
     return (taken + entry.weight_bytes) / 1e6 if reset_peak_memory(device) else None
-
-
-def finite(value):
-    """A copy in which None stands for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_video(path, video, fps):

@@ -370,15 +370,17 @@ def summarize(rows, keys, targets):
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
-def _strict(value, where, lost):
-    """A copy of `value` that strict JSON and UTF-8 can hold. NaN and infinity become None and are named in `lost`."""
+def strict(value, where="", lost=None):
+    """A copy of `value` that strict JSON and UTF-8 can hold. NaN and infinity become None and are named in `lost`, a
+    list if there is one."""
     if isinstance(value, dict):
-        return {str(key): _strict(item, f"{where}{key} ", lost) for key, item in value.items()}
+        return {str(key): strict(item, f"{where}{key} ", lost) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_strict(item, where, lost) for item in value]
+        return [strict(item, where, lost) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float) and not math.isfinite(value):
-        lost.append(f"{where}is {value}; null in metrics.json")
+        if lost is not None:
+            lost.append(f"{where}is {value}; null in metrics.json")
         return None
     if isinstance(value, (str, os.PathLike)):  # a file name's undecodable bytes are lone surrogates in Python
         return os.fspath(value).encode("utf-8", "replace").decode()
@@ -499,9 +501,9 @@ def write_report(out_dir, rows, info, targets=None, headings=None):
     clean_rows = []
     for row in rows:
         lost = []
-        clean = _strict(row, "", lost)
+        clean = strict(row, "", lost)
         clean_rows.append({**clean, "notes": clean.get("notes", []) + lost})
-    clean_info = _strict(info, "", [])
+    clean_info = strict(info)
     os.makedirs(out_dir, exist_ok=True)
     content = {"info": clean_info, "summary": summary, "rows": clean_rows}
     write_whole(os.path.join(out_dir, "metrics.json"), json.dumps(content, indent=2, allow_nan=False) + "\n")
