@@ -23,10 +23,11 @@ from tqdm import tqdm
 import data
 import models
 from checkpoint import CheckpointError, first_line, write_atomically
+from clip_cache import ValCuts
 from device import DeviceError, pick_device
 from evaluate import evaluate
 from export import ExportError, as_pth, as_safetensors, folder_for
-from latent_cache import LatentCache, evenly_spread
+from latent_cache import CachedClips, LatentCache
 from measure import alternate
 from model_taehv import TAEHV, recognise
 from prune_taehv import LEAST, PARTS, by_chance, by_magnitude, by_taylor, compensate, cut, layers_of, plan
@@ -93,8 +94,9 @@ def cached_samples(options, model):
             raise PruneError(f"--val-data {options.val_data} holds other latents than {options.data}")
     if not len(held_out):
         raise PruneError(f"--data {options.data} holds clips of one file, and PSNR wants others: set --val-data")
-    found = [[sample_of(one, i, plain) for i in evenly_spread(torch.tensor([*clips]).numpy(), limit)] for
-             one, clips, limit in ((cache, mine, options.clips), (other, held_out, options.val_clips))]
+    found = [(ValCuts(one, clips, one.size, one.frames, limit) if plain else CachedClips(one, clips, limit=limit)
+              ).share(0, 1, None)
+             for one, clips, limit in ((cache, mine, options.clips), (other, held_out, options.val_clips))]
     preset = f"taehv_finetune clip_cache={shlex.quote(options.data)}" if plain else (
         f"taehv_distill latent_cache={shlex.quote(options.data)}")
     other_half = {"both": "", "decoder": " train_encoder=false", "encoder": " train_decoder=false"}[options.part]
@@ -117,13 +119,6 @@ def open_cache(path, model):
                          f"{model.latent_channels} channels and 1/{model.space_factor} of the size")
     cache.check_alignment(model)
     return cache, plain
-
-
-def sample_of(cache, i, plain):
-    if plain:
-        return {"video": torch.from_numpy(cache.clip(i).copy()).permute(0, 3, 1, 2)}
-    sample = cache.read([i])
-    return {"video": sample["video"][0], "latents": sample["latents"][0]}
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
