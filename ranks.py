@@ -218,22 +218,19 @@ class Gradients:
         sizes = [sum(p.numel() for p in parameters), extra, sum(b.numel() for b in self.averaged)]
         self.all = torch.zeros(sum(sizes), device=parameters[0].device)
         self.flat, self.totals, self.means = self.all.split(sizes)
-        self.slices, self.missing = [], []  # (start, end), in the order of sending; parameters that are not filled yet
-        self.sent, self.underway, self.sends_early, self.hooks = 0, [], False, []
-        ranks, start = dist.get_world_size() if dist.is_initialized() else 1, 0
-        for p in parameters:
+        self.slices, self.parameters_in = [], []  # (start, end), in the order of sending; how many parameters are in it
+        self.missing, self.sent, self.underway, self.sends_early = [], 0, [], False
+        start, ranks = sizes[0], dist.get_world_size() if dist.is_initialized() else 1
+        for p in reversed(parameters):
+            end, start = start, start - p.numel()
             p.grad = self.flat.as_strided(p.shape, p.stride(), start)
-            if not self.slices or self.slices[0][1] - self.slices[0][0] >= SLICE:
-                self.slices.insert(0, (start, start))
-            self.slices[0] = self.slices[0][0], start + p.numel()
+            if not self.slices or self.slices[-1][1] - self.slices[-1][0] >= SLICE:
+                self.slices.append((start, end))
+                self.parameters_in.append(0)
+            self.slices[-1] = start, self.slices[-1][1]
+            self.parameters_in[-1] += 1
             if ranks > 1:
-                self.hooks.append((p, len(self.slices)))
-            start += p.numel()
-        self.parameters_in = [0] * len(self.slices)
-        for p, number in self.hooks:  # slices were counted from the first one, and are sent from the last one
-            number = len(self.slices) - number
-            self.parameters_in[number] += 1
-            p.register_post_accumulate_grad_hook(lambda _, number=number: self.filled(number))
+                p.register_post_accumulate_grad_hook(lambda _, number=len(self.slices) - 1: self.filled(number))
         self.slices.append((sizes[0], len(self.all)))  # totals and statistics
 
     @torch.no_grad()
@@ -245,7 +242,8 @@ class Gradients:
 
     def last_pass(self):
         """Call it before a step's last backward pass: what it fills is complete, and may be sent."""
-        self.sends_early, self.missing = True, list(self.parameters_in)
+        self.sends_early = True
+        self.missing = list(self.parameters_in)  # of each slice: parameters that are not filled yet
 
     def filled(self, number):
         """Autograd has added to a parameter's gradient, in slice `number`."""
