@@ -119,18 +119,25 @@ def problem_of(path):
 
 
 def write_atomically(path, data):
-    """Write bytes under a temporary name, flush them to the disk, rename. OSError leaves nothing behind."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """Write bytes under a temporary name, flush them to the disk, rename. An error leaves nothing behind."""
+    write_all([data], [path])
+
+
+def write_all(contents, paths):
+    """Write several files so, all of them before the first is renamed."""
+    temporary = [f"{path}.{os.getpid()}.tmp" for path in paths]
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+        for name, content in zip(temporary, contents):
+            with open(name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in zip(temporary, paths):
+            os.replace(name, path)
+    finally:
+        for name in temporary:
+            if os.path.exists(name):
+                os.remove(name)
 
 
 def probe(folder):

@@ -11,8 +11,6 @@ say where the file is, where it has to go, and what uses it. All of these files 
 infer.py takes them. docs/export.md says for each program what was looked at, and what was run.
 """
 import argparse
-import contextlib
-import io
 import json
 import os
 
@@ -21,10 +19,11 @@ from tqdm import tqdm
 
 import export_step
 import models
-from checkpoint import CheckpointError, first_line, not_finite, probe
+from checkpoint import CheckpointError, first_line, not_finite, write_all
 from diffusers_names import to_diffusers
 from model_taehv import RELATIVES, TAEHV, config_of, settle
 from screen import ending_in_one_line, guard_screen, one_line
+from weights_file import ExportError, as_pth, as_safetensors, folder_for, name_of
 
 STEPS = (export_step.DecoderStep, export_step.EncoderStep)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -78,10 +77,6 @@ NOT_TAEHV = {"wide": "its decoders are the plain and the super one"}
 MARKS = ("taecvx", "taeh3", "taew2_2", "taehv1_5", "taeltx", "_super")  # by these taehv.py knows an architecture
 
 
-class ExportError(Exception):
-    """What cannot be exported so; the message names the reason."""
-
-
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
@@ -123,26 +118,7 @@ def weights_of(model, dtype):
     return state
 
 
-def name_of(model):
-    return next(name for name, kind in models.MODELS.items() if type(model) is kind)
-
-
-# ---- files, as bytes -----------------------------------------------------------------------------------------------
-
-
-def as_safetensors(model, state):
-    """With the settings in its metadata, by which models.py and model_taehv.py know it whatever its name."""
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise ExportError("this needs a package: pip install safetensors") from None
-    return save(state, {"format": "pt", "model_name": name_of(model), "model_config": json.dumps(model.config)})
-
-
-def as_pth(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
+# ---- paths ---------------------------------------------------------------------------------------------------------
 
 
 def file_path(options, name):
@@ -294,41 +270,6 @@ TARGETS = {"comfyui": comfyui, "diffusers": diffusers, "lightx2v": lightx2v, "sd
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def folder_for(path):
-    """Makes the folder and sees that it can be written to; what was made goes again if the block fails."""
-    folder, made = os.path.abspath(path), []
-    while not os.path.isdir(folder):
-        made.append(folder)
-        folder = os.path.dirname(folder)
-    try:
-        os.makedirs(path, exist_ok=True)
-        probe(path)
-        yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
-        raise
-
-
-def put(contents, paths):
-    """Write all files under temporary names, flush them, then rename all. What fails leaves none of them."""
-    temporary = [f"{path}.{os.getpid()}.tmp" for path in paths]
-    try:
-        for name, content in zip(temporary, contents):
-            with open(name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in zip(temporary, paths):
-            os.replace(name, path)
-    finally:
-        for name in temporary:
-            if os.path.exists(name):
-                os.remove(name)
-
-
 def run(options):
     model, words = models.load_model(options.checkpoint, options.variant)
     print(f"{options.checkpoint}: {words}")
@@ -337,7 +278,7 @@ def run(options):
         if os.path.isdir(path) or os.path.lexists(path) and not options.force:
             raise ExportError(f"{path} exists: choose another --out{'' if os.path.isdir(path) else ', or --force'}")
     with folder_for(os.path.dirname(paths[0]) or "."):
-        put(make(), paths)
+        write_all(make(), paths)
     print("wrote", *paths)
     print(*lines, sep="\n")
 

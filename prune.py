@@ -26,13 +26,13 @@ from checkpoint import CheckpointError, first_line, write_atomically
 from clip_cache import ValCuts
 from device import DeviceError, pick_device
 from evaluate import evaluate
-from export import ExportError, as_pth, as_safetensors, folder_for
 from latent_cache import CachedClips, LatentCache
 from measure import alternate
 from model_taehv import TAEHV, recognise
 from prune_taehv import LEAST, PARTS, by_chance, by_magnitude, by_taylor, compensate, cut, layers_of, plan
 from prune_taehv import smallest
 from screen import ending_in_one_line, guard_screen, one_line
+from weights_file import ExportError, as_pth, as_safetensors, folder_for
 
 HELD_OUT = 0.1       # fraction of the files of --data that are held out, without --val-data
 TIMED = 1, 12, 3, 128, 128  # shape of the video whose encoding and decoding is timed
