@@ -20,7 +20,7 @@ import warnings
 import torch
 from torch import nn
 
-from model_taehv import H3_DROPPED, H3_FRAMES, H3_LATENTS, MEMORY_BLOCKS, TGrow, TPool
+from model_taehv import H3_DROPPED, H3_FRAMES, H3_LATENTS, MEMORY_BLOCKS, TGrow, TPool, running_order
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # By how much a step's pixels, and latents of about -3 to 3, may differ from the model's in float32.
@@ -40,11 +40,8 @@ class Step(nn.Module):
 
     def run(self, frames, memories):
         """(frames, memories) after the blocks; both are lists of N C H W. No memories: those of a clip's beginning."""
-        blocks, memories, kept = list(self.blocks), list(memories), []
-        for i in range(len(blocks) - 1):  # growing time before enlarging space gives the same numbers for less work
-            if isinstance(blocks[i], nn.Upsample) and isinstance(blocks[i + 1], TGrow):
-                blocks[i], blocks[i + 1] = blocks[i + 1], blocks[i]
-        for block in blocks:
+        memories, kept = list(memories), []
+        for _, block in running_order(self.blocks):
             if isinstance(block, MEMORY_BLOCKS):
                 past = memories.pop(0) if memories else torch.zeros_like(frames[0])
                 kept.append(frames[-1])

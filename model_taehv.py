@@ -409,6 +409,15 @@ class TAEHV(nn.Module):
         return torch.cat([*pieces, flush(stream)], 1)
 
 
+def running_order(blocks):
+    """[(number, block)]: growing time before enlarging space gives the same numbers for less work."""
+    order = list(enumerate(blocks))
+    for i in range(len(order) - 1):
+        if isinstance(blocks[i], nn.Upsample) and isinstance(blocks[i + 1], TGrow):
+            order[i], order[i + 1] = order[i + 1], order[i]
+    return order
+
+
 def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
     """Run encoder or decoder blocks over N T C H W frames; returns N T' C' H' W'.
 
@@ -417,15 +426,11 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
     """
     n = video.shape[0]
     x = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    order = list(enumerate(blocks))
-    for i in range(len(order) - 1):  # growing time before enlarging space gives the same numbers for less work
-        if isinstance(blocks[i], nn.Upsample) and isinstance(blocks[i + 1], TGrow):
-            order[i], order[i + 1] = order[i + 1], order[i]
     # Layers between memory blocks look at single frames (pools: at their own few), so on a CPU without gradients each
     # stretch of them runs piece by piece: full-size maps of 64 channels then exist for one or two frames, not for all.
     piecewise = not torch.is_grad_enabled() and x.device.type == "cpu"
     stretches = []
-    for i, block in order:
+    for i, block in running_order(blocks):
         if stretches and not any(isinstance(b, MEMORY_BLOCKS) for b in (block, stretches[-1][1][-1])):
             stretches[-1][1].append(block)
         else:
