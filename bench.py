@@ -32,7 +32,7 @@ import progress
 from bench_loader import loader
 from bench_loop import loop
 from config import load_config
-from device import DeviceError, describe, pick_device, pick_precision, place, tune
+from device import DeviceError, describe, pick_device, pick_precision, place, stream_limit, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 from screen import guard_screen, nobody_reads, one_line, text_is_lost
 
@@ -60,16 +60,19 @@ def families():
             "dcae_small": lambda: DCAE(**narrow, latent_channels=64)}
 
 
-def streamed(model, kind, pieces):
-    stream = model.stream()
-    for piece in pieces:
+def streamed(model, kind, x):
+    """Encode or decode a clip as infer.py does: piece by piece on a CPU, in larger groups on a GPU."""
+    limit = stream_limit(x.device)
+    stream = model.stream(memory_limit=limit)
+    for piece in x.split(16 if limit else 1, 1):
         getattr(stream, kind)(piece)
     (stream.flush_encoder if kind == "encode" else stream.flush_decoder)()
 
 
 def codec_call(options, name, size, label, task):
-    """(function to time, model, its input) of encoding or decoding a clip. label: "plain fp32", "fast bf16", "at once
-    fp32" (the whole clip in one pass), "published fp16" (so too, by the published routine, in its layout)."""
+    """(function to time, model, its input) of encoding or decoding a clip. label: "plain fp32", "fast bf16", "graph
+    bf16" (fast, by CUDA graphs), "at once fp32" (the whole clip in one pass), "published fp16" (so too, by the
+    published routine, in its layout)."""
     device = pick_device(options.device)
     tune(device)
     how, kind = label.rsplit(" ", 1)
@@ -88,8 +91,10 @@ def codec_call(options, name, size, label, task):
     if how == "at once":
         call = model.encode if task == "encode" else model.decode
         return torch.no_grad()(lambda: call(x)), model, x
-    runner = models.fast(model) if how == "fast" else model
-    return lambda: streamed(runner, task, x.split(1, 1)), model, x
+    runner = model if how == "plain" else models.fast(model, graph=how == "graph")
+    if how == "graph":
+        streamed(runner, task, x)  # graphs are recorded when a shape comes the second time: in the warm-up, after this
+    return lambda: streamed(runner, task, x), model, x
 
 
 def codec_rows(options, name, size, labels, task):
@@ -112,10 +117,11 @@ def codec(options):
     """Encoding and decoding by each family at each size. Ratios are to the plain layers in the first type."""
     device = pick_device(options.device)
     for name in options.families:
-        model = families()[name]().eval()
-        has_fast = device.type == "cpu" and models.fast(model) is not model
-        ways = ["plain", *(["fast"] if has_fast else []),
-                *(["at once"] if options.at_once else [])]
+        model = families()[name]().eval().to(device)
+        has_fast = models.fast(model) is not model
+        ways = ["plain", *["fast"] * has_fast, *["graph"] * (has_fast and device.type == "cuda"),
+                *["at once"] * options.at_once]
+        del model  # its memory is wanted
         labels = [f"{way} {kind}" for kind in types(options) for way in ways]
         if name.startswith("tae"):
             labels.append("published fp16" if has_fp16(device) else "published fp32")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import report
-from device import free_memory, keep_freed_blocks, synchronize
+from device import free_memory, keep_freed_blocks, stream_limit, synchronize
 from fast_taehv import FastTAEHV
 from latent_file import LatentReader
 from model_dcae import DCAE
@@ -71,9 +71,7 @@ class Codec:
                 self.note = ("it is large: memory blocks keep the frame before in float16, to save memory; that costs "
                              "an error of about 0.0001")
         self.tokens = hasattr(job.model, "tokenize")
-        # A GPU wants several latents at a time; a CPU is fastest with one. More than 2 GB of them would only keep the
-        # stages behind waiting.
-        limit = min(1 << 31, free_memory(job.device) // 4) if job.device.type == "cuda" else None
+        limit = stream_limit(job.device)
         self.at_once = 16 if limit else 1  # frames that are moved to the device together
         self.turn, self.busy = job.turn, job.busy
         self.stream = (job.tiled or job.model).stream(memory_limit=limit, total_latents=total_latents)

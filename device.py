@@ -228,6 +228,12 @@ def free_memory(device):
     return max(0, min(found))
 
 
+def stream_limit(device):
+    """Bytes that a stream's activations may take, for its memory_limit. A GPU wants several latents at a time, but more
+    than 2 GB of them would only keep waiting what comes behind. None on other devices: one at a time."""
+    return min(1 << 31, free_memory(device) // 4) if device.type == "cuda" else None
+
+
 def describe(device):
     """One line for logs and reports."""
     if device.type == "cuda":

@@ -3,9 +3,9 @@
     quick = fast(load_taehv("taew2_1.pth"))          # a derived copy, the model itself is untouched
     video = quick.decode(quick.encode(video))        # all of the model's methods, streams included
 
-This file works with torch and model_taehv.py beside it. Results are those of the model up to rounding (about 1e-6 of
-the largest value in float32). The copy is for inference in eval mode, on the device and in the type that the model had
-when it was made; later changes of the weights do not reach it.
+This file works with torch and model_taehv.py beside it; fast_cuda.py is its fellow for GPUs. Results are those of the
+model up to rounding (about 1e-6 of the largest value in float32). The copy is for inference in eval mode, on the device
+and in the type that the model had when it was made; later changes of the weights do not reach it.
 
 What was measured to pay, one 64-channel block at 240x416 or one 240x416 -> 480x832 growth, float32, one AVX-512 core:
 - Frames flow through the layers one at a time, depth first: nothing is concatenated, and few maps exist at a time.
@@ -17,6 +17,7 @@ What was measured to pay, one 64-channel block at 240x416 or one 240x416 -> 480x
   place in a 2x2 cell; which take 1.05 to 1.24 times as long.) Temporal pooling merges with the strided convolution.
 """
 import copy
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -152,8 +153,7 @@ class PoolConv:
     """Temporal pooling and the strided convolution behind it: a sum over frames, added up as they come."""
 
     def __init__(self, pool, layer):
-        merged = torch.einsum("ocyx,ci->oiyx", layer.weight.float(), pool.conv.weight[:, :, 0, 0].float())
-        self.convs = [Conv(w.to(layer.weight.dtype), stride=2) for w in merged.chunk(pool.stride, 1)]
+        self.convs = [Conv(w, stride=2) for w in pool_kernels(pool, layer)]
 
     def __call__(self, frames, memory):
         total, place = [None], 0
@@ -205,11 +205,9 @@ class GrowConv:
     """Nearest upsampling, temporal growth, the convolution behind them; then, perhaps, a ReLU and the last layer."""
 
     def __init__(self, scale, grow, layer, last=None):
-        self.scale, self.width, dtype = scale, len(layer.weight), layer.weight.dtype
+        self.scale, self.width = scale, len(layer.weight)
         self.last = last and Conv(last.weight, last.bias)
-        merged = (torch.einsum("ocyx,ci->oiyx", layer.weight.float(), w)
-                  for w in grow.conv.weight[:, :, 0, 0].float().chunk(grow.stride))
-        self.kernels = [Conv(w.to(dtype)) if scale == 1 else GrownConv(w.to(dtype)) for w in merged]
+        self.kernels = [(Conv if scale == 1 else GrownConv)(w) for w in grow_kernels(grow, layer)]
 
     def __call__(self, frames, memory):
         for x in frames:
@@ -248,32 +246,49 @@ def up_kernel(weight):
     return (kernel[..., :-1] + kernel[..., 1:]).to(weight.dtype)
 
 
-def build_steps(blocks):
-    """Steps for the layers of an encoder or decoder, in the orders that model_taehv builds."""
+def pool_kernels(pool, layer):
+    """Temporal pooling merged with the convolution behind it: a kernel for each of the frames that it joins."""
+    merged = torch.einsum("ocyx,ci->oiyx", layer.weight.float(), pool.conv.weight[:, :, 0, 0].float())
+    return merged.to(layer.weight.dtype).chunk(pool.stride, 1)
+
+
+def grow_kernels(grow, layer):
+    """Temporal growth merged with the convolution behind it: a kernel for each of the frames that it makes."""
+    return [torch.einsum("ocyx,ci->oiyx", layer.weight.float(), w).to(layer.weight.dtype)
+            for w in grow.conv.weight[:, :, 0, 0].float().chunk(grow.stride)]
+
+
+STEPS = SimpleNamespace(Plain=Plain, ConvRelu=ConvRelu, Memory=Memory, WholeMemory=WholeMemory, PoolConv=PoolConv,
+                        FirstPoolConv=FirstPoolConv, GrowConv=GrowConv)
+
+
+def build_steps(blocks, kinds):
+    """Steps for the layers of an encoder or decoder, in the orders that model_taehv builds. kinds: the steps' classes,
+    as in STEPS."""
     steps, blocks = [], list(blocks)
 
-    def followed_by(*kinds):
-        return len(blocks) >= len(kinds) and all(isinstance(b, k) for b, k in zip(blocks, kinds))
+    def followed_by(*layers):
+        return len(blocks) >= len(layers) and all(isinstance(b, kind) for b, kind in zip(blocks, layers))
 
     while blocks:
         layer = blocks.pop(0)
         if isinstance(layer, nn.Conv2d) and followed_by(nn.ReLU, TPool, nn.Conv2d):
             _, pool, strided = (blocks.pop(0) for _ in range(3))
-            steps.append(FirstPoolConv(layer, pool, strided))
+            steps.append(kinds.FirstPoolConv(layer, pool, strided))
         elif isinstance(layer, nn.Conv2d):
             relu = followed_by(nn.ReLU) and bool(blocks.pop(0))
-            steps.append(ConvRelu(layer, relu))
+            steps.append(kinds.ConvRelu(layer, relu))
         elif isinstance(layer, TPool):
-            steps.append(PoolConv(layer, blocks.pop(0)))
+            steps.append(kinds.PoolConv(layer, blocks.pop(0)))
         elif isinstance(layer, nn.Upsample):
             grow, behind = blocks.pop(0), blocks.pop(0)
             last = followed_by(nn.ReLU, nn.Conv2d)
-            steps.append(GrowConv(int(layer.scale_factor), grow, behind, blocks[1] if last else None))
+            steps.append(kinds.GrowConv(int(layer.scale_factor), grow, behind, blocks[1] if last else None))
             blocks = [] if last else blocks
         elif isinstance(layer, MemBlock) and isinstance(layer.act, nn.ReLU):
-            steps.append(Memory(layer))
+            steps.append(kinds.Memory(layer))
         else:
-            steps.append(WholeMemory(layer) if isinstance(layer, MEMORY_BLOCKS) else Plain(layer))
+            steps.append(kinds.WholeMemory(layer) if isinstance(layer, MEMORY_BLOCKS) else kinds.Plain(layer))
     return steps
 
 
@@ -312,5 +327,5 @@ def fast(model):
         quick._modules = {**model._modules, "taehv": fast(model.taehv)}
         return quick
     quick.__class__ = FastTAEHV
-    quick.steps = {"encoder": build_steps(model.encoder), "decoder": build_steps(model.decoder)}
+    quick.steps = {"encoder": build_steps(model.encoder, STEPS), "decoder": build_steps(model.decoder, STEPS)}
     return quick

@@ -1,0 +1,319 @@
+"""TAEHV for inference on a GPU: the same results from the same weights, in fewer and larger kernels.
+
+    quick = fast(load_taehv("taew2_1.pth").cuda().half())   # a derived copy, the model itself is untouched
+    quick = fast(model, graph=True)                         # the same, replayed as CUDA graphs
+    video = quick.decode(quick.encode(video))               # all of the model's methods, streams included
+
+This file works with torch, model_taehv.py and fast_taehv.py beside it. Results are those of the model up to rounding.
+The copy is for inference in eval mode, on the device and in the type that the model had when it was made; later changes
+of the weights do not reach it. It runs on a CPU too, where fast_taehv.py is quicker. Its arithmetic is tested there;
+what only a GPU has (cuDNN's fused calls, CUDA graphs) has not run yet: tests/test_gpu.py tests it where there is one.
+
+What it does otherwise than the model's layers:
+- All frames of a group are one batch, channels-last, in the order of time, the clips side by side (T N C H W): the
+  frames before are a view.
+- A memory block's first convolution, over a frame and the one before, is the sum of two. cuDNN adds, and applies the
+  ReLU, while it writes its result.
+- Temporal growth (1x1), nearest upsampling and the 3x3 convolution behind them are for each output frame one transposed
+  convolution with a 4x4 kernel: 16 multiplications for each 36. Where it grows time the frames are then put in order, a
+  copy; growing first, at a quarter of the size, would copy less and multiply an eighth more. As a 3x3 convolution to
+  four times the channels and a shuffle cuDNN could apply the ReLU, for 36 multiplications. A GPU has to decide.
+- Temporal pooling merges with the strided convolution. The first layer runs on each place in the pool's groups for
+  itself, so that no map of full size is copied.
+- Input channels of the first and output channels of the last convolutions are filled up with zeros to multiples of 8,
+  which tensor cores want.
+"""
+import copy
+import functools
+import weakref
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from fast_taehv import GrownConv, build_steps, grow_kernels, pool_kernels
+from model_taehv import TAEHV, TGrow
+
+INDEX = 1 << 31  # numbers in a map: PyTorch splits larger ones for cuDNN, but not in the fused calls
+
+
+@functools.cache
+def has_fused(device, dtype):
+    """Whether cuDNN's fused convolutions are there for a device and type, and right: they are tried on a small map."""
+    if device.type != "cuda" or not hasattr(torch, "cudnn_convolution_add_relu"):
+        return False
+    x, weight = (torch.randn(size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+                 for size in ((2, 64, 16, 16), (64, 64, 3, 3)))
+    weight /= 24  # results of about 1
+    plain = F.conv2d(x, weight, padding=1)
+    try:
+        fused = fused_conv(x, weight, weight[:, 0, 0, 0], None, 1, 1), fused_conv(x, weight, weight[:, 0, 0, 0], x, 1, 1)
+    except RuntimeError:  # cuDNN has none for this GPU and type, or PyTorch was built without it
+        return False
+    plain = plain + weight[:, 0, 0, 0].view(-1, 1, 1)
+    return all((ours - theirs.relu()).abs().max() < 0.05 for ours, theirs in zip(fused, (plain, plain + x)))
+
+
+def fused_conv(x, weight, bias, add, stride, padding):
+    """relu(convolution + bias + add) in one call of cuDNN; add may be None."""
+    geometry = [stride] * 2, [padding] * 2, [1, 1], 1
+    if add is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, add, 1.0, bias, *geometry)
+
+
+class Conv:
+    """A convolution, perhaps with something of the result's shape added and a ReLU: in one call where cuDNN has it."""
+
+    def __init__(self, weight, bias=None, stride=1, padding=1):
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias, self.stride, self.padding = bias, stride, padding
+        self.zeros = weight.new_zeros(len(weight)) if bias is None else bias  # the fused calls would make them
+        self.fused = has_fused(weight.device, weight.dtype) and not any(n % 8 for n in weight.shape[:2])
+
+    def __call__(self, x, add=None, relu=False):
+        largest = len(x) * x.shape[2] * x.shape[3] * max(self.weight.shape[:2])
+        if self.fused and relu and largest < INDEX:
+            return fused_conv(x, self.weight, self.zeros, add, self.stride, self.padding)
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        y = y if add is None else y.add_(add)
+        return y.relu_() if relu else y
+
+
+class Edge(Conv):
+    """A convolution whose numbers of channels are any, filled up to multiples of 8."""
+
+    def __init__(self, layer):
+        self.channels, (self.more_in, more_out) = len(layer.weight), (-n % 8 for n in layer.weight.shape[1::-1])
+        super().__init__(F.pad(layer.weight, (0, 0, 0, 0, 0, self.more_in, 0, more_out)),
+                         layer.bias if layer.bias is None else F.pad(layer.bias, (0, more_out)),
+                         padding=layer.padding[0])
+
+    def __call__(self, x, relu=False):
+        x = F.pad(x, (0, 0, 0, 0, 0, self.more_in)) if self.more_in else x
+        return super().__call__(x, relu=relu)[:, :self.channels]
+
+
+# ---- steps: frames (T * N, C, H, W) of N clips -> the same; kept: {step: what it needs of the frame before, N C H W} ---
+
+
+def places(x, count, n):
+    """The first of each `count` frames, the second of each, ...: (T * N, C, H, W), channels-last -> `count` such."""
+    return [place.flatten(0, 1).permute(0, 3, 1, 2)
+            for place in x.permute(0, 2, 3, 1).unflatten(0, (-1, count, n)).unbind(1)]
+
+
+def interleave(frames, n):
+    """What `places` takes apart, put together."""
+    if len(frames) == 1:
+        return frames[0]
+    frames = [frame.permute(0, 2, 3, 1).unflatten(0, (-1, n)) for frame in frames]
+    return torch.stack(frames, 1).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def before(x, step, n, kept):
+    """The frames one earlier. What was kept of the last call is the first; at a clip's start it is zeros. The tensor in
+    `kept` is always the same, since CUDA graphs know its address: `keep` overwrites it."""
+    if step not in kept:
+        kept[step] = torch.zeros_like(x[:n])
+    return kept[step] if len(x) == n else torch.cat([kept[step], x[:-n]])
+
+
+def keep(x, step, n, kept):
+    kept[step].copy_(x[-n:])
+
+
+class Plain:
+    """Layers that look at single frames."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __call__(self, x, n, kept):
+        if isinstance(self.layer, TGrow):
+            return interleave(self.layer.conv(x).chunk(self.layer.stride, 1), n)
+        return self.layer(x)
+
+
+class ConvRelu:
+    def __init__(self, layer, relu):
+        self.conv, self.relu = Edge(layer), relu
+
+    def __call__(self, x, n, kept):
+        return self.conv(x, self.relu)
+
+
+class Memory:
+    """A memory block: what its first convolution makes of the frames before is kept, not the frames."""
+
+    def __init__(self, block):
+        first, second, third = block.conv[0], block.conv[2], block.conv[4]
+        width = first.weight.shape[1] // 2
+        self.now, self.before = Conv(first.weight[:, :width], first.bias), Conv(first.weight[:, width:])
+        self.second, self.third = Conv(second.weight, second.bias), Conv(third.weight, third.bias)
+
+    def __call__(self, x, n, kept):
+        half = self.before(x)
+        y = self.now(x, before(half, self, n, kept), relu=True)
+        keep(half, self, n, kept)
+        del half
+        return self.third(self.second(y, relu=True), x, relu=True)
+
+
+class WholeMemory:
+    """A memory block as it is: of a super or wide decoder, or with LeakyReLU."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def __call__(self, x, n, kept):
+        y = self.block(x, before(x, self, n, kept))
+        keep(x, self, n, kept)
+        return y
+
+
+class PoolConv:
+    """Temporal pooling and the strided convolution behind it; perhaps with the encoder's first layer before."""
+
+    def __init__(self, pool, layer, first=None):
+        self.convs, self.first = [Conv(w, stride=2) for w in pool_kernels(pool, layer)], first
+
+    def __call__(self, x, n, kept):
+        total = None
+        for conv, frames in zip(self.convs, places(x, len(self.convs), n)):
+            total = conv(frames if self.first is None else self.first(frames, relu=True), total)
+        return total
+
+
+class FirstPoolConv(PoolConv):
+    def __init__(self, first, pool, layer):
+        super().__init__(pool, layer, Edge(first))
+
+
+class GrowConv:
+    """Nearest upsampling, temporal growth, the convolution behind them; then, perhaps, a ReLU and the last layer."""
+
+    def __init__(self, scale, grow, layer, last=None):
+        self.kernels = [(Conv if scale == 1 else GrownConv)(w) for w in grow_kernels(grow, layer)]
+        self.last = last and Edge(last)
+
+    def __call__(self, x, n, kept):
+        if self.last is None:
+            return interleave([kernel(x) for kernel in self.kernels], n)
+        return interleave([self.last(kernel(x, relu=True)) for kernel in self.kernels], n)
+
+
+STEPS = SimpleNamespace(Plain=Plain, ConvRelu=ConvRelu, Memory=Memory, WholeMemory=WholeMemory, PoolConv=PoolConv,
+                        FirstPoolConv=FirstPoolConv, GrowConv=GrowConv)
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------------------------
+
+
+def record(call, device):
+    """Record call() as a CUDA graph: (function that replays it, the tensor in which its result then stands)."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # libraries set themselves up, which must not be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = call()
+    return graph.replay, result
+
+
+class Graph:
+    """A call for groups of one shape, which reads and overwrites tensors in `kept`."""
+
+    def __init__(self, call, x, kept):
+        self.x = x.clone()
+        originals = [tensor.clone() for tensor in kept.values()]
+        self.replay, self.result = record(lambda: call(self.x), x.device)
+        for tensor, original in zip(kept.values(), originals):  # the first call that `record` makes was for nothing
+            tensor.copy_(original)
+
+    def __call__(self, x):
+        self.x.copy_(x)
+        self.replay()
+        return self.result.clone()  # the next call overwrites it
+
+
+class Session:
+    """What is kept of one run of clips, and the graphs that are bound to its addresses. When that run ends the next one
+    of such clips takes it over; two at a time have one each."""
+
+    def __init__(self):
+        self.kept, self.graphs = {}, {}  # graphs: {shape of a group: Graph, or None if it came once}
+        self.user = lambda: None         # the Clips that use it, while they live
+
+    def run(self, call, x):
+        """call(x). A shape that comes again is recorded: last groups of odd lengths seldom do."""
+        if x.shape not in self.graphs:
+            self.graphs[x.shape] = None
+            return call(x)
+        if self.graphs[x.shape] is None:
+            self.graphs[x.shape] = Graph(call, x, self.kept)
+        return self.graphs[x.shape](x)
+
+
+class Clips:
+    """A run of clips: lives in the `memory` of their stream, and ends with it. It begins with nothing kept."""
+
+    def __init__(self, session):
+        self.session, session.user = session, weakref.ref(self)
+        for tensor in session.kept.values():
+            tensor.zero_()
+
+
+class CudaTAEHV(TAEHV):
+    """What `fast` gives. sessions: {(half, shape, ...): [Session]}."""
+
+    @torch.no_grad()
+    def _run(self, blocks, x, memory=None, progress=None):
+        half, n, memory = "encoder" if blocks is self.encoder else "decoder", len(x), {} if memory is None else memory
+        if not memory:
+            memory["clips"] = Clips(self._session(half, n, *x.shape[2:], x.dtype, torch.is_inference_mode_enabled()))
+        session, steps = memory["clips"].session, self.steps[half]
+
+        def run(x):
+            for step in steps if progress is None else progress(steps):
+                x = step(x, n, session.kept)
+            return x
+
+        x = x.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = session.run(run, x) if self.graph and progress is None else run(x)
+        return x.unflatten(0, (-1, n)).transpose(0, 1)
+
+    def _session(self, *key):
+        if not self.graph:
+            return Session()
+        sessions = self.sessions.setdefault(key, [])
+        idle = next((session for session in sessions if session.user() is None), None)
+        if idle is None:
+            sessions.append(idle := Session())
+        return idle
+
+
+@torch.no_grad()
+def fast(model, graph=False):
+    """A derived, inference-only copy of a TAEHV in eval mode, or of a tokenizer of its latents (model_vq_latents.py).
+
+    graph: record what is run as a CUDA graph, for each size and number of frames that comes a second time, and replay
+    it from then on: the GPU then never waits for Python. A graph keeps the memory that it works in, as long as the copy
+    lives. From one thread only. ValueError in training mode, or for graphs on another device.
+    """
+    if model.training:
+        raise ValueError("fast() is for inference: call model.eval() before")
+    quick = copy.copy(model)  # shares the weights
+    if hasattr(model, "taehv"):
+        quick._modules = {**model._modules, "taehv": fast(model.taehv, graph)}
+        return quick
+    device = model.encoder[0].weight.device
+    if graph and device.type != "cuda":
+        raise ValueError(f"graph=True is for a GPU, and the model is on {device}: leave it out, or move the model")
+    quick.__class__ = CudaTAEHV
+    quick.steps = {"encoder": build_steps(model.encoder, STEPS), "decoder": build_steps(model.decoder, STEPS)}
+    quick.graph, quick.sessions = graph, {}
+    return quick
