@@ -495,8 +495,8 @@ def test_a_checkpoint_opens_no_other_file(taehv, tmp_path):
     """TAEHV(path) reads that file."""
     other = str(tmp_path / "taehv.pth")
     for settings in (dict(variant=other), dict(checkpoint_path=other), dict(checkpoint_path="taew2_1")):
-        for name, config in (("taehv", settings), ("vq_latents", dict(taehv=settings))):
-            torch.save(dict(model_name=name, model_config=config, ema=taehv.state_dict(), step=1), tmp_path / "a.pt")
+        for name, net in (("taehv", settings), ("vq_latents", dict(taehv=settings))):
+            torch.save(dict(model_name=name, model_config=net, ema=taehv.state_dict(), step=1), tmp_path / "a.pt")
             assert "another file of weights, which is not read" in refusal(tmp_path / "a.pt")
 
 
