@@ -233,3 +233,18 @@ def test_a_cpu_has_no_cudnn_and_no_graphs():
         fast(TAEHV().eval(), graph=True)
     with pytest.raises(ValueError, match="call model.eval"):
         fast(TAEHV())
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1.0])
+def test_cudnn_is_tried_before_it_is_trusted(wrong, monkeypatch):
+    """On a device that says it is a GPU, with fused calls that are right, wrong, or not there."""
+    class Gpu(str):
+        type = "cuda"
+
+    def fused(x, weight, bias, add, stride, padding):
+        return (F.conv2d(x, weight, bias, stride, padding) + (0 if add is None else add) + wrong).relu()
+
+    monkeypatch.setattr(fast_cuda, "fused_conv", fused)
+    assert fast_cuda.has_fused.__wrapped__(Gpu("cpu"), torch.bfloat16) == (not wrong)
+    monkeypatch.undo()
+    assert not fast_cuda.has_fused.__wrapped__(Gpu("cpu"), torch.float32), "a PyTorch for CPUs has none"
