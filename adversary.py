@@ -161,6 +161,10 @@ class Adversary(nn.Module):
         """Whether the step that was begun has come to `start`."""
         return self.now >= self.start
 
+    def weighs(self):
+        """Whether generator_term will ask for the reconstruction loss's gradient."""
+        return self.active() and self.adaptive
+
     def learns(self):
         """Whether the discriminator learns in this step."""
         return self.active() and (self.now - self.start) % self.every == 0

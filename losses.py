@@ -91,13 +91,15 @@ class PerceptualLoss(nn.Module):
 
     net: "vgg" (the usual choice for training) or "alex". frames: how many frames of a clip are compared, the same ones
     of all clips, drawn anew at every call from PyTorch's CPU generator (which a checkpoint holds); 0: all of them.
-    Computed in float32 also inside autocast: its normalisation divides by norms that vanish in bf16. Errors as in
+    Inside autocast the backbone's convolutions run in its type, the rest in float32 all the same: norms of features
+    vanish in bf16. (A VGG with random weights on 128 px: a third of float32's time on a core with AMX; the gradient's
+    cosine to float32's is 0.99 for noise of 0.1, 0.98 for 0.02, its length the same within 1 %.) Errors as in
     `lpips_network`.
     """
 
     def __init__(self, net="vgg", frames=2):
         super().__init__()
-        self.network, self.frames = lpips_network(net), frames
+        self.network, self.frames = lpips_network(net).to(memory_format=torch.channels_last), frames
 
     def forward(self, output, target):
         """output, target: N T 3 H W, [0, 1]; the gradient goes to `output`."""
@@ -105,10 +107,24 @@ class PerceptualLoss(nn.Module):
         if 0 < self.frames < count:
             chosen = torch.randperm(count)[:self.frames].tolist()
             output, target = (torch.stack([v[:, t] for t in chosen], 1) for v in (output, target))
-        a, b = (v.flatten(0, 1).float() * 2 - 1 for v in (output, target))
+        with torch.no_grad():
+            theirs = self.features(target)
+        ours = self.features(output)
         with torch.autocast(output.device.type, enabled=False):
-            return self.network(a, b).mean()
+            return sum(layer((unit(x) - unit(y)).square()).mean()
+                       for layer, x, y in zip(self.network.lins, ours, theirs))
+
+    def features(self, video):
+        """N T 3 H W -> (N T, C, h, w) of each of the backbone's layers."""
+        x = self.network.scaling_layer(video.flatten(0, 1).float() * 2 - 1)
+        return self.network.net(x.contiguous(memory_format=torch.channels_last))
 
     def train(self, mode=True):
         """Stays in eval mode: its dropout would make the distance noisy."""
         return super().train(False)
+
+
+def unit(features):
+    """Features of length 1 at every position, in float32; where there are none, zeros with a gradient of zero."""
+    features = features.float()
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)

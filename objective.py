@@ -87,7 +87,7 @@ class Objective:
 
         video: N T 3 H W in [0, 1]; latents: the teacher's, N T' C h w, float, or None.
         """
-        cfg, model, values = self.cfg, self.model, {}
+        cfg, model, values, pull = self.cfg, self.model, {}, 0.0
         with self.autocast:
             if latents is None:
                 output, info = self.forward(video)
@@ -117,13 +117,19 @@ class Objective:
             else:
                 target = model.targets(video)
             values["squared_error"] = F.mse_loss(output.detach(), target)
-            for name, term in self.pixel_terms.items():
-                values[name] = term(output, target)
+            # The adaptive weight asks for these terms' gradient as well as the step. At a leaf it is made once: LPIPS's
+            # network would else be walked back through twice.
+            leaf = output.detach().requires_grad_() if self.adversary and self.adversary.weighs() else output
+            with self.autocast:
+                for name, term in self.pixel_terms.items():
+                    values[name] = term(leaf, target)
             if self.seraena:
                 with self.autocast:
                     corrected = self.seraena.targets(target, output.detach(), source.detach().float(), fraction)
-                values["seraena_loss"] = F.mse_loss(output, corrected)
-        values["loss"] = sum(weight * values[name] for name, weight in self.weights.items())
+                values["seraena_loss"] = F.mse_loss(leaf, corrected)
+            if leaf is not output:
+                pull = self.pulled(values, leaf, output)
+        values["loss"] = pull + sum(weight * values[name] for name, weight in self.weights.items())
         if self.adversary:
             with self.autocast:
                 # A compiled graph can be walked once only: there the gradients are weighed at the pixels instead.
@@ -133,6 +139,14 @@ class Objective:
             values["adversarial_loss"] = term if torch.is_tensor(term) else video.new_zeros(())
             values["loss"] = values["loss"] + term
         return values
+
+    def pulled(self, values, leaf, output):
+        """The scalar 0 whose gradient at `output` is that of the terms computed at `leaf`, which lose theirs."""
+        names = [*self.pixel_terms, *(["seraena_loss"] if self.seraena else [])]
+        gradient, = torch.autograd.grad(sum(self.weights[name] * values[name] for name in names), leaf)
+        values.update({name: values[name].detach() for name in names})
+        term = (output * gradient).sum()
+        return term - term.detach()
 
     def last_layer(self):
         """The weight of the decoder's last layer."""

@@ -662,6 +662,61 @@ def test_perceptual_loss(backbones):
     assert torch.allclose(every(output, target), by_frame.mean(), rtol=1e-4)
 
 
+def test_perceptual_loss_is_the_packages(backbones):
+    from losses import PerceptualLoss
+
+    loss, target = PerceptualLoss("alex", frames=0), torch.rand(2, 3, 3, 64, 64)
+    output = (target + 0.1 * torch.randn_like(target)).requires_grad_()
+    inputs = []
+    loss.network.net.register_forward_hook(lambda _, given, out: inputs.append((given[0], out[-1].requires_grad)))
+    ours = loss(output, target)
+    assert [graph for _, graph in inputs] == [False, True], "one pass each; the target's keeps no graph"
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in inputs)
+    theirs = loss.network(*(v.flatten(0, 1) * 2 - 1 for v in (output, target))).mean()
+    (gradient,), (expected,) = (torch.autograd.grad(value, output) for value in (ours, theirs))
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss(output, target)
+    in_half, = torch.autograd.grad(half, output)
+    assert half.dtype == torch.float32 and torch.allclose(half, ours, rtol=0.02)
+    assert torch.cosine_similarity(in_half.flatten(), expected.flatten(), 0) > 0.95
+
+
+def test_features_of_nothing_have_a_gradient():
+    from losses import unit
+
+    features = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    (unit(features) - 1).square().sum().backward()
+    assert features.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", ["", "seraena_weight=0.1", "gan_adaptive=false"])
+def test_lpips_is_walked_back_through_once_beside_a_gan(settings, backbones, monkeypatch):
+    """The adaptive weight wants the terms' gradient at the last layer, and the step wants it everywhere."""
+    from adversary import Adversary
+    words = ["perceptual_weight=1", "perceptual_net=alex", "gan_weight=0.5", "gan_start=0", "gan_ramp=0",
+             "train_encoder=false", *settings.split()]
+    passes, found = [], []
+    make = objective.make_perceptual
+
+    def counted(*given):
+        loss = make(*given)
+        loss.network.net.slice1.register_full_backward_hook(lambda *_: passes.append(1))
+        return loss
+
+    monkeypatch.setattr(objective, "make_perceptual", counted)
+    for weighs in (Adversary.weighs, lambda self: False):  # the second: all terms at the output itself
+        monkeypatch.setattr(Adversary, "weighs", weighs)
+        values, model, goal = values_of(*words)
+        found.append((len(passes), values, torch.cat([p.grad.flatten() for p in model.decoder.parameters()])))
+        passes.clear()
+    (once, values, gradient), (twice, plain_values, plain) = found
+    assert (once, twice) == (1, 1 if "gan_adaptive" in settings else 2)
+    assert (gradient - plain).abs().max() < 1e-4 * plain.abs().max()
+    assert all(torch.allclose(values[name], plain_values[name], rtol=1e-4) for name in goal.names)
+
+
 def values_of(*settings, video=None, latents=None):
     """(the objective's scalars for random clips, the model, the objective)."""
     torch.manual_seed(0)
