@@ -9,7 +9,8 @@ are those of `dc-ae-f32t4c128` in github.com/hpcaitech/Open-Sora (opensora/model
 Compression Autoencoder". What differs: any number of frames goes in and comes back; attention is computed in float32.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
-Inside, tensors are N C T H W in [-1, 1]. The model is not causal: a frame depends on the whole clip.
+Inside, tensors are N C T H W in [-1, 1], in channels-last order where the weights are. The model is not causal: a frame
+depends on the whole clip.
 """
 import torch
 import torch.nn as nn
@@ -66,8 +67,9 @@ class Average(nn.Module):
     def forward(self, x):
         n, _, t, h, w = x.shape
         time, s = (1 if t == 1 else self.time), self.space  # images have no time to halve
-        x = x.view(n, -1, t // time, time, h // s, s, w // s, s).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        return x.reshape(n, self.n_out, -1, t // time, h // s, w // s).mean(2)
+        x = x.permute(0, 2, 3, 4, 1).unflatten(3, (-1, s)).unflatten(2, (-1, s)).unflatten(1, (-1, time))
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # N T H W, channels, the places in a cell
+        return x.reshape(n, t // time, h // s, w // s, self.n_out, -1).mean(5).permute(0, 4, 1, 2, 3)
 
 
 class Duplicate(nn.Module):
@@ -80,9 +82,9 @@ class Duplicate(nn.Module):
     def forward(self, x):
         n, c, t, h, w = x.shape
         time, s = (1 if t == 1 else self.time), self.space
-        x = x.repeat_interleave(self.n_out * time * s * s // c, 1)
-        x = x.view(n, self.n_out, time, s, s, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return x.reshape(n, self.n_out, t * time, h * s, w * s)
+        x = x.permute(0, 2, 3, 4, 1).repeat_interleave(self.n_out * time * s * s // c, 4)
+        x = x.unflatten(4, (self.n_out, time, s, s)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.reshape(n, t * time, h * s, w * s, self.n_out).permute(0, 4, 1, 2, 3)
 
 
 class Upsample(nn.Module):
@@ -96,8 +98,9 @@ class Upsample(nn.Module):
     def forward(self, x):
         n, c, t, h, w = x.shape
         time = 1 if t == 1 else self.time
-        x = x[:, :, :, None, :, None, :, None].expand(-1, -1, -1, time, -1, 2, -1, 2)  # no limit of 2^31 elements
-        return self.conv(x.reshape(n, c, t * time, h * 2, w * 2))
+        x = x.permute(0, 2, 3, 4, 1)[:, :, None, :, None, :, None]  # no limit of 2^31 elements, unlike F.interpolate
+        x = x.expand(-1, -1, time, -1, 2, -1, 2, -1).reshape(n, t * time, h * 2, w * 2, c)
+        return self.conv(x.permute(0, 4, 1, 2, 3))
 
 
 class Residual(nn.Module):
@@ -147,11 +150,13 @@ def linear_attention(qkv):
     Sums over all positions, and the quotient of two of them: half precision overflows, or loses the small weights.
     """
     with torch.autocast(qkv.device.type, enabled=False):
-        q, k, v = qkv.float().flatten(2).unflatten(1, (-1, 3 * HEAD)).split(HEAD, 2)  # (N, heads, 32, positions)
+        x = qkv.permute(0, 2, 3, 4, 1).flatten(1, 3).float().unflatten(2, (-1, 3 * HEAD)).transpose(1, 2)
+        q, k, v = x.split(HEAD, 3)  # (N, heads, positions, 32)
         q, k = q.relu(), k.relu()
-        total = k.sum(-1)[:, :, None] @ q                                             # (N, heads, 1, positions)
-        out = v @ k.transpose(-1, -2) @ q / (total + 1e-15)
-    return out.flatten(1, 2).unflatten(2, qkv.shape[2:]).to(qkv.dtype)
+        total = q @ k.sum(2)[..., None]                                               # (N, heads, positions, 1)
+        out = q @ (k.transpose(2, 3) @ v) / (total + 1e-15)
+    out = out.transpose(1, 2).to(qkv.dtype, memory_format=torch.contiguous_format)    # (N, positions, heads, 32)
+    return out.flatten(2).unflatten(1, qkv.shape[2:]).permute(0, 4, 1, 2, 3)
 
 
 class GLUConv(nn.Module):

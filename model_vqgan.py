@@ -27,8 +27,26 @@ INERT = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "typ
 # ---- the network -------------------------------------------------------------------------------------------------
 
 
+class GroupNorm(nn.GroupNorm):
+    """Its result has x's type also under autocast, which on a GPU would compute in float32 and keep maps twice as large
+    for the backward pass. Statistics are summed in float32 either way."""
+
+    def forward(self, x):
+        weight, bias = self.weight, self.bias
+        if x.device.type != "cpu":  # a CPU takes weights in float32 beside x in bf16
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
 def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return GroupNorm(32, channels, eps=1e-6)
+
+
+def enlarge(x):
+    """Nearest neighbour, twice the size; in x's type also under autocast, which on a GPU would make float32 of it."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class ResnetBlock(nn.Module):
@@ -68,7 +86,7 @@ class Resample(nn.Module):
         self.down, self.conv = down, nn.Conv2d(channels, channels, 3, **({"stride": 2} if down else {"padding": 1}))
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else enlarge(x))
 
 
 class Level(nn.Module):

@@ -379,6 +379,14 @@ class ClipQuantizer(EMAQuantizer):
         return self.embedding.weight, self.ema_cluster_size, self.ema_w
 
 
+class Upsample(nn.Upsample):
+    """Its result has x's type also under autocast, which on a GPU would make float32 of it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
 class VqVae2(Tokenizer):
     """A clip of sequence_length frames becomes one map of codes, 2 ** (group_count - 1) times smaller than a frame.
 
@@ -411,7 +419,7 @@ class VqVae2(Tokenizer):
         widths = [width, *(g * n_hid for g in range(group_count, 0, -1))]
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=nn.Conv2d(n_hid, 3, 1)))
         self.decoder = Half(
-            [*make_groups(widths, n_blk_per_group, (1, 3, 3, 3), [("upsample", nn.Upsample(scale_factor=2))]),
+            [*make_groups(widths, n_blk_per_group, (1, 3, 3, 3), [("upsample", Upsample(scale_factor=2))]),
              ("output", output)],
             [("conv", nn.Conv2d(n_init, width * sequence_length, 3, padding=1, groups=width)), ("relu", nn.ReLU())])
         self.time_factor, self.space_factor = sequence_length, 2 ** (group_count - 1)

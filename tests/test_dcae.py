@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import l1_loss
 
 from conftest import ROOT
+from device import place
 from golden.fill import fill_, make_input
 from model_dcae import DCAE, linear_attention, load_dcae, recognise
 from model_taehv import TAEHV
@@ -180,6 +181,22 @@ def test_linear_attention_is_float32_inside_autocast():
         expected = (v @ (weights / weights.sum(1, keepdim=True))).unflatten(2, (8, 16, 16))
         assert out.dtype == dtype
         assert (out - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("frames", [1, 8])
+def test_convolutions_see_channels_last(frames):
+    """Whatever shuffles, attends or enlarges between them: else each of them copies its input into that layout. (In
+    bf16, as a CPU's float32 convolutions of few channels have another layout themselves.)"""
+    model, seen = place(small(), torch.device("cpu")), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(lambda _, given, out, name=name: seen.update({name: (given[0], out)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.rand(2, frames, 3, 64, 96))
+    others = [name for name, pair in seen.items()
+              if not all(x.is_contiguous(memory_format=torch.channels_last_3d) for x in pair)]
+    assert len(seen) > 60 and others == ["encoder.project_in.conv"], "but for the video itself"
+    assert {out.dtype for _, out in seen.values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow

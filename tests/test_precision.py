@@ -8,6 +8,8 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
@@ -18,7 +20,7 @@ from conftest import transport_plan
 from device import place
 from model_vq_latents import VQLatents
 from quantize import FSQ, EMAQuantizer, Quantizer, ResidualQuantizer, SinkhornQuantizer, VectorQuantizer
-from test_tokenizers import MODELS
+from test_tokenizers import MODELS, make
 
 aten, backends = torch.ops.aten, torch.backends
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
@@ -208,3 +210,43 @@ def test_a_cast_model_searches_in_float32(name, dtype, monkeypatch):
     output = low.detokenize(codes)
     assert output.dtype == dtype and torch.equal(output, low.decode(low.encode(video.to(dtype))))
     assert next(q for q in low.double().modules() if isinstance(q, Quantizer)).counts.dtype == torch.float64
+
+
+# ---- bfloat16 where a GPU's autocast would take float32 ------------------------------------------------------------
+
+
+class AutocastOfCuda(TorchFunctionMode):
+    """A CPU's autocast with one more rule of CUDA's: group norm and nearest upsampling are computed in float32 (both
+    are in AT_FORALL_FP32 of ATen/autocast_mode.h)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.group_norm, F.interpolate) and torch.is_autocast_enabled("cpu"):
+            args = [a.float() if torch.is_tensor(a) else a for a in args]
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["vq", "video"])
+def test_norms_and_enlarging_keep_the_type_under_a_gpus_autocast(name):
+    model, video, seen = make(name), torch.rand(1, 4, 3, 32, 32), []
+    with torch.no_grad():
+        latents = model.encode(video)
+        exact = model.train().decode(latents)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.Upsample)):
+            module.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, given, out: seen.append((out, out)))
+    place(model, torch.device("cpu"))
+    channels_last = torch.channels_last
+    with torch.autocast("cpu", torch.bfloat16), AutocastOfCuda():
+        x = torch.rand(1, 32, 4, 4).bfloat16()
+        assert F.group_norm(x, 4).dtype == F.interpolate(x, scale_factor=2.0).dtype == torch.float32, "the rule works"
+        output, decoded = model(video)[0], model.decode(latents)
+    assert len(seen) > 10 and {out.dtype for _, out in seen} == {torch.bfloat16}
+    assert all(out.is_contiguous(memory_format=channels_last) for given, out in seen
+               if given.is_contiguous(memory_format=channels_last))
+    assert (decoded.float() - exact).norm() < 0.03 * exact.norm()
+    output.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
