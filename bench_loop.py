@@ -17,6 +17,7 @@ import torch
 
 import progress
 from config import load_config
+from device import pick_device, synchronize
 
 SPIN = ", threads spin"
 
@@ -38,10 +39,13 @@ def in_process(function, *arguments, spin):
 def step_turn(train_call, options, size, batch, steps):
     """Clips/s of the bare step."""
     step, *_ = train_call(options, size, batch, "ours fp32")
+    device = pick_device(options.device)
     for done in range(steps):
         if done == steps // 2:
+            synchronize(device)
             start = time.perf_counter()
         step()
+    synchronize(device)
     return batch * (steps - steps // 2) / (time.perf_counter() - start), {}
 
 

@@ -1,6 +1,10 @@
-"""What matters on GPUs, as far as it can be tested without one: memory errors, process groups, waits of the host."""
+"""What matters on GPUs. First what can be tested without one: memory errors, process groups, waits of the host.
+
+Then what needs one, and is skipped elsewhere. What compares devices runs on a CPU too: so the tests are tested.
+"""
 
 import json
+import os
 import sys
 from datetime import timedelta
 
@@ -10,18 +14,25 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import config
+import fast_cuda
 import infer
 import models
 import objective
 import ranks
 import train
-from conftest import mistake, transport_plan, write_clip
+from conftest import (BATCH_NORM, FRAMES, NARROW, PLAIN, ROOT, SERAENA, log_of, metrics_of, mistake, run,
+                      transport_plan, write_clip)
 from data import Bucket
-from device import is_out_of_memory
+from device import free_memory, is_out_of_memory, peak_memory, place, reset_peak_memory
 from model_taehv import TAEHV
 from quantize import SinkhornQuantizer
+from test_fast import make as make_taehv
+from test_fast_models import dcae, parts, vqgan
+from test_tokenizers import make as make_tokenizer
 
 aten = torch.ops.aten
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
 
 
 @pytest.mark.parametrize("message", [
@@ -137,3 +148,249 @@ def test_infer_runs_in_fp16_and_says_that_a_cpu_emulates_it(tmp_path, monkeypatc
         assert ("a CPU emulates it" in capsys.readouterr().out) == (precision == "fp16")
         rows[precision] = json.loads(open("inference_results/metrics.json").read())["rows"][0]
     assert rows["fp16"]["metrics"]["psnr"] == pytest.approx(rows["fp32"]["metrics"]["psnr"], abs=0.1)
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """Each test begins without it; device.tune switches it on for the whole process. Ends with PyTorch's defaults."""
+    backends = torch.backends
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = backends.cudnn.benchmark = False
+    yield
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.benchmark = False
+    backends.cudnn.allow_tf32 = True
+
+
+TAEHVS = {"taehv": {}, "taew2_2": {}, "taew2_2_super": {}, "taeh3": {}, "lighttaehy1_5": {},
+          "taeltx2_3_wide": {"decoder_widths": (128, 64, 32, 16)}}
+FAMILIES = {**{name: lambda name=name: make_taehv(name, **TAEHVS[name]) for name in TAEHVS}, "vqgan": vqgan,
+            "dcae": dcae, "vqvae2": lambda: make_tokenizer("vqvae2"), "video": lambda: make_tokenizer("video")}
+ERRORS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the values' root mean square
+
+
+def halves(model):
+    """(encode or None, decode), as far as no codes are chosen between: those may differ."""
+    if isinstance(model, TAEHV):
+        return model.encode, model._decode
+    return parts(model) if hasattr(model, "_decoded") else (None, model.decode)
+
+
+def distance(ours, theirs):
+    assert ours.shape == theirs.shape
+    return ((ours.float().cpu() - theirs).norm() / theirs.norm()).item()
+
+
+def expected_of(model, frames=20):
+    """(video, latents, what decoding them gives) in float32 on the CPU."""
+    size = max(32, model.space_factor)
+    video = torch.rand(2, frames, 3, size, 2 * size, generator=torch.Generator().manual_seed(1))
+    encode, decode = halves(model)
+    latents = encode(video) if encode else model.encode(video)
+    return video, latents, decode(latents)
+
+
+@on_both
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_every_family_computes_what_it_does_on_a_cpu(name, dtype, device):
+    if (device, dtype) == ("cpu", torch.float16):
+        pytest.skip("a CPU emulates it")
+    model = FAMILIES[name]()
+    video, latents, frames = expected_of(model)
+    encode, decode = halves(place(model, torch.device(device), dtype))
+    if encode:
+        assert distance(encode(video.to(device, dtype)), latents) < ERRORS[dtype]
+    assert distance(decode(latents.to(device, dtype)), frames) < ERRORS[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_cudnn_has_the_fused_calls(dtype):
+    """If it has not, fast_cuda.py works without them: all other tests can pass where this one fails."""
+    assert fast_cuda.has_fused(torch.device("cuda", torch.cuda.current_device()), dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", ERRORS)
+@pytest.mark.parametrize("name", TAEHVS)
+@torch.no_grad()
+def test_fast_copies_with_and_without_graphs(name, dtype):
+    model = FAMILIES[name]()
+    video, latents, frames = expected_of(model)
+    place(model, torch.device("cuda"), dtype)
+    video = video.to("cuda", dtype)
+    for graph in (False, True):
+        quick = models.fast(model, graph)
+        for _ in range(3):  # as it comes, recorded, replayed
+            assert distance(quick.encode(video), latents) < ERRORS[dtype]
+            assert distance(quick._decode(latents.to("cuda", dtype)), frames) < ERRORS[dtype]
+        streams, done = [quick.stream(), quick.stream(memory_limit=1 << 22)], [[], []]
+        for piece in video.split(3, 1):
+            for stream, found in zip(streams, done):  # in turns
+                found.append(stream.encode(piece))
+        for stream, found in zip(streams, done):
+            assert distance(torch.cat([*found, stream.flush()], 1), latents) < ERRORS[dtype]
+
+
+@gpu
+def test_graphs_under_inference_mode_and_on_large_frames():
+    model = place(make_taehv(), torch.device("cuda"), torch.bfloat16)
+    quick, video = models.fast(model, graph=True), torch.rand(1, 16, 3, 256, 448, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        plain = model.decode(model.encode(video)).float().cpu()
+        for _ in range(3):
+            assert distance(quick.decode(quick.encode(video)), plain) < ERRORS[torch.bfloat16]
+
+
+def losses_of(folder):
+    return [line["loss"] for line in metrics_of(folder) if line["kind"] == "train"]
+
+
+GAN = [*FRAMES, "gan_weight=0.5", "gan_start=0", "size=32"]
+RUNS = {"taehv": [*PLAIN, *NARROW], "seraena": SERAENA, "vqgan with a GAN": GAN, "vqvae2": BATCH_NORM,
+        "dcae": ["dcae_small", *PLAIN[1:], "size=32", "frames=8"]}
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", RUNS)
+def test_training_goes_as_on_a_cpu(name, precision, here):
+    cpu = losses_of(here(*RUNS[name], "name=cpu", "max_steps=1"))
+    settings = [*RUNS[name], "device=cuda", f"precision={precision}"]
+    ours = losses_of(here(*settings, "name=gpu", "max_steps=3"))
+    assert len(ours) == 3 and ours[0] == pytest.approx(cpu[0], rel=0.02 if precision == "fp32" else 0.1)
+
+
+@gpu
+def test_a_run_on_a_gpu_is_resumed(here):
+    settings = [*PLAIN, *NARROW, "device=cuda", "save_every=2"]
+    whole = losses_of(here(*settings, "name=whole", "max_steps=4"))
+    here(*settings, "name=parts", "max_steps=2")
+    parts = losses_of(here(*settings, "name=parts", "max_steps=4"))
+    assert len(whole) == len(parts) == 4 and parts == pytest.approx(whole, rel=1e-3)
+
+
+@gpu
+def test_memory_that_really_runs_out_splits_the_batch(here, tmp_path):
+    for k in range(2):
+        write_clip(str(tmp_path / f"videos/{k}.mp4"), height=144, width=144, seed=k)
+    settings = [*PLAIN, f"data={tmp_path / 'videos'}", "device=cuda", "size=128", "frames=12", "max_steps=2"]
+    torch.cuda.empty_cache()
+    device, total = torch.device("cuda"), torch.cuda.mem_get_info()[1]
+    peaks = []
+    for batch in (2, 8):
+        reset_peak_memory(device)
+        here(*settings, f"batch_size={batch}", f"name=free{batch}")
+        peaks.append(peak_memory(device))
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((held + sum(peaks) / 2) / total)
+    try:
+        folder = here(*settings, "batch_size=8", "name=tight")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory; micro-batches are split in" in log_of(folder)
+    assert losses_of(folder) == pytest.approx(losses_of(folder.parent / "free8"), rel=0.02)
+
+
+@gpu
+def test_real_errors_are_recognised_and_memory_is_counted():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+    assert is_out_of_memory(caught.value)
+    device = torch.device("cuda")
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    block = torch.empty(1 << 24, dtype=torch.uint8, device=device)
+    assert peak_memory(device) - before >= len(block) and free_memory(device) > 0
+
+
+@gpu
+def test_a_loss_that_is_not_finite_is_skipped(here, monkeypatch):
+    calls, loss = [], objective.pixel_loss
+
+    def spoilt(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(objective, "pixel_loss", spoilt)
+    folder = here(*PLAIN, *NARROW, "device=cuda", "max_steps=4")
+    assert "1 steps skipped (not finite)" in log_of(folder)
+    state = torch.load(folder / "model.pth", weights_only=True)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+@gpu
+def test_compiled_training(here):
+    settings = [*PLAIN, *NARROW, "device=cuda", "max_steps=2"]
+    plain, compiled = (losses_of(here(*settings, f"compile={flag}", f"name=compile_{flag}"))
+                       for flag in ("false", "true"))
+    assert compiled == pytest.approx(plain, rel=0.02)
+
+
+@gpu
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs"))])
+def test_nccl(ranks, clips, tmp_path):
+    run(os.path.join(ROOT, "train.py"), *PLAIN, *NARROW, f"data={clips}", "batch_size=2", "device=cuda", "max_steps=3",
+        "name=run", ranks=ranks, cwd=tmp_path, fresh=True)
+    folder = tmp_path / "runs" / "run"
+    assert f"{ranks} rank" in log_of(folder) and len(losses_of(folder)) == 3
+
+
+@gpu
+@pytest.mark.parametrize("settings", ["taehv", "taehv gan_weight=0.5 gan_start=0", " ".join(GAN)])
+def test_the_host_never_waits_within_a_micro_batch(settings):
+    device = torch.device("cuda")
+    cfg = config.load_config([*settings.split(), "size=32", "frames=5", "perceptual_weight=0", "data=x"])
+    model, _ = models.make_model(cfg, [Bucket(32, 5, 1.0, 2)])
+    model = place(model, device).train()
+    minimised = objective.Objective(cfg, model, device, torch.autocast("cuda", torch.bfloat16))
+    video = torch.rand(2, 5, 3, 32, 32, device=device)
+    for step in range(2):
+        minimised.begin(step)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one sets libraries up
+        try:
+            minimised(video, None, 1.0)["loss"].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        minimised.step(torch.zeros((), device=device))
+
+
+@gpu
+def test_norms_keep_bf16_under_autocast():
+    """Of VQGAN; PyTorch's own, beside it, does not."""
+    from model_vqgan import enlarge, norm
+    x = torch.randn(2, 64, 8, 8, device="cuda").bfloat16()
+    ours, plain = norm(64).cuda(), torch.nn.GroupNorm(32, 64).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert plain(x).dtype == torch.float32
+        assert ours(x).dtype == enlarge(x).dtype == torch.bfloat16
+        assert distance(ours(x), plain(x).cpu()) < 0.01
+
+
+@gpu
+def test_infer_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_clip("./a.mp4", frames=21, height=40, width=48)
+    torch.save(make_taehv().state_dict(), "taehv.pth")
+    found = []
+    for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "fp16")):
+        monkeypatch.setattr(sys, "argv", ["infer.py", "taehv.pth", "a.mp4", "--device", device, "--lpips", "none",
+                                          "--precision", precision])
+        infer.main()
+        found.append(json.loads(open("inference_results/metrics.json").read())["rows"][0]["metrics"]["psnr"])
+    assert found[1:] == [pytest.approx(found[0], abs=0.1)] * 2
+
+
+@gpu
+def test_bench_on_a_gpu(tmp_path):
+    run(os.path.join(ROOT, "bench.py"), "codec", "train", "--quick", "--families", "taehv", "--precision", "bf16",
+        "--device", "cuda", "--json", "rows.json", cwd=tmp_path, fresh=True)
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert found["peak"]["bf16"] > 1e12
+    assert {row["how"] for row in found["rows"]} >= {"plain bf16", "fast bf16", "graph bf16", "ours bf16"}
+    assert all(row["value"] > 0 for row in found["rows"])
