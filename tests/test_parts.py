@@ -422,8 +422,8 @@ def test_demo_set(tmp_path):
     synthetic.make_demo(str(tmp_path / "demo"), videos=4, frames=6, size=32)
     train, refused = data.probe(data.find_sources(str(tmp_path / "demo" / "train")))
     assert len(train) == 4 and not refused and train[0].frames == 6
-    a = synthetic.demo_clip(0, 3, 32, np.random.default_rng(1))
-    assert all(np.array_equal(x, y) for x, y in zip(a, synthetic.demo_clip(0, 3, 32, np.random.default_rng(1))))
+    a = synthetic.demo_clip("sea", 3, 32, np.random.default_rng(1))
+    assert all(np.array_equal(x, y) for x, y in zip(a, synthetic.demo_clip("sea", 3, 32, np.random.default_rng(1))))
 
 
 # ---- metrics, losses ---------------------------------------------------------------------------------------------
