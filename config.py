@@ -103,6 +103,8 @@ class Config:
     decoder_input: Literal["own", "teacher"] = "own"
                                     # latents that the decoder learns from: its own encoder's, or the teacher's in the
                                     # latent cache
+    own_share: float = 0.0          # decoder_input=teacher: chance with which a clip's latents are the own encoder's
+                                    # all the same, which does not learn from them
     pixel_weight: float = 1.0       # weight of the pixel loss
     pixel_loss: Literal["l1", "l2", "charbonnier", "l1+l2"] = "l1"
                                     # distance of pixels in [0, 1] that the pixel loss averages (l1+l2 is |d| + 2 d^2)
@@ -223,7 +225,8 @@ PRESETS = {
     # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
     # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
-    "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0),
+    # A quarter of the clips are decoded from its own latents, or encoding and decoding with it gets worse at first.
+    "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25),
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
     # Weights as in madebyollin/seraena's notebook: squared errors of the latents, of pixels and to the corrected
     # frames, each 1. Corrections have unit deviation: they pull 14 times as hard as pixels that are 0.07 off. Ours
@@ -291,6 +294,9 @@ def load_config(arguments):
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
     values["net"] = fitting(values.get("net", {}), [item.partition("=")[0].removeprefix("--") for item in overrides])
+    if values.get("decoder_input") == "own" or not values.get("train_encoder", True):
+        given = [item for item in overrides if item.lstrip("-").replace("-", "_").startswith("own_share=")]
+        values["own_share"] = values["own_share"] if given else 0.0  # the preset's is for two halves that learn
     config = Config(**values)
     config.name = config.name or preset
     if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):
@@ -494,6 +500,9 @@ def check_together(config):
         if not cached:
             raise ConfigError("model=vq_latents needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
     from_teacher = config.decoder_input == "teacher"
+    if not 0 <= config.own_share <= 1 or config.own_share and not from_teacher:
+        raise ConfigError(f"own_share={config.own_share}: a chance from 0 to 1 is wanted, and 0 with decoder_input=own, "
+                          "where all latents are the own encoder's")
     if not cached and (from_teacher or config.encoder_weight > 0):
         name = "decoder_input=teacher" if from_teacher else f"encoder_weight={config.encoder_weight}"
         raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")

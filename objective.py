@@ -44,7 +44,7 @@ class Objective:
         self.requantizes = hasattr(model, "requantize")  # a tokenizer of latents, between a frozen encoder and decoder
         learns, teacher = what_learns(cfg), bool(cfg.latent_cache)
         self.trains_decoder, self.pixels, self.latents = learns.decoder, learns.from_pixels, learns.from_latents
-        self.runs_encoder = self.latents or self.pixels and cfg.decoder_input == "own"
+        self.runs_encoder = self.latents or self.pixels and (cfg.decoder_input == "own" or cfg.own_share > 0)
         terms = pixel_terms(cfg, device)
         weights = {**{name: weight for name, (weight, _) in terms.items()}, "seraena_loss": cfg.seraena_weight}
         self.weights = {name: weight for name, weight in weights.items() if self.pixels and weight > 0}
@@ -97,7 +97,7 @@ class Objective:
                 source, output = own, self.decode(own) if self.pixels else None
             else:
                 own = self.encode(video) if self.runs_encoder else None
-                source = latents if cfg.decoder_input == "teacher" else own
+                source = self.mixed(own, latents) if cfg.decoder_input == "teacher" else own
                 output = self.decode(source) if self.pixels else None
         if self.quantizers:
             values["vq_loss"] = info["vq_loss"]
@@ -111,7 +111,7 @@ class Objective:
             values["encoder_loss"] = F.mse_loss(own[:, :latents_count], latents[:, :latents_count])
         if self.pixels:
             output = output.float()
-            if source is latents or self.requantizes:
+            if cfg.decoder_input == "teacher" and latents is not None or self.requantizes:
                 output = output[:, :frames_count]
                 target = model.targets(video, latents.shape[1])[:, :frames_count]
             else:
@@ -211,6 +211,14 @@ class Objective:
     def load_rank_state(self, state):
         if self.seraena and state:
             self.seraena.load_rank_state(state)
+
+    def mixed(self, own, latents):
+        """The teacher's latents, in `own_share` of the clips the encoder's own, which does not learn from it."""
+        if own is None or not self.cfg.own_share:
+            return latents
+        own = torch.cat([own.detach().to(latents.dtype), latents[:, own.shape[1]:]], 1)  # a teacher may give one more
+        drawn = torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) < self.cfg.own_share
+        return torch.where(drawn, own, latents)
 
     def best_by(self):
         """What `score` measures, as a text: scores with different texts do not compare."""

@@ -717,7 +717,7 @@ def test_lpips_is_walked_back_through_once_beside_a_gan(settings, backbones, mon
     assert all(torch.allclose(values[name], plain_values[name], rtol=1e-4) for name in goal.names)
 
 
-def values_of(*settings, video=None, latents=None):
+def values_of(*settings, clips=1):
     """(the objective's scalars for random clips, the model, the objective)."""
     torch.manual_seed(0)
     cfg = config.load_config([*DISTILL, "latent_cache=somewhere", *settings])
@@ -726,7 +726,7 @@ def values_of(*settings, video=None, latents=None):
     model.decoder.requires_grad_(cfg.train_decoder)
     goal = objective.Objective(cfg, model, torch.device("cpu"), torch.autocast("cpu", enabled=False))
     goal.begin(0)
-    values = goal(torch.rand(1, 12, 3, 32, 32), torch.randn(1, 3, 16, 4, 4), 1.0)
+    values = goal(torch.rand(clips, 12, 3, 32, 32), torch.randn(clips, 3, 16, 4, 4), 1.0)
     values["loss"].backward()
     return values, model, goal
 
@@ -757,6 +757,35 @@ def test_each_switch_removes_its_cost(backbones, monkeypatch):
     for settings in (["encoder_weight=0"], ["pixel_weight=0"], ["train_encoder=false", "pixel_weight=0"]):
         with pytest.raises(config.ConfigError, match="no term of the loss trains"):
             values_of(*settings)
+
+
+def test_own_share_lets_the_decoder_see_own_latents_that_the_encoder_does_not_learn_from(monkeypatch):
+    seen, decode = [], TAEHV.decode
+    monkeypatch.setattr(TAEHV, "decode", lambda self, latents, *rest: (seen.append(latents), decode(self, latents))[1])
+    found = {}
+    for share in (0, 0.5, 1):
+        _, model, _ = values_of(f"own_share={share}", clips=8)
+        found[share] = seen.pop(), [p.grad for p in model.encoder.parameters()]
+    teachers, owns, mixed = (found[share][0] for share in (0, 1, 0.5))
+    is_own = [bool((clip == own).all()) for clip, own in zip(mixed, owns)]
+    assert True in is_own and False in is_own and not (teachers == owns).any()
+    for clip, own, its, drawn in zip(mixed, owns, teachers, is_own):
+        assert torch.equal(clip, own if drawn else its)
+    assert not owns.requires_grad
+    for share in (0.5, 1):
+        assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[share][1])), "the encoder learns latents alone"
+
+
+@pytest.mark.parametrize(("settings", "share"), [([], 0.25), (["train_encoder=false"], 0), (["decoder_input=own"], 0),
+                                                 (["train_encoder=false", "own_share=0.5"], 0.5)])
+def test_the_presets_own_share_is_for_two_halves_that_learn(settings, share):
+    assert config.load_config(["taehv_distill", "latent_cache=x", *settings]).own_share == share
+
+
+@pytest.mark.parametrize("settings", [["own_share=1.5"], ["own_share=-0.1"], ["decoder_input=own", "own_share=0.5"]])
+def test_an_own_share_that_means_nothing_is_refused(settings):
+    with pytest.raises(config.ConfigError, match=r"own_share=.*: a chance from 0 to 1 is wanted"):
+        config.load_config(["taehv_distill", "latent_cache=x", *settings])
 
 
 def test_terms_that_need_what_is_not_there(tmp_path, monkeypatch):
@@ -810,7 +839,7 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
 
 @pytest.mark.slow
 def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path):
-    common = [TRAIN, *DISTILL, *NARROW, "init=colours", f"latent_cache={cache}", "max_steps=3"]
+    common = [TRAIN, *DISTILL, *NARROW, "init=colours", f"latent_cache={cache}", "max_steps=3", "own_share=0"]
     run(*common, "name=two", ranks=2, cwd=tmp_path)
     run(*common, "name=one", "accumulation=2", cwd=tmp_path)
     a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000003.pt"))["model"] for name in ("two", "one"))
