@@ -501,7 +501,7 @@ def check_together(config):
             raise ConfigError("model=vq_latents needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
     from_teacher = config.decoder_input == "teacher"
     if not 0 <= config.own_share <= 1 or config.own_share and not from_teacher:
-        raise ConfigError(f"own_share={config.own_share}: a chance from 0 to 1 is wanted, and 0 with decoder_input=own, "
+        raise ConfigError(f"own_share={config.own_share}: a chance from 0 to 1 is wanted; 0 with decoder_input=own, "
                           "where all latents are the own encoder's")
     if not cached and (from_teacher or config.encoder_weight > 0):
         name = "decoder_input=teacher" if from_teacher else f"encoder_weight={config.encoder_weight}"
