@@ -56,6 +56,15 @@ def psnr(output, target):
     return -10 * mse(output, target).log10()
 
 
+def blur_matrix(size, device):
+    """size x (size + 10): times a column of size + 10 pixels it gives `size` ones, blurred by SSIM's Gaussian."""
+    window = torch.exp(-(torch.arange(11, dtype=torch.float32) - 5).square() / (2 * 1.5 ** 2))
+    matrix = torch.zeros(size, size + 10)
+    for k, weight in enumerate((window / window.sum()).tolist()):
+        matrix.diagonal(k).fill_(weight)
+    return matrix.to(device)
+
+
 def ssim(output, target):
     """Structural similarity per image (Wang et al. 2004): 11 x 11 Gaussian window of deviation 1.5, mean over channels.
 
@@ -65,32 +74,38 @@ def ssim(output, target):
     height, width = output.shape[-2:]
     if min(height, width) < 11:
         raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {height}x{width}")
-    window = torch.exp(-(torch.arange(11, dtype=torch.float32) - 5).square() / (2 * 1.5 ** 2))
-    *outer, middle = (window / window.sum())[:6].tolist()
+    a, b = (images.reshape(-1, height, width) for images in (output, target))  # B H W
+    # An image is blurred in blocks, each by a product with a banded matrix: on a CPU a third of the time of 11 shifted
+    # sums for each axis. At once as many images as its caches hold; a GPU gets larger blocks, so fewer kernels.
+    rows, columns, most = (32, 16, 1 << 18) if a.device.type == "cpu" else (256, 128, 1 << 24)
+    vertical, horizontal = blur_matrix(rows, a.device), blur_matrix(columns, a.device).t()
+    whole, rest = divmod(width - 10, columns)  # blocks in a row of pixels, and the columns that they leave over
 
-    def blur(maps):  # B 1 H W -> B 1 H-10 W-10, separable; as convolutions it takes three times as long on a CPU
-        for axis in (-2, -1):
-            size = maps.shape[axis] - 10
-            total = maps.narrow(axis, 5, size) * middle
-            for k, weight in enumerate(outer):
-                total = total.add_(maps.narrow(axis, k, size) + maps.narrow(axis, 10 - k, size), alpha=weight)
-            maps = total
-        return maps
-
-    def similarity(a, b):
-        mean_a, mean_b = blur(a), blur(b)
-        var_a, var_b = blur(a * a) - mean_a.square(), blur(b * b) - mean_b.square()
-        covariance = blur(a * b) - mean_a * mean_b
+    def similarity(maps):  # n blocks, 4 blurred maps, images, pixels -> images
+        mean_a, mean_b, squares, product = maps.unbind(1)  # of a, b, a^2 + b^2, a b
+        means, mean_squares = mean_a * mean_b, mean_a.square() + mean_b.square()
         c1, c2 = 0.01 ** 2, 0.03 ** 2
-        return ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-                / ((mean_a.square() + mean_b.square() + c1) * (var_a + var_b + c2))).sum((-3, -2, -1))
+        return ((2 * means + c1) * (2 * (product - means) + c2)
+                / ((mean_squares + c1) * (squares - mean_squares + c2))).sum((0, 2))
 
-    a, b = (images.reshape(-1, 1, height, width) for images in (output, target))
-    # Bands of rows, as a dozen maps exist at once; on a CPU, of a size that its caches hold.
-    rows, total = max(1, (1 << (18 if output.device.type == "cpu" else 24)) // (len(a) * width)), 0
-    for top in range(0, height - 10, rows):
-        total = total + similarity(a[:, :, top:top + rows + 10].float(), b[:, :, top:top + rows + 10].float())
-    return (total / ((height - 10) * (width - 10))).view(output.shape[:-2]).mean(-1)
+    totals = []
+    with true_float32(a.device.type):
+        for x, y in zip(*(images.split(max(1, most // ((rows + 10) * width))) for images in (a, b))):
+            total = 0
+            for top in range(0, height - 10, rows):
+                x_band, y_band = (images[:, top:top + rows + 10].float() for images in (x, y))
+                maps = torch.stack([x_band, y_band, x_band.square() + y_band.square(), x_band * y_band])
+                r = maps.shape[2] - 10
+                maps = (vertical[:r, :r + 10] @ maps).view(-1, width)  # 4 maps, images, r rows; W
+                if whole:
+                    blocks = maps[:, :whole * columns + 10].unfold(1, columns + 10, columns).transpose(0, 1)
+                    total = total + similarity(torch.bmm(blocks, horizontal.expand(whole, -1, -1)).view(
+                        whole, 4, len(x), -1))
+                if rest:
+                    total = total + similarity((maps[:, whole * columns:] @ horizontal[:rest + 10, :rest]).view(
+                        1, 4, len(x), -1))
+            totals.append(total)
+    return (torch.cat(totals) / ((height - 10) * (width - 10))).view(output.shape[:-2]).mean(-1)
 
 
 def flicker(output, target):

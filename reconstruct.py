@@ -218,7 +218,7 @@ def tell(source, notes, options):
 
 def as_video(frames, device):
     """A list of H W 3 uint8 -> 1 T 3 H W in [0, 1]: what is measured is what is written."""
-    return torch.from_numpy(np.stack(frames)).to(device).permute(0, 3, 1, 2)[None].float().div_(255)
+    return torch.from_numpy(np.stack(frames)).to(device).permute(0, 3, 1, 2)[None].contiguous().float().div_(255)
 
 
 def measured(quality):

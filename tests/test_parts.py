@@ -429,26 +429,34 @@ def test_demo_set(tmp_path):
 # ---- metrics, losses ---------------------------------------------------------------------------------------------
 
 
-def test_psnr_and_ssim_are_scikit_images():
+@pytest.mark.parametrize("height, width", [(40, 53), (11, 11), (43, 26), (106, 12), (12, 300)])
+def test_psnr_and_ssim_are_scikit_images(height, width):
     rng = np.random.default_rng(0)
-    a = rng.random((2, 3, 40, 53))
+    a = rng.random((2, 3, height, width))
     b = np.clip(a + 0.1 * rng.normal(size=a.shape), 0, 1)
     ours = [f(torch.from_numpy(b)[None], torch.from_numpy(a)[None])[0] for f in (metrics.psnr, metrics.ssim)]
     for i in range(2):
         x, y = a[i].transpose(1, 2, 0), b[i].transpose(1, 2, 0)
         assert abs(ours[0][i] - peak_signal_noise_ratio(x, y, data_range=1)) < 1e-4
-        assert (
-            abs(
-                ours[1][i]
-                - structural_similarity(
-                    x, y, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-                )
-            )
-            < 1e-4
-        )
+        theirs = structural_similarity(x, y, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+                                       use_sample_covariance=False)
+        assert abs(ours[1][i] - theirs) < 1e-5
+
+
+def test_measures_have_their_limits():
     assert metrics.psnr(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)).item() == float("inf")
     with pytest.raises(ValueError, match="11x11"):
         metrics.ssim(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
+
+
+def test_ssim_of_many_images_is_that_of_each():
+    """Of more than are blurred at once, and of frames whose channels lie side by side in memory."""
+    a = torch.rand(2, 40, 3, 30, 40, generator=torch.Generator().manual_seed(0))
+    b = (a + 0.1 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    each = torch.stack([torch.cat([metrics.ssim(x[None], y[None]) for x, y in zip(*both)]) for both in zip(a, b)])
+    last = [video.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for video in (a, b)]
+    for found in (metrics.ssim(a, b), metrics.ssim(*last)):
+        assert found.shape == (2, 40) and torch.allclose(found, each, atol=1e-6, rtol=0)
 
 
 def test_mean_counts_every_image_once():
