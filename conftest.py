@@ -93,6 +93,16 @@ def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
     return path
 
 
+@pytest.fixture(params=["PyAV", "OpenCV"])
+def video_encoder(request, monkeypatch):
+    """What report.VideoWriter writes through in this test: PyAV, or OpenCV as where PyAV is not installed."""
+    if request.param == "PyAV":
+        pytest.importorskip("av")
+    else:
+        monkeypatch.setitem(sys.modules, "av", None)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """A folder of six readable videos."""

@@ -258,7 +258,7 @@ def test_a_stage_that_fails_costs_only_its_input_and_leaves_nothing(fault, comma
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
 @pytest.mark.parametrize("size", [300, 20000])
-def test_a_full_disk_ends_an_input_in_one_line(size, command, capsys, monkeypatch):
+def test_a_full_disk_ends_an_input_in_one_line(size, command, capsys, monkeypatch, video_encoder):
     """It has no room for any video (300 bytes), or for the largest of them; what was encoded found some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 

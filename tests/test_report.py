@@ -4,8 +4,10 @@ import http.server
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import cv2
@@ -32,8 +34,8 @@ def probe(path):
     return count, capture.get(cv2.CAP_PROP_FPS), int(capture.get(4)), int(capture.get(3))
 
 
-def test_videos_of_any_rate_and_size(tmp_path):
-    for fps in (0.5, 12.5, 29.97, 120):
+def test_videos_of_any_rate_and_size(tmp_path, video_encoder):
+    for fps in (0.5, 12.5, 24000 / 1001, 29.97, 120):
         assert not write(tmp_path / "a.webm", fps=fps).note
         assert probe(tmp_path / "a.webm")[1] == pytest.approx(fps, abs=0.01)
     for fps in (0, None, math.nan, 90000):
@@ -45,7 +47,33 @@ def test_videos_of_any_rate_and_size(tmp_path):
     assert np.abs(back.astype(int) - (200, 40, 90)).max() < 12
 
 
-def test_no_half_video_and_no_silent_failure(tmp_path):
+def test_frames_come_back_each_with_its_colours_and_at_its_time(tmp_path, video_encoder):
+    """Colours all over the cube, in a picture that moves; OpenCV reads it back, by BT.601 and the limited range."""
+    colours = np.stack(np.meshgrid(*[np.linspace(0, 255, n) for n in (8, 8, 6)], indexing="ij"), -1)
+    picture = cv2.resize(colours.reshape(16, 24, 3).astype(np.uint8), (192, 128), interpolation=cv2.INTER_NEAREST)
+    frames = [np.roll(picture, 16 * t, 1) for t in range(12)]
+    with report.VideoWriter(str(tmp_path / "a.webm"), 24000 / 1001, 192, 128) as writer:
+        for frame in frames:
+            writer.write(frame)
+    capture = cv2.VideoCapture(str(tmp_path / "a.webm"), cv2.CAP_FFMPEG)
+    for number, frame in enumerate(frames):
+        back = capture.read()[1][..., ::-1].astype(int)
+        assert np.abs(back - frame).mean((0, 1)).max() < 12 and np.abs((back - frame).mean((0, 1))).max() < 4
+        assert capture.get(cv2.CAP_PROP_POS_MSEC) == pytest.approx(1000 * number * 1001 / 24000, abs=1)
+    assert not capture.read()[0]
+
+
+def test_what_writes_the_videos(tmp_path, video_encoder, monkeypatch):
+    def written_by():
+        with report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
+            writer.write(FRAME)
+        return type(writer._encoder).__name__
+    assert written_by() == f"_Through{video_encoder}"
+    monkeypatch.setattr(report, "ENCODER", "libnone")
+    assert written_by() == "_ThroughOpenCV", "a PyAV that was built without libvpx"
+
+
+def test_no_half_video_and_no_silent_failure(tmp_path, video_encoder):
     write(tmp_path / "a.webm", count=3)
     with pytest.raises(KeyError), report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
         writer.write(FRAME)
@@ -58,6 +86,29 @@ def test_no_half_video_and_no_silent_failure(tmp_path):
     with pytest.raises(OSError, match="no frame"):
         write(tmp_path / "a.webm", count=0)
     assert os.listdir(tmp_path) == ["a.webm"] and probe(tmp_path / "a.webm")[0] == 3
+    (tmp_path / ".b.webm.part.webm").symlink_to(tmp_path / "nowhere" / "b.webm")
+    with pytest.raises(OSError, match=r"cannot write .*b\.webm \(128x96, 25 frames/s\): is the folder writable"):
+        write(tmp_path / "b.webm")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux has them")
+@pytest.mark.parametrize("room", ["100 bytes", "half", "all but a byte"])
+def test_a_full_disk_is_noticed(room, tmp_path, video_encoder):
+    """At the first bytes, among the frames, or at the last byte."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(tmp_path / "whole.webm", count=40)
+    whole = os.path.getsize(tmp_path / "whole.webm")
+    size = {"100 bytes": 100, "half": whole // 2, "all but a byte": whole - 1}[room]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        with pytest.raises(OSError, match=r"File too large|is the disk full\?"):
+            write(tmp_path / "a.webm", count=40)
+        with pytest.raises(KeyError), report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
+            writer.write(FRAME)
+            raise KeyError
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["whole.webm"]
 
 
 def test_names_are_safe_and_unique():
