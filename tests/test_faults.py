@@ -19,6 +19,7 @@ import config
 import data
 import model_vqvae
 import objective
+import train
 from conftest import (BATCH_NORM, CODES, FRAMES, ROOT, SERAENA, command, different, log_of, metrics_of, run, spoilt,
                       state_of, write_clip)
 
@@ -312,6 +313,40 @@ def test_killed_data_workers_are_replaced_and_no_sample_is_lost(here, at, monkey
     monkeypatch.setattr(data, "start_loader", dead_at_once)
     with pytest.raises(config.ConfigError, match="no data .the data processes died three times .* is saved"):
         here(*FRAMES, "max_steps=20", "workers=1", "name=killed")
+
+
+class WaitingClips(data.TrainClips):
+    """All but the first are made when a validation has begun. Events and semaphores come with the data processes."""
+
+    def __getitem__(self, key):
+        first = (key.epoch, key.index) == (0, 0)
+        assert first or self.validating.wait(60)
+        sample = super().__getitem__(key)
+        if not first:
+            self.made.release()
+        return sample
+
+
+def test_data_processes_go_on_during_a_validation(here, monkeypatch):
+    """Which ends when they have made four batches, as many as they may be ahead."""
+    processes = data.worker_context()
+    validating, made = processes.Event(), processes.Semaphore(0)
+
+    def make(*arguments, **keywords):
+        clips = WaitingClips(*arguments, **keywords)
+        clips.validating, clips.made = validating, made
+        return clips
+
+    def evaluate(*arguments, original=train.evaluate, **keywords):
+        validating.set()
+        ahead.append(sum(made.acquire(timeout=60) for _ in range(4)))
+        return original(*arguments, **keywords)
+
+    ahead = []
+    monkeypatch.setattr(data, "TrainClips", make)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    folder = here(*FRAMES, "workers=1", "batch_size=1", "max_steps=1", "val_fraction=0.3", "init=colours", "name=ahead")
+    assert ahead == [4] and "step 1: validation psnr" in log_of(folder)
 
 
 def test_broken_files_and_files_that_break_are_named_and_training_goes_on(here, at, tmp_path):
