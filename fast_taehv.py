@@ -248,14 +248,18 @@ def up_kernel(weight):
 
 def pool_kernels(pool, layer):
     """Temporal pooling merged with the convolution behind it: a kernel for each of the frames that it joins."""
-    merged = torch.einsum("ocyx,ci->oiyx", layer.weight.float(), pool.conv.weight[:, :, 0, 0].float())
-    return merged.to(layer.weight.dtype).chunk(pool.stride, 1)
+    return merged(layer, pool.conv.weight).chunk(pool.stride, 1)
 
 
 def grow_kernels(grow, layer):
     """Temporal growth merged with the convolution behind it: a kernel for each of the frames that it makes."""
-    return [torch.einsum("ocyx,ci->oiyx", layer.weight.float(), w).to(layer.weight.dtype)
-            for w in grow.conv.weight[:, :, 0, 0].float().chunk(grow.stride)]
+    return [merged(layer, weight) for weight in grow.conv.weight.chunk(grow.stride)]
+
+
+def merged(layer, weight):
+    """The kernel of a 1x1 convolution without bias and the one behind it. Made on the CPU: a GPU may use TF32."""
+    kernel = torch.einsum("ocyx,ci->oiyx", layer.weight.float().cpu(), weight[:, :, 0, 0].float().cpu())
+    return kernel.to(layer.weight)
 
 
 STEPS = SimpleNamespace(Plain=Plain, ConvRelu=ConvRelu, Memory=Memory, WholeMemory=WholeMemory, PoolConv=PoolConv,
