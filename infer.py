@@ -28,8 +28,6 @@ import sys
 import threading
 import time
 
-# As in train.py: OpenMP's threads that spin while they wait would take the cores from those that measure and write.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 import data
