@@ -271,7 +271,7 @@ def load_config(arguments):
     """["taehv", "lr=1e-4", ...] -> Config. The preset comes first and may be left out (demo). In its place may stand a
     file like a run's config.json, with the run's name among its settings. ConfigError otherwise."""
     preset, overrides = "demo", list(arguments)
-    kinds = {field.name: kind_of(field.type) for field in dataclasses.fields(Config)}
+    kinds, given = {field.name: kind_of(field.type) for field in dataclasses.fields(Config)}, set()
     if overrides and "=" not in overrides[0]:
         preset = overrides.pop(0)
     if preset.endswith(".json"):
@@ -287,16 +287,18 @@ def load_config(arguments):
         key = key.removeprefix("--").replace("-", "_")
         if not separator:
             raise ConfigError(f"{item!r} is no key=value")
+        given.add(key)
         if key.startswith("net."):
             values["net"] = {**values.get("net", {}), key[4:]: parse_literal(key, text)}
             continue
         if key not in kinds or kinds[key] is dict:
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
-    values["net"] = fitting(values.get("net", {}), [item.partition("=")[0].removeprefix("--") for item in overrides])
-    if values.get("decoder_input") == "own" or not values.get("train_encoder", True):
-        given = [item for item in overrides if item.lstrip("-").replace("-", "_").startswith("own_share=")]
-        values["own_share"] = values["own_share"] if given else 0.0  # the preset's is for two halves that learn
+    values["net"] = fitting(values.get("net", {}), given)
+    alone = "decoder_input" in given and values["decoder_input"] == "own" or (
+        "train_encoder" in given and not values["train_encoder"])
+    if alone and "own_share" not in given:
+        values["own_share"] = 0.0  # the preset's is for two halves that learn
     config = Config(**values)
     config.name = config.name or preset
     if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):

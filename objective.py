@@ -140,6 +140,14 @@ class Objective:
             values["loss"] = values["loss"] + term
         return values
 
+    def mixed(self, own, latents):
+        """The teacher's latents, in `own_share` of the clips the encoder's own, which does not learn from it."""
+        if not self.cfg.own_share:
+            return latents
+        own = torch.cat([own.detach().to(latents.dtype), latents[:, own.shape[1]:]], 1)  # a teacher may give one more
+        drawn = torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) < self.cfg.own_share
+        return torch.where(drawn, own, latents)
+
     def pulled(self, values, leaf, output):
         """The scalar 0 whose gradient at `output` is that of the terms computed at `leaf`, which lose theirs."""
         names = [*self.pixel_terms, *(["seraena_loss"] if self.seraena else [])]
@@ -211,14 +219,6 @@ class Objective:
     def load_rank_state(self, state):
         if self.seraena and state:
             self.seraena.load_rank_state(state)
-
-    def mixed(self, own, latents):
-        """The teacher's latents, in `own_share` of the clips the encoder's own, which does not learn from it."""
-        if own is None or not self.cfg.own_share:
-            return latents
-        own = torch.cat([own.detach().to(latents.dtype), latents[:, own.shape[1]:]], 1)  # a teacher may give one more
-        drawn = torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) < self.cfg.own_share
-        return torch.where(drawn, own, latents)
 
     def best_by(self):
         """What `score` measures, as a text: scores with different texts do not compare."""

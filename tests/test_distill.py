@@ -782,6 +782,13 @@ def test_the_presets_own_share_is_for_two_halves_that_learn(settings, share):
     assert config.load_config(["taehv_distill", "latent_cache=x", *settings]).own_share == share
 
 
+def test_a_runs_own_share_is_that_of_its_config_json(tmp_path):
+    """It was chosen beside a frozen encoder once, and is not the preset's."""
+    (tmp_path / "config.json").write_text(json.dumps(
+        dict(latent_cache="x", decoder_input="teacher", train_encoder=False, own_share=0.5)))
+    assert config.load_config([str(tmp_path / "config.json"), "lr=1e-4"]).own_share == 0.5
+
+
 @pytest.mark.parametrize("settings", [["own_share=1.5"], ["own_share=-0.1"], ["decoder_input=own", "own_share=0.5"]])
 def test_an_own_share_that_means_nothing_is_refused(settings):
     with pytest.raises(config.ConfigError, match=r"own_share=.*: a chance from 0 to 1 is wanted"):
