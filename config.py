@@ -25,7 +25,7 @@ class Config:
     out_dir: str = "runs"           # folder that holds the run folders
     max_steps: int = 10000          # optimizer steps after which the run ends
     max_minutes: float = 0.0        # minutes of training after which the run ends, validation and saving not counted;
-                                    # 0: no limit
+                                    # a cosine schedule ends with them; 0: no limit
     seed: int = 0                   # seeds the initial weights and the data order
     device: str = "auto"            # device that trains: auto, cpu, cuda, cuda:N or mps; auto prefers a GPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -153,9 +153,9 @@ class Config:
     lr: float = 3e-4                # highest learning rate of AdamW, which the schedule starts from
     schedule: Literal["constant", "cosine", "exponential"] = "cosine"
                                     # course of the learning rate after the warm-up: cosine falls to lr_final at
-                                    # max_steps, exponential falls by lr_decay
+                                    # max_steps or max_minutes, exponential falls by lr_decay
     warmup_steps: int = 100         # steps in which the learning rate rises linearly from 0 to lr
-    lr_final: float = 0.05          # cosine: learning rate at max_steps, as a fraction of lr
+    lr_final: float = 0.05          # cosine: learning rate at the end, as a fraction of lr
     lr_decay: float = 0.99          # exponential: factor of the learning rate per 1000 steps
     beta1: float = 0.9              # decay per step of the mean gradient in AdamW
     beta2: float = 0.95             # decay per step of the mean squared gradient in AdamW

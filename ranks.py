@@ -86,23 +86,28 @@ def fresh_store(rank, world, timeout):
 
 def agree(control, *flags):
     """Each flag, true if it is true on any rank: then all ranks act on it at the same place, and none waits alone."""
-    if control is None:
-        return tuple(bool(f) for f in flags)
-    votes = torch.tensor([float(bool(f)) for f in flags])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control)
-    return tuple(bool(v) for v in votes)
+    return tuple(bool(value) for value in largest(control, *(bool(flag) for flag in flags)))
+
+
+def largest(control, *values):
+    """The largest of all ranks' numbers, for each of the values."""
+    votes = torch.tensor([float(value) for value in values])
+    if control is not None:
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control)
+    return votes.tolist()
 
 
 class Vote(NamedTuple):
     """What a rank says at the end of its part of a step; after `count`, what all ranks do."""
     out_of_memory: bool = False  # do the step again, in smaller parts
     stop: bool = False           # a signal has come: save and end after this step
-    time_over: bool = False      # max_minutes have passed: this step is the last
     no_data: bool = False        # a rank has no clips: save and end without this step
+    time: float = 0.0            # part of max_minutes that has passed; from 1 on, this step is the last
 
     def count(self, control):
-        """All ranks call it: the Vote in which each field is true that is true on any rank."""
-        return Vote(*agree(control, *self))
+        """All ranks call it: the Vote in which each field is true that is true on any rank, with their latest time."""
+        *flags, time = largest(control, *self)
+        return Vote(*map(bool, flags), time)
 
 
 class LeftStep(Exception):

@@ -68,8 +68,8 @@ def train(cfg):
                 trainer.give_up(f"no data ({trouble or 'on another rank'})", "Look at the files that train.log names.")
 
             # ---- update, unless something is not finite on any rank
-            trainer.update(micro_batches)
-            last, stopping = run.step >= cfg.max_steps or vote.time_over, vote.stop
+            trainer.update(micro_batches, vote.time)
+            last, stopping = run.step >= cfg.max_steps or vote.time >= 1, vote.stop
 
             # ---- once in a while: log, validate, save
             trainer.saver.settle([])
@@ -260,8 +260,8 @@ class Trainer:
                 raise
             out_of_memory = True
         gradients.send_rest()
-        return vote or Vote(out_of_memory, stop=bool(stop), time_over=self.clock.total() >= self.time_limit,
-                            no_data=bool(trouble)).count(self.control)
+        return vote or Vote(out_of_memory, bool(stop), bool(trouble), self.clock.total() / self.time_limit
+                            ).count(self.control)
 
     def split(self, micro_batches):
         """Memory ran out on some rank: from here on all ranks cut micro-batches into twice as many parts."""
@@ -272,11 +272,11 @@ class Trainer:
         torch.cuda.empty_cache()
         self.log(f"step {self.run.step + 1}: out of memory; micro-batches are split in {self.run.pieces} from here on")
 
-    def update(self, micro_batches):
+    def update(self, micro_batches, time):
         """Average the gradients over the ranks; optimizer, average of the weights, discriminators, codebooks."""
         cfg, run, optimizer = self.cfg, self.run, self.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, run.step)
+            group["lr"] = learning_rate(cfg, run.step, time)
         norm, bad = self.gradients.step(optimizer, cfg.grad_clip)
         decay = min(cfg.ema_decay, (1 + run.step) / (10 + run.step))
         with torch.no_grad():  # or the average drags along a graph that grows with each step
@@ -300,7 +300,7 @@ class Trainer:
         synchronize(self.device)
         speed, self.clips_done = self.clips_done / self.clock.lap(), 0
         log.scalars(run.step, "train", **values, **figures, **course, gradient_norm=meter.gradient_norm,
-                    learning_rate=learning_rate(self.cfg, run.step - 1), clips_per_second=speed,
+                    learning_rate=self.optimizer.param_groups[0]["lr"], clips_per_second=speed,
                     skipped_steps=meter.skipped, resident_memory_gb=resident_memory() / 1e9,
                     gpu_memory_gb=peak_memory(self.device) / 1e9 if self.device.type == "cuda" else 0.0)
         line = describe_step(values)
@@ -370,12 +370,12 @@ class Trainer:
         return 0
 
 
-def learning_rate(cfg, step):
-    """Of optimizer step `step`, counted from 0."""
+def learning_rate(cfg, step, time=0.0):
+    """Of optimizer step `step`, counted from 0, after the part `time` of max_minutes."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "cosine":
-        done = min(1, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+        done = min(1, max(time, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)))
         return cfg.lr * (cfg.lr_final + (1 - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done)))
     return cfg.lr * cfg.lr_decay ** ((step - cfg.warmup_steps) / 1000) if cfg.schedule == "exponential" else cfg.lr
 

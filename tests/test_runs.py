@@ -1,6 +1,7 @@
 """Runs that are stopped, fail, branch off, or start from weights; inputs that fail among others."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -14,7 +15,8 @@ import torch
 
 import checkpoint
 import infer
-from conftest import ROOT, command, mistake, run, write_clip
+import train
+from conftest import FRAMES, ROOT, command, mistake, run, write_clip
 from model_taehv import TAEHV
 from test_smoke import FP32, INFER, PLAIN, SMALL, TRAIN, largest_difference, weights
 
@@ -234,6 +236,46 @@ print("left nothing behind")
 def test_ranks_end_without_threads_that_could_abort_them(tmp_path):
     (tmp_path / "leaving.py").write_text(LEAVING)
     assert run(tmp_path / "leaving.py", ranks=2, cwd=tmp_path, fresh=True).count("left nothing behind") == 2
+
+
+def test_a_cosine_schedule_ends_with_the_minutes_of_the_run(here, monkeypatch):
+    """Six seconds a step: ten steps in a minute, of the thousand that max_steps allows."""
+    seconds, take = [0.0], train.Trainer.take_clips
+    monkeypatch.setattr(train.Clock, "total", lambda self: seconds[0])
+    monkeypatch.setattr(train.Trainer, "take_clips", lambda self: (seconds.append(seconds.pop() + 6), take(self))[1])
+    settings = [*FRAMES, "schedule=cosine", "lr=1e-3", "lr_final=0.1", "warmup_steps=2", "log_every=1"]
+    folder = here(*settings, "max_steps=1000", "max_minutes=1", "name=minute")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    rates = [line["learning_rate"] for line in lines if line["kind"] == "train"]
+    assert rates[:2] == pytest.approx([5e-4, 1e-3]) and len(rates) == 10
+    shares = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(3, 11)]
+    assert rates[2:] == pytest.approx([1e-3 * share for share in shares], rel=1e-5)
+    steps = here(*settings, "max_steps=4", "max_minutes=600", "name=steps")
+    last = json.loads([line for line in (steps / "metrics.jsonl").read_text().splitlines() if '"train"' in line][-1])
+    assert last["learning_rate"] < 7e-4, "whichever comes first"
+
+
+CLOCKS = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+rank, total, update = int(os.environ["RANK"]), train.Clock.total, train.Trainer.update
+train.Clock.total = lambda self: total(self) * (1 + 2 * rank)
+def told(self, *arguments):
+    update(self, *arguments)
+    print(f"rank {{rank}}:", self.optimizer.param_groups[0]["lr"], flush=True)
+train.Trainer.update = told
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_other_clocks_have_one_learning_rate(clips, tmp_path):
+    (tmp_path / "clocks.py").write_text(CLOCKS.format(root=ROOT))
+    settings = [*SMALL, f"data={clips}", "schedule=cosine", "warmup_steps=0", "max_minutes=1", "max_steps=4"]
+    output = run("clocks.py", *settings, "name=clocks", ranks=2, cwd=tmp_path)
+    first, second = (re.findall(rf"rank {rank}: (\S+)", output) for rank in (0, 1))
+    assert first == second and len(set(first)) == 4, output
 
 
 @pytest.mark.slow
