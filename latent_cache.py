@@ -506,7 +506,10 @@ def student_settings(plan):
     for variant in variants:
         if fits(variant=variant):
             return f"variant={variant}"
-    for down, up in ((2, 2, 1), (1, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((2, 1, 1), (1, 1, 2)), ((1, 1, 1), (1, 1, 1)):
+    pools = [((2, 2, 1), (1, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((2, 1, 1), (1, 1, 2)), ((1, 1, 1), (1, 1, 1))]
+    if latents == frames:  # of clips of 1 or 2 frames, the others could make as many
+        pools = pools[-1:]
+    for down, up in pools:
         if fits(variant="taecvx" if pairs else "taehv", patch_size=patch, latent_channels=channels,
                 encoder_time_downscale=down, decoder_time_upscale=up):
             return (f"{'variant=taecvx ' if pairs else ''}patch_size={patch} latent_channels={channels} "

@@ -305,6 +305,12 @@ def test_the_settings_that_a_cache_proposes_make_a_model_for_it(latents, setting
         assert model.aligned(12, latents[0])[0] == shape[1] and shape[2:] == latents[1:]
 
 
+@pytest.mark.parametrize("frames", [1, 2, 12])
+def test_a_teacher_of_single_frames_is_proposed_a_student_without_pooling_at_any_length(frames):
+    plan = dict(frames=frames, size=32, latents=(frames, 32, 4, 4), teacher=dict(pools_pairs=None, name=""))
+    assert "time_downscale=1,1,1 net.decoder_time_upscale=1,1,1" in latent_cache.student_settings(plan)
+
+
 def proposed_run(folder, monkeypatch, capsys, *arguments):
     """Build a cache, and begin what it proposes: (settings, model, clips)."""
     assert build(folder, monkeypatch, *arguments) == 0
