@@ -98,19 +98,9 @@ def describe_times(busy, seconds):
     return f"time: {seconds:.1f} s in all; at work, beside each other: {stages}"
 
 
-def run(options):
-    """Check everything, then reconstruct or decode each input and write the report. Returns the exit code; errors as in
-    `main`."""
-    device = pick_device(options.device)
-    tune(device)
-    share_freed_blocks()
-    dtype = pick_precision(options.precision, device)
-    if dtype == torch.float16 and device.type == "cpu":
-        print("--precision fp16: a CPU emulates it; bf16 or fp32 take less time")
-    sources, latent_files, refused, notes = find_inputs(options.inputs, options.num_samples, options.seed,
-                                                         options.max_pixels, options.out)
-    for note in notes:
-        print(note)
+def prepare(options, sources, latent_files, device, dtype):
+    """Load and check all that the inputs share: (the Job, [a reader of each latent or token file], the model in words,
+    what is to be said of LPIPS or None)."""
     memory = PeakMemory(device, alone=options.by_teacher or not options.teacher)
     model = tiled = teacher = teacher_factors = None
     model_hash, readers = "", []
@@ -146,9 +136,15 @@ def run(options):
     job = Job(model, tiled, model_hash, device, dtype, memory, lpips, teacher, options, fid,
               max(1, options.fid // max(1, len(sources))), teacher_factors, collections.Counter(),
               contextlib.nullcontext() if device.type == "cpu" else threading.Lock())
-    start = time.perf_counter()
-    names, failures, rows, decoded = set(), Failures(options.out), [], 0
-    # Whatever befalls one input, the others get their turn and their report.
+    return job, readers, words, lpips_note
+
+
+def work_through(job, latent_files, readers, sources):
+    """Decode the files and reconstruct the videos. Whatever befalls one input, the others get their turn and their
+    report. Returns ([a row of the report for each video and for each input that failed], the Failures); InputError
+    where every input failed by a mistake."""
+    options, names, rows, decoded = job.options, set(), [], 0
+    failures = Failures(options.out)
     for path, reader in zip(latent_files, readers):
         if reader.note:
             print(reader.note)
@@ -174,6 +170,39 @@ def run(options):
     if failures.unexpected:
         print(f"infer.py: {failures.unexpected} of {len(rows) + decoded} inputs failed by an unexpected error; "
               f"tracebacks: {failures.path}", file=sys.stderr)
+    return rows, failures
+
+
+def write_page(job, rows, words, lpips_note, distance):
+    """Write metrics.json and the report; returns the report's path. distance: FID, or None."""
+    options, teacher = job.options, job.teacher
+    return report.write_report(options.out, rows, dict(
+        checkpoint=options.checkpoint, model=words, **describe_model(job.model or teacher.source),
+        device=str(job.device), machine=describe(job.device), precision=str(job.dtype).removeprefix("torch."),
+        command="python infer.py " + shlex.join(sys.argv[1:]),
+        **({"teacher": f"{teacher.name} ({teacher.spec})"} if job.model and teacher else {}),
+        **({"FID": f"{distance:.3f} (over {job.fid.count} frames)"} if job.fid else {}),
+        **({"targets": report.in_words(options.targets)} if options.targets else {}),
+        created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets,
+        {**{name: measure.heading for name, measure in metrics.MEASURES.items()}, **dict.fromkeys(PLACES)})
+
+
+def run(options):
+    """Check everything, then reconstruct or decode each input and write the report. Returns the exit code; errors as in
+    `main`."""
+    device = pick_device(options.device)
+    tune(device)
+    share_freed_blocks()
+    dtype = pick_precision(options.precision, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        print("--precision fp16: a CPU emulates it; bf16 or fp32 take less time")
+    sources, latent_files, refused, notes = find_inputs(options.inputs, options.num_samples, options.seed,
+                                                         options.max_pixels, options.out)
+    for note in notes:
+        print(note)
+    job, readers, words, lpips_note = prepare(options, sources, latent_files, device, dtype)
+    start = time.perf_counter()
+    rows, failures = work_through(job, latent_files, readers, sources)
     if not sources:
         if rows:
             print(*judge.table(rows, {}), sep="\n")
@@ -183,21 +212,13 @@ def run(options):
         if "failed" not in row:
             row["targets"] = report.judge(options.targets, row["metrics"])
     rows += [dict(name=os.path.basename(path), source=path, failed=reason) for path, reason in refused]
-    distance = fid.reduce() if fid else None
-    page = report.write_report(options.out, rows, dict(
-        checkpoint=options.checkpoint, model=words, **describe_model(model or teacher.source),
-        device=str(device), machine=describe(device), precision=str(dtype).removeprefix("torch."),
-        command="python infer.py " + shlex.join(sys.argv[1:]),
-        **({"teacher": f"{teacher.name} ({teacher.spec})"} if model and teacher else {}),
-        **({"FID": f"{distance:.3f} (over {fid.count} frames)"} if fid else {}),
-        **({"targets": report.in_words(options.targets)} if options.targets else {}),
-        created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets,
-        {**{name: measure.heading for name, measure in metrics.MEASURES.items()}, **dict.fromkeys(PLACES)})
+    distance = job.fid.reduce() if job.fid else None
+    page = write_page(job, rows, words, lpips_note, distance)
     print(*judge.table(rows, options.targets), sep="\n")
     if options.targets:
         print(f"targets: {report.in_words(options.targets)}")
-    if fid:
-        print(f"FID {distance:.3f} over {fid.count} frames")
+    if job.fid:
+        print(f"FID {distance:.3f} over {job.fid.count} frames")
     if lpips_note:
         print(lpips_note)
     done = [row["metrics"] for row in rows if "failed" not in row]
