@@ -109,15 +109,10 @@ def judged_frames(found, frames):
     return common
 
 
-def run(options):
-    """Returns the exit code; errors as in `main`."""
-    device = pick_device(options.device)
-    tune(device)
-    dtype = pick_precision(options.precision, device)
-    os.makedirs(os.path.join(options.out, "videos"), exist_ok=True)
-    judges, failures = Judges(options, device), Failures(options.out)
+def enter(options, judges, failures, context):
+    """Check everything before anything is measured: ([what `look_at` says of each entry that can be], {name: row} of
+    those that cannot, the context with its clips)."""
     fitted = [name for name in options.entries if entries.is_fitted(name)]
-    context = entries.Context(device, dtype, None)
     found = looked_at([name for name in options.entries if name not in fitted], options, context, failures)
     if options.levels and not any(one[0]["most_levels"] for one in found.values() if isinstance(one, list)):
         raise InputError("--levels: none of the models has codes of several levels: they are of residual "
@@ -135,57 +130,84 @@ def run(options):
     found.update(looked_at(fitted, options, context, failures))
     check_some_are_left(found)
     failed = {name: found[name] for name in options.entries if isinstance(found[name], dict)}
-    found = [one for name in options.entries if name not in failed for one in found[name]]
+    return [one for name in options.entries if name not in failed for one in found[name]], failed, context
+
+
+class Board:
+    """leaderboard.json and the page, written anew after each model. rows: {name: its row, None until it is measured};
+    known: {key: row} of an earlier command."""
+
+    def __init__(self, options, found, failed, clips, judges, settings):
+        self.out, self.failed, self.path = options.out, failed, os.path.join(options.out, "leaderboard.json")
+        self.known, notes = read_rows(self.path)
+        print(*notes, sep="\n", end="\n" * bool(notes))
+        judged, show = settings["judged"], options.show
+        original = f"videos/{clips.fingerprint}_{show}.webm"
+        write_video(os.path.join(self.out, original), clips.video(show)[:, judged], clips.fps[show])
+        self.info = dict(
+            data=options.data, clips=len(clips), frames=clips.frames, height=clips.height, width=clips.width,
+            judged=judged, judged_words=in_words(judged), show=show, notes=clips.notes + judges.notes,
+            fewest=short(min(found, key=lambda one: len(one["returned"]))["name"]),
+            returned={one["name"]: one["returned"] for one in found},
+            protocol=options.shape["protocol"], changed=options.changed, shown=clips.names[show],
+            original=original, fps=clips.fps[show], machine=settings["machine"],
+            precision=settings["precision"], created=time.strftime("%Y-%m-%d %H:%M"),
+            command="python leaderboard.py " + shlex.join(sys.argv[1:]))
+        self.rows = dict.fromkeys(one["name"] for one in found)
+
+    def take_known(self, found, settings, again):
+        """Fill in the rows that an earlier command measured; returns the entries that wait."""
+        waiting = []
+        for one in found:
+            about = json.dumps([one["name"], one["fingerprint"], settings])
+            one["key"] = hashlib.sha256(about.encode()).hexdigest()[:24]
+            row = self.known.get(one["key"])
+            if row and not again and os.path.exists(os.path.join(self.out, row["video"])):
+                self.rows[one["name"]] = row
+            else:
+                waiting.append(one)
+        if len(waiting) < len(found):
+            print(f"measured before, with the same weights, clips and settings: {len(found) - len(waiting)} of "
+                  f"{len(found)} (--again measures them anew)")
+        return waiting
+
+    def save(self):
+        """Returns (the rows that are there, failed ones too, what `compare_rates` makes of them)."""
+        ready = [row for row in self.rows.values() if row] + list(self.failed.values())
+        keys, rates = {row.get("key") for row in ready}, compare_rates(ready)
+        report.write_whole(self.path, json.dumps(dict(
+            info=self.info, rates=rates, rows=ready,
+            earlier=[row for key, row in self.known.items() if key not in keys]), indent=1, allow_nan=False) + "\n")
+        write_page(self.out, ready, self.info, rates, short)
+        return ready, rates
+
+
+def run(options):
+    """Returns the exit code; errors as in `main`."""
+    device = pick_device(options.device)
+    tune(device)
+    dtype = pick_precision(options.precision, device)
+    os.makedirs(os.path.join(options.out, "videos"), exist_ok=True)
+    judges, failures = Judges(options, device), Failures(options.out)
+    found, failed, context = enter(options, judges, failures, entries.Context(device, dtype, None))
+    clips = context.clips
     judged = judged_frames(found, clips.frames)
     settings = dict(format=FORMAT, clips=clips.fingerprint, judged=judged, machine=describe(device),
                     precision=str(dtype).removeprefix("torch."), shown=options.show, **judges.about)
-    path = os.path.join(options.out, "leaderboard.json")
-    known, notes = read_rows(path)
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    original = f"videos/{clips.fingerprint}_{options.show}.webm"
-    write_video(os.path.join(options.out, original), clips.video(options.show)[:, judged], clips.fps[options.show])
-    info = dict(data=options.data, clips=len(clips), frames=clips.frames, height=clips.height, width=clips.width,
-                judged=judged, judged_words=in_words(judged), show=options.show, notes=clips.notes + judges.notes,
-                fewest=short(min(found, key=lambda one: len(one["returned"]))["name"]),
-                returned={one["name"]: one["returned"] for one in found},
-                protocol=options.shape["protocol"], changed=options.changed, shown=clips.names[options.show],
-                original=original, fps=clips.fps[options.show], machine=settings["machine"],
-                precision=settings["precision"], created=time.strftime("%Y-%m-%d %H:%M"),
-                command="python leaderboard.py " + shlex.join(sys.argv[1:]))
-    rows, waiting = dict.fromkeys(one["name"] for one in found), []
-    for one in found:
-        one["key"] = hashlib.sha256(json.dumps([one["name"], one["fingerprint"], settings]).encode()).hexdigest()[:24]
-        row = known.get(one["key"])
-        if row and not options.again and os.path.exists(os.path.join(options.out, row["video"])):
-            rows[one["name"]] = row
-        else:
-            waiting.append(one)
-    if len(waiting) < len(found):
-        print(f"measured before, with the same weights, clips and settings: {len(found) - len(waiting)} of {len(found)}"
-              " (--again measures them anew)")
-
-    def save():
-        ready = [row for row in rows.values() if row] + list(failed.values())
-        keys = {row.get("key") for row in ready}
-        rates = compare_rates(ready)
-        report.write_whole(path, json.dumps(dict(
-            info=info, rates=rates, rows=ready, earlier=[row for key, row in known.items() if key not in keys]),
-            indent=1, allow_nan=False) + "\n")
-        write_page(options.out, ready, info, rates, short)
-        return ready, rates
-
-    ready, rates = save()
+    board = Board(options, found, failed, clips, judges, settings)
+    waiting = board.take_known(found, settings, options.again)
+    ready, rates = board.save()
     for one in waiting:
         try:
             entry = entries.load(one["spec"], context, one["levels"])
             video = f"videos/{one['key']}.webm"
-            rows[one["name"]] = {"key": one["key"], "video": video, **measure(
+            board.rows[one["name"]] = {"key": one["key"], "video": video, **measure(
                 entry, clips, one["returned"], judged, judges, device, options.show, os.path.join(options.out, video))}
         except Exception as error:
             failed[one["name"]] = failures.row(one["name"], one["name"], error)
             print(f"{one['name']}: {one_line(failed[one['name']]['failed'])}")
         entry = None  # its memory is the next one's
-        ready, rates = save()
+        ready, rates = board.save()
     if all(row.get("failed") for row in ready):
         raise InputError(f"none of the {len(ready)} could be measured; the first: {ready[0]['failed']}")
     print(*table(ready, short), sep="\n")
