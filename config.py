@@ -151,6 +151,7 @@ class Config:
 
     # ---- optimizer
     lr: float = 3e-4                # highest learning rate of AdamW, which the schedule starts from
+    encoder_lr_factor: float = 1.0  # learning rate of a TAEHV's encoder, as a multiple of lr
     schedule: Literal["constant", "cosine", "exponential"] = "cosine"
                                     # course of the learning rate after the warm-up: cosine falls to lr_final at
                                     # max_steps or max_minutes, exponential falls by lr_decay
@@ -218,6 +219,10 @@ PRESETS = {
                  ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
     # A TAEHV from scratch on your own videos.
     "taehv": dict(max_steps=50000, batch_size=8),
+    # The same with 3.3 M parameters in the place of 11.3 M, for minutes and hours of a CPU: add max_minutes=25, say.
+    # Small crops and squared errors learn most in a short time (docs/results.md).
+    "taehv_small": dict(size=64, batch_size=4, pixel_loss="l2", warmup_steps=50, max_steps=50000,
+                        net=dict(encoder_widths=(32, 32, 48, 48), decoder_widths=(128, 64, 48, 32))),
     # The published training notebook's optimizer, batches and crops with pixels only, as squared errors: neither a
     # teacher's latents nor Seraena. The table in docs/speed.md compares with it.
     "taehv_notebook": dict(init="pytorch", size=64, batch_size=16, pixel_loss="l2", schedule="constant", warmup_steps=0,
@@ -225,8 +230,10 @@ PRESETS = {
     # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
     # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
-    # A quarter of the clips are decoded from its own latents, or encoding and decoding with it gets worse at first.
-    "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25),
+    # A quarter of the clips are decoded from its own latents, or encoding and decoding with it gets worse at first. The
+    # encoder learns latents in half the time at three times the learning rate (docs/results.md).
+    "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25,
+                          encoder_lr_factor=3.0),
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
     # Weights as in madebyollin/seraena's notebook: squared errors of the latents, of pixels and to the corrected
     # frames, each 1. Corrections have unit deviation: they pull 14 times as hard as pixels that are 0.07 off. Ours
@@ -297,8 +304,9 @@ def load_config(arguments):
     values["net"] = fitting(values.get("net", {}), given)
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
-    if alone and "own_share" not in given:
-        values["own_share"] = 0.0  # the preset's is for two halves that learn
+    for key in ("own_share", "encoder_lr_factor"):  # the preset's are for an encoder that learns latents alone
+        if alone and key not in given:
+            values.pop(key, None)
     config = Config(**values)
     config.name = config.name or preset
     if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):
@@ -402,7 +410,7 @@ CHOICES = {field.name: get_args(field.type) for field in dataclasses.fields(Conf
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
                "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
                "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
-               "temporal_weight wavelet_weight "
+               "temporal_weight wavelet_weight encoder_lr_factor "
                "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
                "gan_clip",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
@@ -420,7 +428,7 @@ AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay
                      "max_val_images",
            10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
                      "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes "
-                     "temporal_weight wavelet_weight",
+                     "temporal_weight wavelet_weight encoder_lr_factor",
            2 ** 62: "seed"}
 WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
 # Of `net`: what counts layers, which are built one by one, and all other numbers (codes, channels, frames).
@@ -520,6 +528,9 @@ def check_together(config):
                           "(latent_cache.py has --clips-per-open)")
 
     # ---- what the loss trains
+    if config.encoder_lr_factor != 1 and (model != "taehv" or not config.train_encoder):
+        raise ConfigError(f"encoder_lr_factor={config.encoder_lr_factor}: it is for a taehv whose encoder is trained; "
+                          "leave it out")
     if model != "taehv" and not (config.train_encoder and config.train_decoder):
         raise ConfigError(f"train_encoder=false or train_decoder=false with model={model}: only taehv can be trained "
                           "by halves")

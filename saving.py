@@ -249,7 +249,8 @@ def restore(state, model, average, optimizer, teacher, path):
                           f"not of {model.config}: choose another name= for this run")
     if "optimizer" not in state:
         raise ConfigError(f"{path} holds weights only: give it as init_from=, not as resume=")
-    if len(state["optimizer"]["param_groups"][0]["params"]) != len(optimizer.param_groups[0]["params"]):
+    today = optimizer.state_dict()["param_groups"]
+    if numbers(state["optimizer"]["param_groups"]) != numbers(today):
         raise ConfigError(f"{path} trained other parts: keep train_encoder and train_decoder, or give it as init_from=")
     if state.get("teacher", "") != teacher:
         raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
@@ -260,12 +261,16 @@ def restore(state, model, average, optimizer, teacher, path):
         raise ConfigError(f"{path} counts impossible steps, samples or seconds: choose another name= for this run")
     model.load_state_dict(state["model"])
     average.load_state_dict(state["ema"])
-    settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    optimizer.load_state_dict(state["optimizer"])
-    optimizer.param_groups[0].update(settings)  # today's settings, not those of the day it was saved
+    # Today's settings and groups, not those of the day it was saved: the parameters' order is the same.
+    optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": today})
     for parameter, kept in optimizer.state.items():
         if not kept["exp_avg"].shape == kept["exp_avg_sq"].shape == parameter.shape or kept["step"].numel() != 1:
             raise ValueError("its optimizer's state is of other weights")
+
+
+def numbers(groups):
+    """The numbers of the parameters in an optimizer's groups, in their order."""
+    return [number for group in groups for number in group["params"]]
 
 
 def same_model(saved, ours):

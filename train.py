@@ -35,6 +35,7 @@ from fit_taehv import start_from_clips
 from lock import InUse
 from logbook import Clock, Logbook, count, summarize
 from objective import Objective
+from optimizer import learning_rate, make_optimizer
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    from_rank_0, gather, start_ranks)
 from saving import NotSaved, Saver, find_resume, restore, take_folder, where_to_go_on
@@ -134,10 +135,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # What is logged is averaged along, and BatchNorm's statistics.
         self.gradients = Gradients(self.parameters, len(self.objective.names), batch_statistics(model))
-        # eps: gradients of 1e-10 are rounding noise. PyTorch's 1e-8 makes steps of it: 1 and 2 ranks part by 3e-6.
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay, eps=1e-7,
-            fused=self.device.type in ("cuda", "cpu"))
+        self.optimizer = make_optimizer(model, cfg, self.device)
         self.trend = Trend(self.device, loss=self.objective.describe_loss())
         self.meter = Meter(self.objective.names, self.device)
         self.saver = Saver(self.folder, cfg, self.control, self.log, self.trend, at_end)
@@ -276,7 +274,7 @@ class Trainer:
         """Average the gradients over the ranks; optimizer, average of the weights, discriminators, codebooks."""
         cfg, run, optimizer = self.cfg, self.run, self.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, run.step, time)
+            group["lr"] = group["factor"] * learning_rate(cfg, run.step, time)
         norm, bad = self.gradients.step(optimizer, cfg.grad_clip)
         decay = min(cfg.ema_decay, (1 + run.step) / (10 + run.step))
         with torch.no_grad():  # or the average drags along a graph that grows with each step
@@ -368,16 +366,6 @@ class Trainer:
         self.log.event("done", self.run.step, f"done: {self.run.step} steps in {self.clock.total() / 60:.1f} minutes. "
                        f"Look at them: python infer.py {self.folder} VIDEO, and tensorboard --logdir {self.folder}")
         return 0
-
-
-def learning_rate(cfg, step, time=0.0):
-    """Of optimizer step `step`, counted from 0, after the part `time` of max_minutes."""
-    if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
-    if cfg.schedule == "cosine":
-        done = min(1, max(time, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)))
-        return cfg.lr * (cfg.lr_final + (1 - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done)))
-    return cfg.lr * cfg.lr_decay ** ((step - cfg.warmup_steps) / 1000) if cfg.schedule == "exponential" else cfg.lr
 
 
 def main():

@@ -788,6 +788,16 @@ def test_the_presets_own_share_is_for_two_halves_that_learn(settings, share):
     assert config.load_config(["taehv_distill", "latent_cache=x", *settings]).own_share == share
 
 
+@pytest.mark.parametrize("settings", [["taehv", "data=x", "train_encoder=false", "encoder_lr_factor=2"],
+                                      ["vqgan", "data=x", "encoder_lr_factor=2"]])
+def test_a_learning_rate_of_an_encoder_that_has_none_is_refused(settings):
+    with pytest.raises(config.ConfigError, match="encoder_lr_factor=2.0: it is for a taehv whose encoder is trained"):
+        config.load_config(settings)
+    rates = [config.load_config(["taehv_distill", "latent_cache=x", *more]).encoder_lr_factor
+             for more in ([], ["train_encoder=false"], ["decoder_input=own"], ["decoder_input=own", "encoder_lr_factor=2"])]
+    assert rates == [3, 1, 1, 2]
+
+
 def test_a_runs_own_share_is_that_of_its_config_json(tmp_path):
     """It was chosen beside a frozen encoder once, and is not the preset's."""
     (tmp_path / "config.json").write_text(json.dumps(

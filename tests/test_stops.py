@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 import checkpoint
 import config
@@ -16,7 +17,8 @@ import data
 import objective
 import ranks
 import train
-from conftest import CODES, COMMON, FRAMES, ROOT, SERAENA, command, different, log_of, metrics_of, state_of
+from conftest import (CODES, COMMON, FRAMES, NARROW, PLAIN, ROOT, SERAENA, command, different, log_of, metrics_of,
+                      state_of)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and terminals as Linux has them")
 
@@ -259,3 +261,27 @@ def test_a_run_of_an_older_preset_goes_on_with_todays(here, monkeypatch):
     assert state["model"]["quantize.started"] and "quantize.started" not in before["model"]
     codes = [of["model"]["quantize.embedding.weight"] for of in (before, state)]
     assert (codes[0] - codes[1]).abs().max() < 1e-3, "one step of the optimizer, no new start"
+
+
+def test_an_encoders_learning_rate_is_its_own_also_after_a_resume_of_a_run_that_had_none(here):
+    """In a checkpoint from before encoder_lr_factor, all parameters are in one group."""
+    settings = [*PLAIN, *NARROW, "lr=1e-3", "name=a"]
+    folder = here(*settings, "max_steps=2", "encoder_lr_factor=0")
+    path = str(folder / "step_00000002.pt")
+    state = checkpoint.read(path)
+    groups = state["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [0, 1e-3]
+    seed = state_of(here(*settings, "max_steps=1", "lr=0", "name=start"), 1)["model"]
+    same = {name: torch.equal(value, seed[name]) for name, value in state["model"].items()}
+    assert all(equal == name.startswith("encoder") for name, equal in same.items() if "bias" not in name)
+
+    numbers = [number for group in groups for number in group["params"]]
+    state["optimizer"]["param_groups"] = [{**groups[0], "params": numbers}]
+    checkpoint.save(state, path)
+    folder = here(*settings, "max_steps=3", "encoder_lr_factor=4")
+    state = state_of(folder, 3)
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx([4e-3, 1e-3])
+    assert {int(kept["step"]) for kept in state["optimizer"]["state"].values()} == {3}
+    moved = [max((state["model"][name] - seed[name]).abs().max() for name in seed if name.startswith(half))
+             for half in ("encoder", "decoder")]
+    assert 3e-3 < moved[0] < 5e-3 and moved[1] < 2.6e-3, "one step of 4e-3; steps of 5e-4, 1e-3 and 1e-3"

@@ -1,0 +1,24 @@
+"""The optimizer of a run's model, and the course of its learning rate. (Seraena and the PatchGAN bring their own.)"""
+import math
+
+import torch
+
+
+def make_optimizer(model, cfg, device):
+    """AdamW over what learns, in the model's order. A group's `factor` multiplies `learning_rate`."""
+    parts = {model.encoder: cfg.encoder_lr_factor, model.decoder: 1.0} if cfg.model == "taehv" else {model: 1.0}
+    groups = [dict(params=[p for p in part.parameters() if p.requires_grad], lr=cfg.lr * factor, factor=factor)
+              for part, factor in parts.items()]
+    # eps: gradients of 1e-10 are rounding noise. PyTorch's 1e-8 makes steps of it: 1 and 2 ranks part by 3e-6.
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(cfg.beta1, cfg.beta2),
+                             weight_decay=cfg.weight_decay, eps=1e-7, fused=device.type in ("cuda", "cpu"))
+
+
+def learning_rate(cfg, step, time=0.0):
+    """Of optimizer step `step`, counted from 0, after the part `time` of max_minutes."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        done = min(1, max(time, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)))
+        return cfg.lr * (cfg.lr_final + (1 - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done)))
+    return cfg.lr * cfg.lr_decay ** ((step - cfg.warmup_steps) / 1000) if cfg.schedule == "exponential" else cfg.lr
