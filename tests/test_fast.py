@@ -230,7 +230,7 @@ def test_bench_compares_recipes_by_training(clips, tmp_path):
     output = run(os.path.join(ROOT, "bench.py"), "quality", "--data", clips, "--val-data", "val", "--minutes", "0.01",
                  "--quick", "--seeds", "1", "--device", "cpu", "--json", "rows.json", cwd=tmp_path, timeout=500)
     notebook, ours = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert notebook["how"] == "the notebook's optimizer and crops" and notebook["how"] in output
+    assert notebook["how"] == "the notebook's network and recipe" and notebook["how"] in output
     assert notebook["ratio"] == 1
     assert ours["value"] > notebook["value"] and ours["ratio"] > 0, "ours starts with the colours"
     assert [psnr for _, psnr in ours["curve"]][-1] == ours["value"] and len(notebook["curve"]) >= 1

@@ -16,7 +16,7 @@ import torch
 import checkpoint
 import infer
 import train
-from conftest import FRAMES, ROOT, command, mistake, run, write_clip
+from conftest import FRAMES, NARROW, ROOT, command, log_of, mistake, run, write_clip
 from model_taehv import TAEHV
 from test_smoke import FP32, INFER, PLAIN, SMALL, TRAIN, largest_difference, weights
 
@@ -253,6 +253,14 @@ def test_a_cosine_schedule_ends_with_the_minutes_of_the_run(here, monkeypatch):
     steps = here(*settings, "max_steps=4", "max_minutes=600", "name=steps")
     last = json.loads([line for line in (steps / "metrics.jsonl").read_text().splitlines() if '"train"' in line][-1])
     assert last["learning_rate"] < 7e-4, "whichever comes first"
+
+
+def test_clips_of_too_few_latents_are_remarked_on(here):
+    """docs/training.md says what they cost."""
+    notes = [re.findall("note: clips of 4 frames are 1 latents.*frames=12 or more", log_of(here(*settings)))
+             for settings in ([*PLAIN, *NARROW, "max_steps=1", "name=a"], [*SMALL, "frames=12", "max_steps=1", "name=b"],
+                              [*FRAMES, "max_steps=1", "name=c"])]
+    assert [len(note) for note in notes] == [1, 0, 0]
 
 
 CLOCKS = """
