@@ -198,7 +198,7 @@ class Trainer:
         if self.dtype == torch.bfloat16 and self.device.type == "cpu" and cfg.model == "dcae":
             log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips: leave precision=auto")
         most = max(bucket.frames for bucket in self.buckets)
-        if cfg.model == "taehv" and 1 < most < 3 * model.time_factor:
+        if cfg.model == "taehv" and 1 < most < 3 * model.time_factor > 3:
             log(f"note: clips of {most} frames are {model.latent_frames(most)} latents, and behind these the model is "
                 f"worse in longer videos: frames={3 * model.time_factor} or more is wanted")
         lack = self.saver.lack_of_room(
@@ -302,7 +302,7 @@ class Trainer:
         synchronize(self.device)
         speed, self.clips_done = self.clips_done / self.clock.lap(), 0
         log.scalars(run.step, "train", **values, **figures, **course, gradient_norm=meter.gradient_norm,
-                    learning_rate=self.optimizer.param_groups[0]["lr"], clips_per_second=speed,
+                    learning_rate=self.optimizer.param_groups[-1]["lr"], clips_per_second=speed,
                     skipped_steps=meter.skipped, resident_memory_gb=resident_memory() / 1e9,
                     gpu_memory_gb=peak_memory(self.device) / 1e9 if self.device.type == "cuda" else 0.0)
         line = describe_step(values)
