@@ -306,6 +306,8 @@ class Trainer:
                     skipped_steps=meter.skipped, resident_memory_gb=resident_memory() / 1e9,
                     gpu_memory_gb=peak_memory(self.device) / 1e9 if self.device.type == "cuda" else 0.0)
         line = describe_step(values)
+        if self.cfg.max_minutes:  # as many steps as the minutes will allow, by those done
+            self.bar.total = min(self.cfg.max_steps, math.ceil(run.step * max(1, self.time_limit / self.clock.total())))
         self.bar.set_postfix_str(f"{line}, {speed:.1f} clips/s", refresh=False)
         log(f"step {run.step}: {line}, gradient norm {meter.gradient_norm:.3f}{describe_trend(course)}"
             f"{describe_figures(figures)}, {speed:.2f} clips/s"
