@@ -17,6 +17,7 @@ import weakref
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import logbook
 import progress
@@ -149,8 +150,10 @@ def test_a_video_is_written_where_stderr_takes_nothing(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_after_a_moment_of_full_disk_the_curves_go_on(tmp_path, capsys):
+def test_after_a_moment_of_full_disk_the_curves_go_on(tmp_path, capsys, monkeypatch):
     """Also where it is full as the run begins, which goes on from step 2 of an earlier one that had gone further."""
+    # Files of one second are read in the order of their names, which end with a count of this process's: 9 before 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     log = logbook.Logbook(str(tmp_path), 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
