@@ -231,7 +231,7 @@ PRESETS = {
     # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
     # A quarter of the clips are decoded from its own latents, or encoding and decoding with it gets worse at first. The
-    # encoder learns latents in half the time at three times the learning rate (docs/results.md).
+    # encoder learns latents sooner at three times the learning rate (docs/results.md).
     "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25,
                           encoder_lr_factor=3.0),
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .

@@ -135,7 +135,7 @@ def enter(options, judges, failures, context):
 
 class Board:
     """leaderboard.json and the page, written anew after each model. rows: {name: its row, None until it is measured};
-    known: {key: row} of an earlier command."""
+    failed: {name: row} of those that could not be; known: {key: row} of an earlier command."""
 
     def __init__(self, options, found, failed, clips, judges, settings):
         self.out, self.failed, self.path = options.out, failed, os.path.join(options.out, "leaderboard.json")
@@ -204,8 +204,8 @@ def run(options):
             board.rows[one["name"]] = {"key": one["key"], "video": video, **measure(
                 entry, clips, one["returned"], judged, judges, device, options.show, os.path.join(options.out, video))}
         except Exception as error:
-            failed[one["name"]] = failures.row(one["name"], one["name"], error)
-            print(f"{one['name']}: {one_line(failed[one['name']]['failed'])}")
+            row = board.failed[one["name"]] = failures.row(one["name"], one["name"], error)
+            print(f"{one['name']}: {one_line(row['failed'])}")
         entry = None  # its memory is the next one's
         ready, rates = board.save()
     if all(row.get("failed") for row in ready):
@@ -217,7 +217,7 @@ def run(options):
     print(f"judged on frames {in_words(judged)} of {clips.frames}, of {len(clips)} clips of "
           f"{clips.height}x{clips.width}")
     print(f"page: {os.path.join(options.out, 'leaderboard.html')}")
-    return int(bool(failed))
+    return int(bool(board.failed))
 
 
 def in_words(numbers):

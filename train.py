@@ -197,10 +197,11 @@ class Trainer:
             f"{str(self.dtype).removeprefix('torch.')}, {self.world} rank{'s' * (self.world > 1)}")
         if self.dtype == torch.bfloat16 and self.device.type == "cpu" and cfg.model == "dcae":
             log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips: leave precision=auto")
-        most = max(bucket.frames for bucket in self.buckets)
-        if cfg.model == "taehv" and 1 < most < 3 * model.time_factor > 3:
-            log(f"note: clips of {most} frames are {model.latent_frames(most)} latents, and behind these the model is "
-                f"worse in longer videos: frames={3 * model.time_factor} or more is wanted")
+        if cfg.model == "taehv" and model.time_factor > 1:
+            most, enough = max(bucket.frames for bucket in self.buckets), 3 * model.time_factor
+            if 1 < most < enough:  # 1: images
+                log(f"note: clips of {most} frames are {model.latent_frames(most)} latents, and behind these the model "
+                    f"is worse in longer videos: frames={enough} or more is wanted")
         lack = self.saver.lack_of_room(
             model.state_dict(), self.average.state_dict(), self.average.state_dict(), self.objective.state(),
             self.parameters, self.parameters)  # the average is in two files; AdamW has two means of each parameter
