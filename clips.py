@@ -13,6 +13,7 @@ import file_index
 from clip_cache import TrainCuts, ValCuts
 from config import ConfigError
 from data import DataError
+from init_taehv import fits_teacher, scale_to_teacher
 from latent_cache import LatentCache
 from ranks import from_rank_0, gather
 from synthetic import make_demo
@@ -151,8 +152,22 @@ def find_cached_clips(cfg, model, rank, world, control):
         model.calibrate(clips.sample(256))
     lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}",
              f"training: {len(clips)} clips, validation: {len(val_clips)}"]
+    if cfg.model == "taehv":
+        lines += suit_to_teacher(cfg, model, clips.sample(256))
     lines += describe_held_out(held_out)
     return Clips(clips, val_clips, caches[0].fingerprint, lines)
+
+
+def suit_to_teacher(cfg, model, latents):
+    """Lets a fresh model's layers have the teacher's latents with mean 0 and deviation 1, where that is wanted. Returns
+    what to say of it: [] or [a line]."""
+    wanted, fits = cfg.net.get("scaled_latents"), fits_teacher(model, latents)
+    has_scale = model.latents_scale is not None and not wanted
+    if cfg.init_from or has_scale or wanted is False or fits and not wanted:
+        return [] if fits else ["warning: the teacher's latents are too large or too small for this model: a fresh one "
+                                "without net.scaled_latents=false gets a scale for them (docs/distil.md)"]
+    scale_to_teacher(model, latents)
+    return ["the teacher's latents come to the layers with mean 0 and deviation 1 in each channel (net.scaled_latents)"]
 
 
 def val_limit(cfg, frames):

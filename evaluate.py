@@ -195,7 +195,7 @@ def describe_validation(result):
         line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "
                  f"per pixel {result['bits_per_pixel']:.4f} ({result['entropy_bits_per_pixel']:.4f} entropy-coded)")
     if "latent_mse" in result:
-        line += (f"; latents: mse {result['latent_mse']:.5f}, mean and rms {result['latent_mean']:.3f} "
-                 f"{result['latent_square'] ** 0.5:.3f} (teacher's {result['teacher_mean']:.3f} "
-                 f"{result['teacher_square'] ** 0.5:.3f}); psnr from the teacher's {result['teacher_psnr']:.2f} dB")
+        line += (f"; latents: mse {result['latent_mse']:.4g}, mean and rms {result['latent_mean']:.3g} "
+                 f"{result['latent_square'] ** 0.5:.3g} (teacher's {result['teacher_mean']:.3g} "
+                 f"{result['teacher_square'] ** 0.5:.3g}); psnr from the teacher's {result['teacher_psnr']:.2f} dB")
     return line

@@ -165,6 +165,9 @@ def diffusers(model, options):
         raise ExportError(f"diffusers would not decode this rightly: {NO_LEAKY}")
     if model.space_upscale != model.space_factor:
         raise ExportError("diffusers knows no decoders with decoder_space_upscale switched off")
+    if model.config.get("scaled_latents"):
+        raise ExportError("diffusers knows no scale of the latents, which this model has for its teacher's: "
+                          "--to safetensors keeps it")
     if model.encoder_widths[0] != model.encoder_widths[1]:
         raise ExportError(f"diffusers has one width for the encoder's first two: {model.encoder_widths}")
     config = {

@@ -2,6 +2,7 @@
 
     model = colours(TAEHV(), frames=12)    # as the autoencoder that keeps the mean colour of each cell in each frame
     model = pytorch_weights(TAEHV())       # as the published training notebook
+    scale_to_teacher(model, latents)       # whatever the scale of a teacher's latents
 
 `colours` works on the random weights that a TAEHV has (model_taehv.draw_weights), and draws none of its own. This file
 needs torch and model_taehv.py beside it.
@@ -13,6 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_taehv import Clamp, MemBlock, TGrow, TPool, WideMemBlock
+
+REACH = 6.0   # latents whose mean and two deviations lie beyond are lost to the soft clamp at 3, which gives 2.9 there
+LEAST = 0.25  # root mean square of latents below which AdamW's steps are coarse for the layer that makes them
+FLOOR = 0.1   # least deviation of a channel that is scaled, by that of all: one that tells nothing is not blown up
 
 
 @torch.no_grad()
@@ -44,6 +49,25 @@ def pytorch_weights(model):
             module.reset_parameters()
     nn.init.constant_(model.decoder[-1].bias, 0.5)
     return model
+
+
+@torch.no_grad()
+def fits_teacher(model, latents):
+    """Whether a TAEHV's layers can have a teacher's latents, N T C h w of some hundred clips, with the scale that the
+    model has for them."""
+    channels = model._own(latents.float()).movedim(2, 0).flatten(1)
+    reach = channels.mean(1).abs() + 2 * channels.std(1)
+    return bool(reach.max() <= REACH and channels.square().mean().sqrt() >= LEAST)
+
+
+@torch.no_grad()
+def scale_to_teacher(model, latents):
+    """Lets a fresh TAEHV's layers have a teacher's latents, N T C h w of some hundred clips, with mean 0 and deviation 1
+    in each channel."""
+    channels = latents.double().movedim(2, 0).flatten(1)
+    deviation = channels.std(1)
+    spread = deviation.square().mean().sqrt().clamp(min=1e-6)
+    model.scale_latents(channels.mean(1), deviation.clamp(min=FLOOR * spread))
 
 
 # ---- which layers, and which frames, for fit_taehv.py too ---------------------------------------------------------

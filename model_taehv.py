@@ -185,18 +185,21 @@ class TAEHV(nn.Module):
     encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
     decoder_space_upscale (three booleans), arch_variant (None, "super" or "wide": the decoder), encoder_widths and
     decoder_widths (four channel counts each, from the first layer to the last), activation ("relu", or "leaky_relu"
-    with slope 0.2), output_range ((0, 1) or (-1, 1): the pixels that the layers see; video is in [0, 1] outside).
+    with slope 0.2), output_range ((0, 1) or (-1, 1): the pixels that the layers see; video is in [0, 1] outside),
+    scaled_latents (whether the layers have latents * latents_scale + latents_shift, two buffers with a number for each
+    channel that `scale_latents` sets: for a teacher whose latents the soft clamp at 3 would cut).
     Upscaling that is switched off in the decoder alone makes a cheaper preview of the same latents. ValueError for a
     combination that makes no sense.
     """
 
     def __init__(self, variant=None, patch_size=None, latent_channels=None, encoder_time_downscale=None,
                  decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None, encoder_widths=None,
-                 decoder_widths=None, activation=None, output_range=None, checkpoint_path=None):
+                 decoder_widths=None, activation=None, output_range=None, checkpoint_path=None, scaled_latents=None):
         given = dict(patch_size=patch_size, latent_channels=latent_channels, arch_variant=arch_variant,
                      encoder_time_downscale=encoder_time_downscale, decoder_time_upscale=decoder_time_upscale,
                      decoder_space_upscale=decoder_space_upscale, encoder_widths=encoder_widths,
-                     decoder_widths=decoder_widths, activation=activation, output_range=output_range)
+                     decoder_widths=decoder_widths, activation=activation, output_range=output_range,
+                     scaled_latents=scaled_latents)
         path_first = isinstance(variant, (str, os.PathLike)) and variant not in VARIANTS and os.path.isfile(variant)
         if checkpoint_path is None and path_first:
             checkpoint_path, variant = variant, None
@@ -219,9 +222,9 @@ class TAEHV(nn.Module):
         self.frames_to_trim = self.t_upscale - 1
         self.space_upscale = math.prod(shape.space) * self.patch_size
         self.is_h3, self.is_cogvideox = self.variant == "taeh3", self.variant == "taecvx"
-        for name, values in (("latents_mean", shape.mean), ("latents_std", shape.deviation)):
-            values = values and torch.tensor(values).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)  # the state_dict stays the published one
+        for name, values in (("latents_scale", shape.scale), ("latents_shift", shape.shift)):
+            values = values and torch.tensor(values).view(-1, 1, 1)  # a published state_dict has no such names
+            self.register_buffer(name, values, persistent=shape.scaled_latents)
         self.encoder = build_encoder(self.patch_size, self.latent_channels, shape.pooling, self.encoder_widths,
                                      self.activation)
         decoder = (self.patch_size, self.latent_channels, shape.growth, shape.space, self.decoder_widths,
@@ -301,10 +304,21 @@ class TAEHV(nn.Module):
         return (video + 1) / 2 if self.output_range == (-1, 1) else video
 
     def _normalised(self, latents):
-        return latents if self.latents_std is None else (latents - self.latents_mean) / self.latents_std
+        return latents if self.latents_scale is None else (latents - self.latents_shift) / self.latents_scale
 
     def _own(self, latents):
-        return latents if self.latents_std is None else latents * self.latents_std + self.latents_mean
+        return latents if self.latents_scale is None else latents * self.latents_scale + self.latents_shift
+
+    def scale_latents(self, mean, deviation):
+        """From now on, latents of these means and deviations, two lists of `latent_channels` numbers, are of mean 0 and
+        deviation 1 for the layers. ValueError where a variant has a scale of its own."""
+        if self.latents_scale is not None and not self.config.get("scaled_latents"):
+            raise ValueError(f"variant {self.variant} has a scale of its latents already")
+        mean, deviation = (torch.as_tensor(values, dtype=torch.float32).view(self.latent_channels, 1, 1)
+                           for values in (mean, deviation))
+        self.register_buffer("latents_scale", 1 / deviation)
+        self.register_buffer("latents_shift", -mean / deviation)
+        self.config["scaled_latents"] = True
 
     def fresh_weights(self):
         """Draw new random weights (`draw_weights`); init_taehv.py makes a better start of them."""
@@ -728,13 +742,14 @@ class Shape(NamedTuple):
     decoder_widths: tuple
     activation: str
     output_range: tuple     # of the pixels that the layers see
-    mean: list              # of the latents that the layers have, and their deviation; None: those of the video
-    deviation: list
+    scale: list             # the layers have latents * scale + shift, channel by channel; None: the latents
+    shift: list
+    scaled_latents: bool    # whether these two are the model's own, not the variant's
     frame_positions: list   # of a latent's decoded frames among the time_factor frames that it stands for
 
 
 def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder_time_upscale, decoder_space_upscale,
-           arch_variant, encoder_widths, decoder_widths, activation, output_range):
+           arch_variant, encoder_widths, decoder_widths, activation, output_range, scaled_latents=None):
     """The Shape of these arguments of TAEHV; ValueError for a combination that makes no sense."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown TAEHV variant or file {str(variant)!r}{nearest(variant, VARIANTS)}; there are "
@@ -763,9 +778,15 @@ def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder
     output_range = tuple(output_range) if isinstance(output_range, list) else output_range
     if output_range not in ((0, 1), (-1, 1)):
         raise ValueError(f"output_range {output_range}: (0, 1) or (-1, 1) is wanted")
-    mean, deviation = relative.get("mean"), relative.get("deviation")
-    if mean and len(mean) != latent_channels:
-        raise ValueError(f"variant {variant} has {len(mean)} latent channels, not {latent_channels}")
+    scale, shift = relative.get("deviation"), relative.get("mean")
+    if scale and len(scale) != latent_channels:
+        raise ValueError(f"variant {variant} has {len(scale)} latent channels, not {latent_channels}")
+    if scaled_latents not in (None, True, False):
+        raise ValueError(f"scaled_latents={scaled_latents!r}: true or false is wanted")
+    if scale and scaled_latents:
+        raise ValueError(f"variant {variant} has a scale of its latents already: leave out scaled_latents")
+    if scaled_latents:
+        scale, shift = [1.0] * latent_channels, [0.0] * latent_channels
     time_factor = math.prod(pooling)
     # A preview decoder switches some of `full` off, and gives the last frame of each group that it does not split.
     full = growth if math.prod(growth) == time_factor else row_growth
@@ -777,7 +798,7 @@ def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder
     for g, f in zip(growth, full):
         frame_positions = [p * f + k for p in frame_positions for k in range(f - g, f)]
     return Shape(variant, patch_size, latent_channels, pooling, growth, space, arch_variant, encoder_widths,
-                 decoder_widths, activation, output_range, mean, deviation, frame_positions)
+                 decoder_widths, activation, output_range, scale, shift, bool(scaled_latents), frame_positions)
 
 
 def config_of(shape):
@@ -789,10 +810,10 @@ def config_of(shape):
     relative = RELATIVES.get(shape.variant, {})
     for name, default in (("encoder_widths", ENCODER_WIDTHS), ("decoder_widths", DECODER_WIDTHS[shape.arch_variant]),
                           ("activation", relative.get("activation", "relu")),
-                          ("output_range", relative.get("output_range", (0, 1)))):
+                          ("output_range", relative.get("output_range", (0, 1))), ("scaled_latents", False)):
         value = getattr(shape, name)
         if value != default:
-            config[name] = value if isinstance(value, str) else list(value)
+            config[name] = list(value) if isinstance(value, tuple) else value
     return config
 
 
@@ -932,6 +953,8 @@ def recognise(state_dict, name=""):
     found = dict(patch_size=patch, latent_channels=channels, encoder_time_downscale=pooling,
                  decoder_time_upscale=growth, arch_variant=arch, encoder_widths=encoder_widths,
                  decoder_widths=decoder_widths)
+    if "latents_scale" in state_dict:
+        found["scaled_latents"] = True
     fitting = [v for v, row in VARIANTS.items() if row == (patch, channels, pooling, growth, arch)]
     plain = "".join(filter(str.isalnum, os.path.basename(name).lower()))  # LightX2V also writes lighttae_hy1_5
     named = [v for v in sorted(fitting, key=len, reverse=True) if v.replace("_", "") in plain]

@@ -88,6 +88,7 @@ class Objective:
         video: N T 3 H W in [0, 1]; latents: the teacher's, N T' C h w, float, or None.
         """
         cfg, model, values, pull = self.cfg, self.model, {}, 0.0
+        scaled = model.config.get("scaled_latents")  # whether a teacher's latents are far from deviation 1
         with self.autocast:
             if latents is None:
                 output, info = self.forward(video)
@@ -109,6 +110,8 @@ class Objective:
             values.update(latent_mean=own.detach().mean(), latent_square=own.detach().square().mean())
         if self.latents:
             values["encoder_loss"] = F.mse_loss(own[:, :latents_count], latents[:, :latents_count])
+            if scaled:  # by the teacher's variance, which is about 1 for others
+                values["encoder_loss"] = values["encoder_loss"] * model.latents_scale.pow(-2).mean().reciprocal()
         if self.pixels:
             output = output.float()
             if cfg.decoder_input == "teacher" and latents is not None or self.requantizes:
@@ -125,7 +128,8 @@ class Objective:
                     values[name] = term(leaf, target)
             if self.seraena:
                 with self.autocast:
-                    corrected = self.seraena.targets(target, output.detach(), source.detach().float(), fraction)
+                    context = model._own(source) if scaled else source
+                    corrected = self.seraena.targets(target, output.detach(), context.detach().float(), fraction)
                 values["seraena_loss"] = F.mse_loss(leaf, corrected)
             if leaf is not output:
                 pull = self.pulled(values, leaf, output)

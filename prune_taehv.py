@@ -207,6 +207,8 @@ def cut(model, layers, kept):
             own.weight.copy_(conv.weight[rows][:, columns])
             if conv.bias is not None:
                 own.bias.copy_(conv.bias[rows])
+        for name, buffer in small.named_buffers():  # the scale of its latents
+            buffer.copy_(model.get_buffer(name))
     return small.eval()
 
 

@@ -110,8 +110,8 @@ def test_weights_of_lightx2v_give_what_its_code_gives(name, tmp_path):
 
 def test_what_the_name_does_not_tell_the_caller_does(tmp_path):
     torch.save(filled("taew2_1"), tmp_path / "model.pth")
-    assert load_taehv(str(tmp_path / "model.pth"), variant="lighttaew2_1").latents_std is not None
-    assert load_taehv(str(tmp_path / "model.pth"), variant="taew2_1").latents_std is None
+    assert load_taehv(str(tmp_path / "model.pth"), variant="lighttaew2_1").latents_scale is not None
+    assert load_taehv(str(tmp_path / "model.pth"), variant="taew2_1").latents_scale is None
     model, words = models.load_model(tmp_path / "model.pth")
     assert model.variant == "taehv" and "lighttaew2_1" in words.split("(by name or default:")[1]
 
