@@ -62,8 +62,8 @@ def fits_teacher(model, latents):
 
 @torch.no_grad()
 def scale_to_teacher(model, latents):
-    """Lets a fresh TAEHV's layers have a teacher's latents, N T C h w of some hundred clips, with mean 0 and deviation 1
-    in each channel."""
+    """Lets a fresh TAEHV's layers have a teacher's latents with mean 0 and deviation 1 in each channel. latents: N T C
+    h w, of some hundred clips."""
     channels = latents.double().movedim(2, 0).flatten(1)
     deviation = channels.std(1)
     spread = deviation.square().mean().sqrt().clamp(min=1e-6)
