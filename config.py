@@ -152,6 +152,7 @@ class Config:
     # ---- optimizer
     lr: float = 3e-4                # highest learning rate of AdamW, which the schedule starts from
     encoder_lr_factor: float = 1.0  # learning rate of a TAEHV's encoder, as a multiple of lr
+    latents_lr_factor: float = 1.0  # ... and of its last layer, which gives the latents, as a multiple of the encoder's
     schedule: Literal["constant", "cosine", "exponential"] = "cosine"
                                     # course of the learning rate after the warm-up: cosine falls to lr_final at
                                     # max_steps or max_minutes, exponential falls by lr_decay
@@ -217,8 +218,8 @@ PRESETS = {
     # Synthetic clips, a few minutes on two cores.
     "demo": dict(data="demo", size=64, max_steps=120, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=3e-4,
                  ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
-    # A TAEHV from scratch on your own videos. Squared errors, as in the published notebook: in short runs they bring more
-    # PSNR and SSIM than l1, at the same sharpness (docs/results.md).
+    # A TAEHV from scratch on your own videos. Squared errors, as in the published notebook: in short runs they bring
+    # more PSNR and SSIM than l1, at the same sharpness (docs/results.md).
     "taehv": dict(max_steps=50000, batch_size=8, pixel_loss="l2"),
     # The same with 3.3 M parameters in the place of 11.3 M, for minutes and hours of a CPU: add max_minutes=25, say.
     # Small crops and squared errors learn most in a short time (docs/results.md).
@@ -232,9 +233,10 @@ PRESETS = {
     # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
     # A quarter of the clips are decoded from its own latents, or encoding and decoding with it gets worse at first. The
-    # encoder learns latents sooner at three times the learning rate (docs/results.md).
+    # encoder learns latents sooner at three times the learning rate, and its last layer, whose fitted weights are
+    # large, at eight times that (docs/results.md).
     "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25,
-                          encoder_lr_factor=3.0, pixel_loss="l2"),
+                          encoder_lr_factor=3.0, latents_lr_factor=8.0, pixel_loss="l2"),
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
     # Weights as in madebyollin/seraena's notebook: squared errors of the latents, of pixels and to the corrected
     # frames, each 1. Corrections have unit deviation: they pull 14 times as hard as pixels that are 0.07 off. Ours
@@ -305,7 +307,8 @@ def load_config(arguments):
     values["net"] = fitting(values.get("net", {}), given)
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
-    for key in ("own_share", "encoder_lr_factor"):  # the preset's are for an encoder that learns latents alone
+    # the preset's are for an encoder that learns latents alone
+    for key in ("own_share", "encoder_lr_factor", "latents_lr_factor"):
         if alone and key not in given:
             values.pop(key, None)
     config = Config(**values)
@@ -411,7 +414,7 @@ CHOICES = {field.name: get_args(field.type) for field in dataclasses.fields(Conf
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
                "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
                "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
-               "temporal_weight wavelet_weight encoder_lr_factor "
+               "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor "
                "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
                "gan_clip",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
@@ -429,7 +432,7 @@ AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay
                      "max_val_images",
            10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
                      "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes "
-                     "temporal_weight wavelet_weight encoder_lr_factor",
+                     "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor",
            2 ** 62: "seed"}
 WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
 # Of `net`: what counts layers, which are built one by one, and all other numbers (codes, channels, frames).
@@ -529,9 +532,9 @@ def check_together(config):
                           "(latent_cache.py has --clips-per-open)")
 
     # ---- what the loss trains
-    if config.encoder_lr_factor != 1 and (model != "taehv" or not config.train_encoder):
-        raise ConfigError(f"encoder_lr_factor={config.encoder_lr_factor}: it is for a taehv whose encoder is trained; "
-                          "leave it out")
+    for key in ("encoder_lr_factor", "latents_lr_factor"):
+        if getattr(config, key) != 1 and (model != "taehv" or not config.train_encoder):
+            raise ConfigError(f"{key}={getattr(config, key)}: it is for a taehv whose encoder is trained; leave it out")
     if model != "taehv" and not (config.train_encoder and config.train_decoder):
         raise ConfigError(f"train_encoder=false or train_decoder=false with model={model}: only taehv can be trained "
                           "by halves")

@@ -6,9 +6,12 @@ import torch
 
 def make_optimizer(model, cfg, device):
     """AdamW over what learns, in the model's order. A group's `factor` multiplies `learning_rate`."""
-    parts = {model.encoder: cfg.encoder_lr_factor, model.decoder: 1.0} if cfg.model == "taehv" else {model: 1.0}
+    parts = [(model, 1.0)]
+    if cfg.model == "taehv":
+        parts = [(model.encoder[:-1], cfg.encoder_lr_factor),
+                 (model.encoder[-1], cfg.encoder_lr_factor * cfg.latents_lr_factor), (model.decoder, 1.0)]
     groups = [dict(params=[p for p in part.parameters() if p.requires_grad], lr=cfg.lr * factor, factor=factor)
-              for part, factor in parts.items()]
+              for part, factor in parts]
     # eps: gradients of 1e-10 are rounding noise. PyTorch's 1e-8 makes steps of it: 1 and 2 ranks part by 3e-6.
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(cfg.beta1, cfg.beta2),
                              weight_decay=cfg.weight_decay, eps=1e-7, fused=device.type in ("cuda", "cpu"))

@@ -279,8 +279,9 @@ class Trainer:
     def update(self, micro_batches, time):
         """Average the gradients over the ranks; optimizer, average of the weights, discriminators, codebooks."""
         cfg, run, optimizer = self.cfg, self.run, self.optimizer
+        self.learning_rate = learning_rate(cfg, run.step, time)
         for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(cfg, run.step, time)
+            group["lr"] = group["factor"] * self.learning_rate
         norm, bad = self.gradients.step(optimizer, cfg.grad_clip)
         decay = min(cfg.ema_decay, (1 + run.step) / (10 + run.step))
         with torch.no_grad():  # or the average drags along a graph that grows with each step
@@ -304,7 +305,7 @@ class Trainer:
         synchronize(self.device)
         speed, self.clips_done = self.clips_done / self.clock.lap(), 0
         log.scalars(run.step, "train", **values, **figures, **course, gradient_norm=meter.gradient_norm,
-                    learning_rate=self.optimizer.param_groups[-1]["lr"], clips_per_second=speed,
+                    learning_rate=self.learning_rate, clips_per_second=speed,
                     skipped_steps=meter.skipped, resident_memory_gb=resident_memory() / 1e9,
                     gpu_memory_gb=peak_memory(self.device) / 1e9 if self.device.type == "cuda" else 0.0)
         line = describe_step(values)

@@ -19,6 +19,7 @@ import infer
 import latent_cache
 import models
 import objective
+import optimizer
 import train
 from clips import find_cached_clips
 from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, write_clip
@@ -788,14 +789,28 @@ def test_the_presets_own_share_is_for_two_halves_that_learn(settings, share):
     assert config.load_config(["taehv_distill", "latent_cache=x", *settings]).own_share == share
 
 
-@pytest.mark.parametrize("settings", [["taehv", "data=x", "train_encoder=false", "encoder_lr_factor=2"],
-                                      ["vqgan", "data=x", "encoder_lr_factor=2"]])
-def test_a_learning_rate_of_an_encoder_that_has_none_is_refused(settings):
-    with pytest.raises(config.ConfigError, match="encoder_lr_factor=2.0: it is for a taehv whose encoder is trained"):
-        config.load_config(settings)
-    rates = [config.load_config(["taehv_distill", "latent_cache=x", *more]).encoder_lr_factor
-             for more in ([], ["train_encoder=false"], ["decoder_input=own"], ["decoder_input=own", "encoder_lr_factor=2"])]
-    assert rates == [3, 1, 1, 2]
+@pytest.mark.parametrize(("key", "presets"), [("encoder_lr_factor", 3), ("latents_lr_factor", 8)])
+def test_a_learning_rate_of_an_encoder_that_has_none_is_refused(key, presets):
+    for settings in (["taehv", "data=x", "train_encoder=false", f"{key}=2"], ["vqgan", "data=x", f"{key}=2"]):
+        with pytest.raises(config.ConfigError, match=f"{key}=2.0: it is for a taehv whose encoder is trained"):
+            config.load_config(settings)
+    rates = [getattr(config.load_config(["taehv_distill", "latent_cache=x", *more]), key)
+             for more in ([], ["train_encoder=false"], ["decoder_input=own"], ["decoder_input=own", f"{key}=2"])]
+    assert rates == [presets, 1, 1, 2]
+
+
+@pytest.mark.parametrize("halves", [[], ["train_decoder=false"], ["train_encoder=false"]])
+def test_each_part_learns_at_its_own_rate(halves):
+    cfg = config.load_config(["taehv_distill", "latent_cache=x", "lr=0.5", *halves])
+    model = TAEHV()
+    model.encoder.requires_grad_(cfg.train_encoder)
+    model.decoder.requires_grad_(cfg.train_decoder)
+    adamw = optimizer.make_optimizer(model, cfg, torch.device("cpu"))
+    rates = {p: group["lr"] for group in adamw.param_groups for p in group["params"]}
+    assert list(rates) == [p for p in model.parameters() if p.requires_grad], "in the model's order, each once"
+    wanted = {**dict.fromkeys(model.encoder.parameters(), 1.5), **dict.fromkeys(model.encoder[-1].parameters(), 12.0),
+              **dict.fromkeys(model.decoder.parameters(), 0.5)}
+    assert all(rate == wanted[p] for p, rate in rates.items())
 
 
 def test_a_runs_own_share_is_that_of_its_config_json(tmp_path):
@@ -864,7 +879,8 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
 @pytest.mark.parametrize("rates", ["encoder_lr_factor=1", "lr=1e-4"])
 def test_one_rank_with_accumulation_equals_two_from_a_cache(cache, tmp_path, rates):
     """Gradients of the size of AdamW's eps are rounded otherwise: up to 0.003 of the encoder's rate, here 3e-4."""
-    common = [TRAIN, *DISTILL, *NARROW, "init=colours", f"latent_cache={cache}", "max_steps=3", "own_share=0", rates]
+    common = [TRAIN, *DISTILL, *NARROW, "init=colours", f"latent_cache={cache}", "max_steps=3", "own_share=0", rates,
+              "latents_lr_factor=1"]
     run(*common, "name=two", ranks=2, cwd=tmp_path)
     run(*common, "name=one", "accumulation=2", cwd=tmp_path)
     a, b = (checkpoint.read(str(tmp_path / "runs" / name / "step_00000003.pt"))["model"] for name in ("two", "one"))

@@ -270,7 +270,7 @@ def test_an_encoders_learning_rate_is_its_own_also_after_a_resume_of_a_run_that_
     path = str(folder / "step_00000002.pt")
     state = checkpoint.read(path)
     groups = state["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == [0, 1e-3]
+    assert [group["lr"] for group in groups] == [0, 0, 1e-3]
     seed = state_of(here(*settings, "max_steps=1", "lr=0", "name=start"), 1)["model"]
     same = {name: torch.equal(value, seed[name]) for name, value in state["model"].items()}
     assert all(equal == name.startswith("encoder") for name, equal in same.items() if "bias" not in name)
@@ -280,7 +280,7 @@ def test_an_encoders_learning_rate_is_its_own_also_after_a_resume_of_a_run_that_
     checkpoint.save(state, path)
     folder = here(*settings, "max_steps=3", "encoder_lr_factor=4")
     state = state_of(folder, 3)
-    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx([4e-3, 1e-3])
+    assert [group["lr"] for group in state["optimizer"]["param_groups"]] == pytest.approx([4e-3, 4e-3, 1e-3])
     assert {int(kept["step"]) for kept in state["optimizer"]["state"].values()} == {3}
     moved = [max((state["model"][name] - seed[name]).abs().max() for name in seed if name.startswith(half))
              for half in ("encoder", "decoder")]
