@@ -233,8 +233,8 @@ PRESETS = {
     # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
     # A quarter of the clips are decoded from its own latents, or encoding and decoding with it gets worse at first. The
-    # encoder learns latents sooner at three times the learning rate, and its last layer, whose fitted weights are
-    # large, at eight times that (docs/results.md).
+    # encoder learns latents sooner at three times the learning rate, and its last layer, whose weights are large if
+    # they are fitted, at eight times that (docs/results.md).
     "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25,
                           encoder_lr_factor=3.0, latents_lr_factor=8.0, pixel_loss="l2"),
     # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
@@ -307,9 +307,10 @@ def load_config(arguments):
     values["net"] = fitting(values.get("net", {}), given)
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
-    # the preset's are for an encoder that learns latents alone
+    # The preset's are for an encoder that learns latents alone, the last one for fresh weights that are fitted to them.
+    unfitted = "init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
     for key in ("own_share", "encoder_lr_factor", "latents_lr_factor"):
-        if alone and key not in given:
+        if (alone or unfitted and key == "latents_lr_factor") and key not in given:
             values.pop(key, None)
     config = Config(**values)
     config.name = config.name or preset
