@@ -244,6 +244,8 @@ def find_resume(cfg, folder, restarted, log):
 
 def restore(state, model, average, optimizer, teacher, path):
     """Put a checkpoint's weights and optimizer state in place; ConfigError if it is another model's."""
+    if state.get("teacher") and teacher not in ("", state["teacher"]):  # another scale of the latents, another model
+        raise ConfigError(f"{path} learnt from another teacher: choose another name= for this run, with init_from=")
     if not same_model(state.get("model_config"), model.config):
         raise ConfigError(f"{path} is a checkpoint of {state.get('model_config', 'something else')}, "
                           f"not of {model.config}: choose another name= for this run")
@@ -253,7 +255,7 @@ def restore(state, model, average, optimizer, teacher, path):
     if numbers(state["optimizer"]["param_groups"]) != numbers(today):
         raise ConfigError(f"{path} trained other parts: keep train_encoder and train_decoder, or give it as init_from=")
     if state.get("teacher", "") != teacher:
-        raise ConfigError(f"{path} learnt from {'another teacher' if state.get('teacher') else 'no latent cache'}: "
+        raise ConfigError(f"{path} learnt from {'a teacher' if state.get('teacher') else 'no latent cache'}: "
                           "choose another name= for this run, with init_from=")
     counts = state["step"], state["samples"], state.setdefault("pieces", 1) - 1
     if any(type(count) is not int or not 0 <= count < 2 ** 60 for count in counts) or not 0 <= float(
