@@ -161,11 +161,13 @@ def find_cached_clips(cfg, model, rank, world, control):
 def suit_to_teacher(cfg, model, latents):
     """Lets a fresh model's layers have the teacher's latents with mean 0 and deviation 1, where that is wanted. Returns
     what to say of it: [] or [a line]."""
-    wanted, fits = cfg.net.get("scaled_latents"), fits_teacher(model, latents)
-    has_scale = model.latents_scale is not None and not wanted
-    if cfg.init_from or has_scale or wanted is False or fits and not wanted:
-        return [] if fits else ["warning: the teacher's latents are too large or too small for this model: a fresh one "
-                                "without net.scaled_latents=false gets a scale for them (docs/distil.md)"]
+    wanted, fits = cfg.net.get("scaled_latents"), fits_teacher(model, latents)  # None: where they do not fit
+    may = not cfg.init_from and wanted is not False and (wanted or model.latents_scale is None)
+    if not may and not fits:
+        return ["warning: the teacher's latents are too large or too small for this model: a fresh one without "
+                "net.scaled_latents=false gets a scale for them (docs/distil.md)"]
+    if not may or fits and not wanted:
+        return []
     scale_to_teacher(model, latents)
     return ["the teacher's latents come to the layers with mean 0 and deviation 1 in each channel (net.scaled_latents)"]
 

@@ -307,10 +307,11 @@ def load_config(arguments):
     values["net"] = fitting(values.get("net", {}), given)
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
-    # The preset's are for an encoder that learns latents alone, the last one for fresh weights that are fitted to them.
     unfitted = "init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
-    for key in ("own_share", "encoder_lr_factor", "latents_lr_factor"):
-        if (alone or unfitted and key == "latents_lr_factor") and key not in given:
+    # The preset's are for an encoder that learns latents alone, the last one for fresh weights that are fitted to them.
+    senseless = dict(own_share=alone, encoder_lr_factor=alone, latents_lr_factor=alone or unfitted)
+    for key in senseless:
+        if senseless[key] and key not in given:
             values.pop(key, None)
     config = Config(**values)
     config.name = config.name or preset

@@ -185,13 +185,21 @@ class LatentCache:
     def read(self, indices):
         """{"video": uint8 N T 3 H W (memory order N T H W 3), "latents": N T' C h w, as stored, "notes": []}"""
         clips = np.empty((len(indices), *self.clips[0].shape[1:]), np.uint8)
+        for n, i in enumerate(indices):
+            shard, row = self.place(i)
+            clips[n] = self.clips[shard][row]
+        return {"video": torch.from_numpy(clips).permute(0, 1, 4, 2, 3), "notes": [],
+                "latents": self.read_latents(indices)}
+
+    def read_latents(self, indices):
+        """N T' C h w, as stored."""
         latents = np.empty((len(indices), *self.latent_shape), STORED[self.dtype])
         for n, i in enumerate(indices):
             shard, row = self.place(i)
-            clips[n], latents[n] = self.clips[shard][row], self.latents[shard][row]
-        latents = torch.from_numpy(latents.view(np.int16) if self.dtype == "bfloat16" else latents)
-        return {"video": torch.from_numpy(clips).permute(0, 1, 4, 2, 3), "notes": [],
-                "latents": latents.view(torch.bfloat16) if self.dtype == "bfloat16" else latents}
+            latents[n] = self.latents[shard][row]
+        if self.dtype == "bfloat16":
+            return torch.from_numpy(latents.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(latents)
 
     def all(self, seed, val_clips):
         return CachedClips(self, range(len(self)), seed, val_clips)
@@ -244,7 +252,7 @@ class CachedClips:
 
     def sample(self, limit):
         """The latents of up to `limit` clips, evenly spread: N T' C h w, float32."""
-        return self.cache.read(evenly_spread(self.indices, limit))["latents"].float()
+        return self.cache.read_latents(evenly_spread(self.indices, limit)).float()
 
 
 def evenly_spread(indices, limit):

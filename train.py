@@ -117,7 +117,7 @@ class Trainer:
         restarted, = agree(self.control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         self.resumed_from = from_rank_0(self.control, lambda: find_resume(cfg, self.folder, restarted, self.log))
         self.clips = clips.find(cfg, self.buckets, self.model, self.rank, self.world, self.control)
-        self.cfg = cfg = models.with_shape(cfg, self.model)  # and what the clips did
+        self.cfg = cfg = models.with_shape(cfg, self.model)  # and the scale of the latents that the clips have
         self.validates = len(self.clips.val) > 0
         self.workers = cfg.workers if cfg.workers >= 0 else default_workers(self.device)
         if cfg.model == "taehv" and cfg.init == "clips" and not cfg.init_from and not self.resumed_from:

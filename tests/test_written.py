@@ -51,8 +51,8 @@ def test_a_run_goes_on(here, tmp_path):
     before = read(written("taehv", "step_00000002.pt"))
     widths = [f"net.{name}={','.join(map(str, before['model_config'][name]))}"
               for name in ("encoder_widths", "decoder_widths")]
-    here("taehv", *COMMON, *widths, "pixel_loss=l1", "size=16", "frames=4", "batch_size=2", "max_steps=3", "lr=0", "weight_decay=0",
-         "name=taehv")
+    here("taehv", *COMMON, *widths, "pixel_loss=l1", "size=16", "frames=4", "batch_size=2", "max_steps=3", "lr=0",
+         "weight_decay=0", "name=taehv")
     after = read(str(tmp_path / "taehv" / "step_00000003.pt"))
     assert (after["step"], after["samples"]) == (3, before["samples"] + 2) and after.keys() == before.keys()
     assert all(torch.equal(after["model"][name], tensor) for name, tensor in before["model"].items())
