@@ -40,6 +40,7 @@ def squares(frames):
 
 
 def ours(path, first):
+    """FRAMES consecutive frames from number `first` on, as data.py reads and cuts them: T SIZE SIZE 3, uint8, RGB."""
     frames = data.grab_frames(data.open_video(path), first, FRAMES, 1)
     if not frames:
         return squares([])
@@ -64,6 +65,7 @@ def seek_per_frame(path, first):
 
 
 def with_decord(path, first):
+    """The same frames in one batch of decord's, resized like the others."""
     import decord
     batch = decord.VideoReader(path, num_threads=1).get_batch(range(first, first + FRAMES))
     return squares(batch.asnumpy())
@@ -260,6 +262,7 @@ def cache_rows(options, notebook):
 
 
 def loader(options):
+    """`bench.py loader`: yields what is measured next (str) and rows (dict), each part in a fresh process."""
     yield "loader: clips from videos"
     if options.data:
         rows, notebook = alone(loader_rows, options, options.data)

@@ -88,6 +88,10 @@ def loop_turn(how, options, size, batch, steps, folder):
 
 
 def loop(options, train_call):
+    """`bench.py loop`: yields what is measured next (str) and rows of its table (dict).
+
+    train_call: that of bench.py, which makes the call of one bare training step.
+    """
     from synthetic import make_demo
     size, batch, steps = (16, 2, 8) if options.quick else (64, 4, 16)
     rows = ["step alone", f"step alone{SPIN}", "loop, clips in memory", "loop with its loader"]

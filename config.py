@@ -367,6 +367,7 @@ def kind_of(annotation):
 
 
 def parse(key, text, kind):
+    """The value that `text` gives a setting of that kind. ConfigError if it gives none."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "on": True,
@@ -390,6 +391,7 @@ def parse_literal(key, text):
 
 
 def nearest(word, known):
+    """Words for a message that name the known word most like this one, or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

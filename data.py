@@ -62,6 +62,7 @@ class DataError(Exception):
 
 
 class Source(NamedTuple):
+    """A video or an image that clips are cut from."""
     path: str
     key: str         # path relative to the data folder: what the split is made by
     frames: int = 0  # as the container says; 1 for an image
@@ -847,6 +848,7 @@ def endless(loader):
 
 
 def start_loader(loader):
+    """iter(loader); its processes leave signals to this one, which tells them when to end."""
     stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
     multiprocessing.resource_tracker.ensure_running()  # its start would unblock them again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # inherited by the processes that iter() starts
@@ -878,6 +880,7 @@ def worker_context():
 
 
 def make_loader(clips, workers, pin_memory=False, ahead=4, **kwargs):
+    """A DataLoader over `clips` whose processes are clean ones, `ahead` batches each in advance."""
     with warnings.catch_warnings():  # "may create too many workers": the user's number stands
         warnings.simplefilter("ignore", UserWarning)
         return DataLoader(clips, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,

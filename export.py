@@ -81,6 +81,7 @@ MARKS = ("taecvx", "taeh3", "taew2_2", "taehv1_5", "taeltx", "_super")  # by the
 
 
 def need_taehv(model, target):
+    """ExportError for any other model."""
     if not isinstance(model, TAEHV):
         raise ExportError(f"--to {target} takes a TAEHV, and this is a {name_of(model)}: --to safetensors takes it")
 
@@ -134,6 +135,7 @@ def file_path(options, name):
 
 
 def folder_path(options, name):
+    """Where the folder goes: --out, or `name`. ExportError if that is a file."""
     out = options.out or name
     if os.path.exists(out) and not os.path.isdir(out):
         raise ExportError(f"--out {out} is a file: --to {options.to} writes a folder")
@@ -144,6 +146,7 @@ def folder_path(options, name):
 
 
 def comfyui(model, options):
+    """One .safetensors file, which ComfyUI finds by its name."""
     refuse(model, "ComfyUI", COMFYUI, NOT_COMFYUI)
     stem, words = COMFYUI[model.variant]
     if model.latent_channels != 16:
@@ -160,6 +163,7 @@ def comfyui(model, options):
 
 
 def diffusers(model, options):
+    """A folder for AutoencoderTinyVideo.from_pretrained, with widths and strides as they are."""
     refuse(model, "diffusers", None, NOT_DIFFUSERS, own_shape=False)
     if model.activation != "relu" or model.output_range != (0, 1):
         raise ExportError(f"diffusers would not decode this rightly: {NO_LEAKY}")
@@ -187,6 +191,7 @@ def diffusers(model, options):
 
 
 def lightx2v(model, options):
+    """One .safetensors file, whose path tells LightX2V what to do with the latents."""
     refuse(model, "LightX2V", LIGHTX2V, NOT_LIGHTX2V)
     path = file_path(options, f"{model.variant}.safetensors")
     light = model.variant in RELATIVES
@@ -202,6 +207,7 @@ def lightx2v(model, options):
 
 
 def sdcpp(model, options):
+    """One .safetensors file for stable-diffusion.cpp."""
     refuse(model, "stable-diffusion.cpp", SDCPP, NOT_SDCPP)
     dtype = dtype_of(options, ("fp32", "fp16", "bf16"))
     path = file_path(options, f"{model.variant}.safetensors")
@@ -210,6 +216,7 @@ def sdcpp(model, options):
 
 
 def taehv(model, options):
+    """One .pth file for the published taehv.py, which knows a model by its path."""
     reasons = {**{name: BIG_VAE_LATENTS for name in RELATIVES}, "lighttaehy1_5": NO_LEAKY, **NOT_TAEHV}
     refuse(model, "taehv.py", None, reasons)
     path = file_path(options, f"{model.variant}.pth")
@@ -223,6 +230,7 @@ def taehv(model, options):
 
 
 def safetensors(model, options):
+    """Any model as one .safetensors file, its name and settings in the metadata."""
     dtype = dtype_of(options, ("fp32", "fp16", "bf16"))
     path = file_path(options, f"{getattr(model, 'variant', name_of(model))}.safetensors")
     return lambda: [as_safetensors(model, weights_of(model, dtype))], [path], [
@@ -248,6 +256,7 @@ def step_files(model, options, ending, default, write, read, dtype):
 
 
 def torch_export(model, options):
+    """A folder with encoder_step.pt2 and decoder_step.pt2, programs of torch.export that take and return memories."""
     need_taehv(model, "torch-export")
     *plan, folder = step_files(model, options, ".pt2", f"{model.variant}_torch", export_step.as_torch,
                                export_step.open_torch, dtype_of(options, ("fp32", "fp16", "bf16")))
@@ -256,6 +265,7 @@ def torch_export(model, options):
 
 
 def onnx(model, options):
+    """The same two steps as .onnx files."""
     need_taehv(model, "onnx")
     if missing := export_step.missing_packages():
         raise ExportError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(export_step.ONNX_PACKAGES)}")
@@ -274,6 +284,8 @@ TARGETS = {"comfyui": comfyui, "diffusers": diffusers, "lightx2v": lightx2v, "sd
 
 
 def run(options):
+    """Everything from the options to the files, none of which exists before all are made. ExportError, CheckpointError,
+    OSError."""
     model, words = models.load_model(options.checkpoint, options.variant)
     print(f"{options.checkpoint}: {words}")
     make, paths, lines = TARGETS[options.to](model, options)

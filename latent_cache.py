@@ -289,19 +289,23 @@ def is_finite(latents, dtype):
 
 
 def shard_path(folder, i, kind):
+    """The file of shard i; kind is its ending."""
     return os.path.join(folder, f"shard_{i:05d}.{kind}")
 
 
 def index_crc(index):
+    """The checksum of an index without its own."""
     return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def write_index(folder, index):
+    """index.json with its checksum, whole or not at all."""
     content = json.dumps({**index, "crc32": index_crc(index)}, indent=1)
     checkpoint.write_atomically(os.path.join(folder, "index.json"), content.encode())
 
 
 def file_crc(path):
+    """The checksum of a file's contents."""
     crc = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -440,6 +444,7 @@ def build(options):
 
 
 def build_in(options, at_end):
+    """`build`; what has to be undone in the end, the folder's lock, goes onto the stack at_end."""
     learns = options.teacher != NO_TEACHER
     device = pick_device(options.device if learns else "cpu")
     tune(device)

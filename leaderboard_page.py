@@ -203,6 +203,7 @@ def size_point(row):
 
 
 def html_table(rows, colours, short):
+    """The table that a click on a heading sorts, the best of each column marked. short(name): the name as shown."""
     columns = shown_columns(rows)
     best = {}
     for key, *_, style, more in columns:

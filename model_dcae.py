@@ -174,6 +174,8 @@ class GLUConv(nn.Module):
 
 
 class AttentionBlock(nn.Module):
+    """Linear attention, then a gated convolution, each beside a shortcut: N width H W, unchanged."""
+
     def __init__(self, width):
         super().__init__()
         self.context_module = Residual(LinearAttention(width))

@@ -984,6 +984,7 @@ def adapt_state_dict(state_dict, model):
 
 
 def nearest(word, known):
+    """Words for a message that name the known word most like this one, or nothing."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

@@ -50,6 +50,8 @@ def enlarge(x):
 
 
 class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions, each after norm and SiLU, beside a shortcut: N n_in H W -> N n_out H W."""
+
     def __init__(self, n_in, n_out):
         super().__init__()
         self.norm1, self.conv1 = norm(n_in), nn.Conv2d(n_in, n_out, 3, padding=1)
@@ -106,6 +108,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """The middle of encoder and decoder: a block, attention, a block; N C H W, unchanged."""
+
     def __init__(self, channels):
         super().__init__()
         self.block_1, self.attn_1 = ResnetBlock(channels, channels), AttnBlock(channels)

@@ -138,6 +138,8 @@ class ReZero(nn.Module):
 
 
 class ResidualStack(nn.Module):
+    """Residual blocks in a row."""
+
     def __init__(self, channels, res_channels, count):
         super().__init__()
         self.stack = nn.Sequential(*(ReZero(channels, res_channels) for _ in range(count)))

@@ -35,6 +35,7 @@ from data import DataError
 
 
 class Protocol(NamedTuple):
+    """The clips that a published table measures on: their size in pixels, and what of a video they are."""
     height: int
     width: int
     frames: int
@@ -49,6 +50,7 @@ PROTOCOLS = {"mcl-jcv": Protocol(256, 256, 17, True, 30, 30),
 
 
 class Video(NamedTuple):
+    """One video of a data set, in a file or as a folder of images."""
     name: str
     source: data.Source
     images: tuple = ()  # the paths of its frames, where it is a folder of images

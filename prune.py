@@ -70,6 +70,7 @@ def find_samples(options, model):
 
 
 def check_frames(model, frames):
+    """PruneError for a number of frames that the model cannot take."""
     try:
         model.check_frames(frames)
     except ValueError as error:
@@ -77,6 +78,7 @@ def check_frames(model, frames):
 
 
 def readable(path):
+    """The sources under `path` that can be read. PruneError if none can."""
     sources, refused = data.probe(data.find_sources(path))
     if not sources:
         raise PruneError(f"none of the {len(refused)} files of {path} can be read; the first: {refused[0][1]}")
@@ -84,6 +86,7 @@ def readable(path):
 
 
 def cached_samples(options, model):
+    """([(clip, latents), ...] to learn from, the same held out, train.py's settings for them) from a cache."""
     cache, plain = open_cache(options.data, model)
     mine, held_out, _ = cache.split_by_file(0 if options.val_data else HELD_OUT)
     other = cache
@@ -150,6 +153,7 @@ def check_name(model, out):
 
 
 def run(options):
+    """Everything from the options to the file of weights. PruneError and MISTAKES; nothing is written after one."""
     model, words = models.load_model(options.checkpoint, options.variant)
     check_model(model, options.checkpoint)
     layers, full = layers_of(model), sum(p.numel() for p in model.parameters())
@@ -227,6 +231,7 @@ def number(text):
 
 
 def fraction(text):
+    """A number between 0 and 1, both left out."""
     value = float(text)
     if not 0 < value < 1:
         raise ValueError

@@ -38,6 +38,7 @@ def make_demo(folder, videos=24, frames=40, size=128, seed=0):
 
 
 def write_clips(folder, videos, frames, size, seed):
+    """`videos` videos in folder/train and a quarter as many in folder/val. OSError if one cannot be written whole."""
     for part, count in (("train", videos), ("val", videos // 4)):
         os.makedirs(os.path.join(folder, part), exist_ok=True)
         for i in range(count):
