@@ -15,7 +15,7 @@ from config import ConfigError
 from data import DataError
 from init_taehv import fits_teacher, scale_to_teacher
 from latent_cache import LatentCache
-from ranks import from_rank_0, gather
+from ranks import everywhere, from_rank_0
 from synthetic import make_demo
 
 MOST_COMPARED = 16e9  # bytes of clips whose checksums are compared at each start: some 10 s; their sizes always are
@@ -41,8 +41,8 @@ def find(cfg, buckets, model, rank, world, control):
 
 
 def first_batches(cfg, found, bucket, workers):
-    """Training batches of this bucket on one rank, in an order of their own: training takes none of its clips less."""
-    return found.train.batches(data.TrainSchedule(found.train, [bucket], cfg.seed + 1), workers)
+    """The first training batches of this bucket; training will see them too."""
+    return found.train.batches(data.TrainSchedule(found.train, [bucket], cfg.seed), workers)
 
 
 def find_clips(cfg, bucket, control):
@@ -61,7 +61,7 @@ def find_files(cfg, frames):
     """(training sources, validation sources, lines that say what was found, counting clips of `frames` frames)."""
     path, val_path = cfg.data, cfg.val_data
     if path == "demo":
-        path, val_path = "demo_data/train", "demo_data/val"
+        path, val_path = "demo_data/train", val_path or "demo_data/val"
         try:
             make_demo("demo_data")
         except OSError as error:
@@ -106,15 +106,12 @@ def augment_of(cfg):
 
 def open_cache(path, rank, world, control, clips_only=False):
     """A LatentCache, its checksums compared; each rank opens it for itself. What one finds wrong is raised on all."""
-    cache, problem = None, ""
-    try:
+    def opened():
         cache = LatentCache(path, clips_only)
-        problem = cache.problem(rank, world, MOST_COMPARED if clips_only else math.inf)
-    except DataError as error:
-        problem = str(error)
-    if problems := list(filter(None, gather(control, problem))):
-        raise DataError(problems[0])
-    return cache
+        if problem := cache.problem(rank, world, MOST_COMPARED if clips_only else math.inf):
+            raise DataError(problem)
+        return cache
+    return everywhere(control, opened)
 
 
 def find_cuts(cfg, bucket, rank, world, control):

@@ -32,9 +32,10 @@ def pick_device(name="auto"):
         if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
             raise DeviceError(f"device: {name!r} for several ranks; use device=cuda, and each takes its own GPU")
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise DeviceError(f"device: GPU {index} asked for, but there are {torch.cuda.device_count()}; "
-                             "start as many processes per node as there are GPUs")
+        most = max(index + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if most > torch.cuda.device_count():
+            raise DeviceError(f"device: GPU {most - 1} asked for, but there are {torch.cuda.device_count()}, numbered "
+                             "from 0; start as many processes per node as there are GPUs")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():

@@ -183,10 +183,11 @@ def describe_places(means):
 
 def describe_validation(result):
     """`evaluate`'s dict as a line of the log, with its units."""
-    sharpness = "-" if result["sharpness"] is None else f"{result['sharpness']:.3f}"
+    ssim, sharpness = ("-" if result[name] is None else f"{result[name]:.{digits}f}"
+                       for name, digits in (("ssim", 4), ("sharpness", 3)))  # of tiny frames there is none
     others = [name for name in (*MEASURES, "fid")
               if name not in ("psnr", "ssim", "mse") and result.get(name) is not None]
-    line = (f"psnr {result['psnr']:.2f} dB, ssim {result['ssim']:.4f}, mse {result['mse']:.5f}, sharpness {sharpness}"
+    line = (f"psnr {result['psnr']:.2f} dB, ssim {ssim}, mse {result['mse']:.5f}, sharpness {sharpness}"
             + "".join(f", {name} {result[name]:.4g}" for name in others)
             + f" over {result['count']} frames")
     if places := describe_places(result):

@@ -21,16 +21,13 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import sys
 import tokenize
 import traceback
 import zlib
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -276,11 +273,10 @@ def read_ahead(make, schedule, threads=1):
 
 def allow_open_files(count):
     """Have the system let this process open so many files, and some more, as far as it may: a mapped array is one."""
-    if resource:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def is_finite(latents, dtype):

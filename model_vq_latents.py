@@ -65,7 +65,6 @@ class VQLatents(nn.Module):
         self.register_buffer("scale", torch.zeros(()))  # 0: not calibrated
         self.codebook_sizes = [self.quantize.num_codes] * self.quantize.codes_per_position
         self.code_strides = [self.space_factor] * self.quantize.codes_per_position
-        self.gradient_checkpointing = False
         self.config = dict(taehv=self.taehv.config, quantizer=quantizer, n_embed=n_embed, beta=beta, width=width,
                            blocks=blocks, **quantizer_options)
         # Frame counts and alignment are the TAEHV's.

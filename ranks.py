@@ -143,6 +143,22 @@ def from_rank_0(control, make):
     return value
 
 
+def everywhere(control, make):
+    """What make() returns, on each rank its own. An error is raised on all ranks, the first rank's where one has none
+    itself: a file that one machine lacks ends all of them with the same words."""
+    if control is None:
+        return make()
+    value = error = None
+    try:
+        value = make()
+    except Exception as raised:  # raised again below, on every rank
+        error = raised
+    errors = gather(control, error)
+    if any(errors):
+        raise error or next(filter(None, errors))
+    return value
+
+
 def copy_from_rank_0(tensors):
     """The same start everywhere, whatever each rank's own generator and libraries made of the seed."""
     if dist.is_initialized():

@@ -37,7 +37,7 @@ from logbook import Clock, Logbook, count, summarize
 from objective import Objective
 from optimizer import learning_rate, make_optimizer
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
-                   from_rank_0, gather, start_ranks)
+                   everywhere, from_rank_0, gather, start_ranks)
 from saving import NotSaved, Saver, find_resume, restore, take_folder, where_to_go_on
 from screen import guard_screen, one_line
 from step_taehv import speed_up
@@ -110,10 +110,11 @@ class Trainer:
         # ---- everything that can be wrong before the first step
         self.buckets = [data.Bucket(*bucket) for bucket in parse_buckets(cfg)]
         torch.manual_seed(cfg.seed)
-        self.model, self.origin = models.make_model(cfg, self.buckets)
+        self.model, self.origin = everywhere(self.control, lambda: models.make_model(cfg, self.buckets))
         self.cfg = cfg = models.with_shape(cfg, self.model)  # what init_from settled is a setting of the run
-        self.objective = Objective(cfg, self.model, self.device, self.autocast, self.control)
-        self.judges = load_judges(cfg, self.device)
+        self.objective = everywhere(self.control, lambda: Objective(cfg, self.model, self.device, self.autocast,
+                                                                    self.control))
+        self.judges = everywhere(self.control, lambda: load_judges(cfg, self.device))
         restarted, = agree(self.control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         self.resumed_from = from_rank_0(self.control, lambda: find_resume(cfg, self.folder, restarted, self.log))
         self.clips = clips.find(cfg, self.buckets, self.model, self.rank, self.world, self.control)
@@ -128,7 +129,7 @@ class Trainer:
         model = place(self.model, self.device).train()
         if cfg.model in ("taehv", "vq_latents"):
             speed_up(model)
-        model.gradient_checkpointing = cfg.gradient_checkpointing
+        getattr(model, "taehv", model).gradient_checkpointing = cfg.gradient_checkpointing
         if cfg.model == "taehv":
             model.encoder.requires_grad_(cfg.train_encoder)
             model.decoder.requires_grad_(cfg.train_decoder)
@@ -151,7 +152,7 @@ class Trainer:
     def resume(self):
         """Take up the state of the checkpoint to go on from."""
         path, cfg, run = self.resumed_from, self.cfg, self.run
-        state = checkpoint.read(path)
+        state = everywhere(self.control, lambda: checkpoint.read(path))
         try:
             restore(state, self.model, self.average, self.optimizer, self.clips.teacher, path)
             run.step, run.samples, run.seconds = state["step"], state["samples"], float(state.get("seconds", 0))
@@ -187,7 +188,7 @@ class Trainer:
     def start(self):
         """Say in the log what will run, and set up what the loop takes from."""
         cfg, run, log, model = self.cfg, self.run, self.log, self.model
-        log(summarize(model, self.buckets[0], self.device), screen=False)
+        log(everywhere(self.control, lambda: summarize(model, self.buckets[0], self.device)), screen=False)
         if cfg.wandb:
             problem = from_rank_0(self.control, lambda: log.mirror(cfg.wandb, asdict(cfg), bool(self.resumed_from)))
             if problem:
@@ -384,7 +385,8 @@ def main():
     try:
         code = train(load_config(sys.argv[1:]))
     except (ConfigError, DeviceError, data.DataError, checkpoint.CheckpointError, InUse, NotSaved) as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # all ranks raise these together
+        # All ranks raise these together; before they have met, those of one machine.
+        if int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0)) == 0:
             print(f"train.py: {one_line(str(error))}", file=sys.stderr)
         code = 1 if isinstance(error, NotSaved) else 2
     if dist.is_initialized():

@@ -20,7 +20,7 @@ import data
 import model_vqvae
 import objective
 import train
-from conftest import (BATCH_NORM, CODES, FRAMES, ROOT, SERAENA, command, different, log_of, metrics_of, run, spoilt,
+from conftest import (BATCH_NORM, CODES, FRAMES, NARROW, PLAIN, ROOT, SERAENA, command, different, log_of, metrics_of, run, spoilt,
                       state_of, write_clip)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and /proc as Linux has them")
@@ -67,6 +67,32 @@ def test_two_ranks_go_through_every_fault_of_one_together(clips, tmp_path):
     assert {int(v["step"]) for v in state["optimizer"]["state"].values()} == {9 - 2}
     assert all(v.isfinite().all() for v in state["model"].values() if v.is_floating_point())
     assert_ranks_are_equal(output)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_one_rank_alone_ends_all_with_one_line(clips, tmp_path):
+    """A file that one machine lacks, memory that one rank lacks."""
+    plain = [*PLAIN, *NARROW, f"data={clips}"]
+    run(os.path.join(ROOT, "train.py"), *plain, "max_steps=1", "name=first", cwd=tmp_path)
+    absent = """
+def absent(owner, name, error):
+    original = getattr(owner, name)
+    def call(*arguments, **keywords):
+        if os.environ["RANK"] == "1":
+            raise error
+        return original(*arguments, **keywords)
+    setattr(owner, name, call)
+"""
+    for fault, words, settings in (
+            ('absent(models, "make_model", models.ConfigError("init_from=w.pth does not exist"))', "init_from=w.pth", []),
+            ('absent(checkpoint, "read", checkpoint.CheckpointError("step.pt is not here"))', "step.pt is not here",
+             ["resume=runs/first/step_00000001.pt"]),
+            ('absent(train, "summarize", models.ConfigError("out of memory with one clip"))', "out of memory", [])):
+        output = run(spoilt(tmp_path, absent + fault), *plain, *settings, "max_steps=2", "name=second", ranks=2,
+                     cwd=tmp_path, expect=1)
+        lines = [line for line in output.splitlines() if line.startswith("train.py: ")]
+        assert len(lines) == 1 and words in lines[0] and "Traceback" not in output, output[-3000:]
+        assert "exitcode  : 2" in output or "exitcode: 2" in output
 
 
 @pytest.mark.slow

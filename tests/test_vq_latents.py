@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import checkpoint
+import config
 import data
 import models
+import step_taehv
 import train
 from conftest import ROOT, mistake, run
 from model_taehv import load_taehv
@@ -132,10 +134,17 @@ def test_resuming_is_exact_and_one_rank_equals_two(tokenizer):
 
 
 @pytest.mark.slow
-def test_learning_through_the_decoder(tokenizer):
+def test_learning_through_the_decoder(tokenizer, monkeypatch):
     folder, settings, _ = tokenizer
     output = run(TRAIN, "vq_latents", *settings, "max_steps=2", "pixel_weight=1", "name=d", cwd=folder)
     assert "reconstruction" in output
+    again, whole = [], step_taehv.checkpoint
+    monkeypatch.setattr(step_taehv, "checkpoint", lambda *call, **how: again.append(1) or whole(*call, **how))
+    train.train(config.load_config(["vq_latents", *settings, "max_steps=2", "pixel_weight=1", "name=e",
+                                    "gradient_checkpointing=true", f"out_dir={folder / 'runs'}"]))
+    assert again, "its decoder computes activations again"
+    spared, plain = (checkpoint.read(str(folder / "runs" / name / "step_00000002.pt"))["model"] for name in "ed")
+    assert all(torch.allclose(plain[k].float(), spared[k].float(), atol=1e-6) for k in plain)
     model, _ = models.load_model(folder / "runs" / "d")
     start, _ = models.load_model(folder / "runs" / "a")
     assert all(torch.equal(v, start.taehv.state_dict()[k]) for k, v in model.taehv.state_dict().items())
