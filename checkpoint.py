@@ -21,7 +21,8 @@ from untrusted import check_weights
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
-LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt|probe)\.(\d+\.)+tmp")  # see write_atomically
+# What `write_atomically` leaves behind if it is killed.
+LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt|config\.json|probe)\.(\d+\.)+tmp")
 # What contents that are not as expected raise.
 MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError,
              ZeroDivisionError)

@@ -79,7 +79,8 @@ class Config:
     use_images: bool = False        # whether only the images in data are used, each as a clip of one frame
     image_sequences: bool = False   # whether unrelated images are joined into clips of several frames
     max_pixels: int = 100_000_000   # largest height x width of an image or a frame; larger files are passed over
-    workers: int = -1               # number of data processes per rank; -1: chosen from the number of cores
+    workers: int = -1               # number of data processes per rank; -1: one beside a model on the CPU, else one for
+                                    # each core, up to 16
 
     # ---- model
     model: Literal["taehv", "vqgan", "vqvae2", "vqvae_video", "vq_latents", "dcae"] = "taehv"
@@ -150,9 +151,11 @@ class Config:
     gan_lecam: float = 0.0          # weight of the LeCam regulariser in the PatchGAN's loss
 
     # ---- optimizer
-    lr: float = 3e-4                # highest learning rate of AdamW, which the schedule starts from
+    lr: float = 3e-4                # highest learning rate of AdamW, which the schedule starts from; parts of a TAEHV
+                                    # may have multiples of it
     encoder_lr_factor: float = 1.0  # learning rate of a TAEHV's encoder, as a multiple of lr
-    latents_lr_factor: float = 1.0  # ... and of its last layer, which gives the latents, as a multiple of the encoder's
+    latents_lr_factor: float = 1.0  # learning rate of a TAEHV's last encoder layer, which gives the latents, as a
+                                    # multiple of the encoder's
     schedule: Literal["constant", "cosine", "exponential"] = "cosine"
                                     # course of the learning rate after the warm-up: cosine falls to lr_final at
                                     # max_steps or max_minutes, exponential falls by lr_decay
@@ -307,9 +310,11 @@ def load_config(arguments):
     values["net"] = fitting(values.get("net", {}), given)
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
-    unfitted = "init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
+    unfitted = ("init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
+                or values.get("variant", "").endswith(("super", "wide", "h3")))  # fit_taehv.can_fit
     # The preset's are for an encoder that learns latents alone, the last one for fresh weights that are fitted to them.
-    senseless = dict(own_share=alone, encoder_lr_factor=alone, latents_lr_factor=alone or unfitted)
+    senseless = dict(own_share=alone, encoder_lr_factor=alone, latents_lr_factor=alone or unfitted,
+                     **dict.fromkeys(fixed_by_cache(values), True))
     for key in senseless:
         if senseless[key] and key not in given:
             values.pop(key, None)
@@ -414,6 +419,7 @@ def parse_buckets(config):
     return buckets
 
 
+DEFAULTS = vars(Config())
 CHOICES = {field.name: get_args(field.type) for field in dataclasses.fields(Config) if get_args(field.type)}
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
                "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
@@ -485,26 +491,20 @@ def check(config):
 def check_together(config):
     """ConfigError for settings that exclude or need each other. This is the one place for those that no file, model or
     machine has a say in."""
-    model, cached = config.model, bool(config.latent_cache)
     if config.best_by == "lpips" and "lpips" not in config.val_metrics:
         raise ConfigError("best_by=lpips needs val_metrics=lpips, which measures it")
     if config.min_frame_delta > config.max_frame_delta:
         raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
-    if config.init == "pytorch" and (model != "taehv" or config.init_from):
-        given = f"init_from={config.init_from}" if config.init_from else f"model={model}"
-        raise ConfigError(f"init=pytorch with {given}: it is for a taehv from scratch")
-
     check_quantizer(config.net)
+    check_model(config)
+    check_caches(config)
+    check_learning(config)
+    check_losses(config)
 
-    # ---- a latent cache
-    if cached and model not in ("taehv", "vq_latents"):
-        raise ConfigError(f"latent_cache with model={model}: only taehv and vq_latents learn from a teacher")
-    if cached and config.buckets:
-        raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
-    if cached and config.val_size:
-        raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
-    if cached and config.clip_cache:
-        raise ConfigError("latent_cache with clip_cache: training reads one of them; leave the other out")
+
+def check_model(config):
+    """Settings that the kind of model leaves without effect, or needs."""
+    model = config.model
     if model == "vq_latents":
         for key in ("gan_weight", "seraena_weight"):
             if getattr(config, key) > 0:
@@ -515,33 +515,62 @@ def check_together(config):
                               "latents")
         if not config.init_from:
             raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
-        if not cached:
+        if not config.latent_cache:
             raise ConfigError("model=vq_latents needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
-    from_teacher = config.decoder_input == "teacher"
-    if not 0 <= config.own_share <= 1 or config.own_share and not from_teacher:
-        raise ConfigError(f"own_share={config.own_share}: a chance from 0 to 1 is wanted; 0 with decoder_input=own, "
-                          "where all latents are the own encoder's")
-    if not cached and (from_teacher or config.encoder_weight > 0):
-        name = "decoder_input=teacher" if from_teacher else f"encoder_weight={config.encoder_weight}"
-        raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
-
-    # ---- a clip cache
-    for key in ("use_images", "image_sequences", "min_crop"):
-        if config.clip_cache and (value := getattr(config, key)):
-            raise ConfigError(f"{key}={value} with clip_cache: its clips were cut from their files when it was built; "
-                              f"leave {key} out")
-    if config.clips_per_open > 1 and (cached or config.clip_cache):
-        name = "latent_cache" if cached else "clip_cache"
-        raise ConfigError(f"clips_per_open={config.clips_per_open} with {name}: no video is opened; leave it out "
-                          "(latent_cache.py has --clips-per-open)")
-
-    # ---- what the loss trains
+    if config.init == "pytorch" and (model != "taehv" or config.init_from):
+        given = f"init_from={config.init_from}" if config.init_from else f"model={model}"
+        raise ConfigError(f"init=pytorch with {given}: it is for a taehv from scratch")
+    for key in ("variant", "patch_size", "latent_channels"):
+        if getattr(config, key) and model not in ("taehv", "vq_latents"):
+            raise ConfigError(f"{key}={getattr(config, key)} with model={model}: it is for a taehv; leave it out")
     for key in ("encoder_lr_factor", "latents_lr_factor"):
         if getattr(config, key) != 1 and (model != "taehv" or not config.train_encoder):
             raise ConfigError(f"{key}={getattr(config, key)}: it is for a taehv whose encoder is trained; leave it out")
     if model != "taehv" and not (config.train_encoder and config.train_decoder):
         raise ConfigError(f"train_encoder=false or train_decoder=false with model={model}: only taehv can be trained "
                           "by halves")
+
+
+def fixed_by_cache(config):
+    """The names of settings that a cache leaves without effect: its clips are cut already, and a teacher's latents
+    would not follow what is done to them. config: a dict of settings."""
+    cut = ["min_frame_delta", "max_frame_delta", "min_crop", "use_images", "image_sequences", "val_clips_per_video"]
+    if config.get("latent_cache"):
+        return [*cut, "random_crop", "flip", "color_jitter", "blur"]
+    return cut if config.get("clip_cache") else []
+
+
+def check_caches(config):
+    """What a cache of latents or of clips cannot give, and what needs one."""
+    cached = bool(config.latent_cache)
+    if cached and config.model not in ("taehv", "vq_latents"):
+        raise ConfigError(f"latent_cache with model={config.model}: only taehv and vq_latents learn from a teacher")
+    if cached and config.buckets:
+        raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
+    if cached and config.val_size:
+        raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
+    if cached and config.clip_cache:
+        raise ConfigError("latent_cache with clip_cache: training reads one of them; leave the other out")
+    name = "latent_cache" if cached else "clip_cache"
+    for key in fixed_by_cache(vars(config)):
+        if (value := getattr(config, key)) != DEFAULTS[key]:
+            raise ConfigError(f"{key}={value} with {name}: its clips were cut from their files when it was built; "
+                              f"leave {key} out")
+    if config.clips_per_open > 1 and (cached or config.clip_cache):
+        raise ConfigError(f"clips_per_open={config.clips_per_open} with {name}: no video is opened; leave it out "
+                          "(latent_cache.py has --clips-per-open)")
+    if not cached and (config.decoder_input == "teacher" or config.encoder_weight > 0):
+        name = ("decoder_input=teacher" if config.decoder_input == "teacher"
+                else f"encoder_weight={config.encoder_weight}")
+        raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
+
+
+def check_learning(config):
+    """Whether each part that is to learn has a term of the loss to learn from."""
+    from_teacher = config.decoder_input == "teacher"
+    if not 0 <= config.own_share <= 1 or config.own_share and not from_teacher:
+        raise ConfigError(f"own_share={config.own_share}: a chance from 0 to 1 is wanted; 0 with decoder_input=own, "
+                          "where all latents are the own encoder's")
     if not (config.train_encoder or config.train_decoder):
         raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
     learns = what_learns(config)
@@ -549,6 +578,10 @@ def check_together(config):
         raise ConfigError("no term of the loss trains the encoder: set encoder_weight above 0, or train_encoder=false")
     if learns.decoder and not learns.from_pixels:
         raise ConfigError("no term of the loss trains the decoder: set pixel_weight above 0, or train_decoder=false")
+
+
+def check_losses(config):
+    """What the terms of the loss need of clips and layers."""
     shapes = parse_buckets(config)
     if config.temporal_weight > 0 and max(frames for _, frames, *_ in shapes) == 1:
         raise ConfigError(f"temporal_weight={config.temporal_weight} with clips of one frame: nothing changes in them; "
@@ -557,10 +590,17 @@ def check_together(config):
     if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
         raise ConfigError(f"wavelet_levels={config.wavelet_levels}: clips of {smallest} pixels have "
                           f"{int(math.log2(smallest))} levels at most")
-    if config.gan_weight > 0 and learns.from_pixels and config.gan_dims == 2:
-        for size, *_ in parse_buckets(config):
-            if size < 24:
-                raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {size}")
+    if config.gan_weight == 0 or not what_learns(config).from_pixels:
+        return
+    if config.gan_dims == 2 and smallest < 24:
+        raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {smallest}")
+    for size, frames, _, batch in shapes:
+        if config.gan_dims == 3 and config.gan_norm == "batch" and size <= 32 and frames <= 4 and batch == 1:
+            raise ConfigError(f"gan_norm=batch with gan_dims=3: one clip of {frames} frames of {size}x{size} leaves "
+                              "BatchNorm a single value; set gan_norm=group, batch_size=2 or a larger size")
+    if config.gan_adaptive and not config.train_decoder and not config.compile:
+        raise ConfigError("gan_adaptive=true with train_decoder=false: it weighs by the decoder's last layer; set "
+                          "gan_adaptive=false")
 
 
 def check_quantizer(net):

@@ -16,8 +16,9 @@ to a temporary file under --out, before any of it is decoded, so it is read twic
 summary_report.html, comparison_videos/, latent_visualizations/. Audio is not carried. `pip install av` makes writing
 videos four times faster.
 
-Exit code: 0; 1 where some inputs failed by an error of the program (the others are reported, its traceback is in
-errors.log); 2 for a mistake, in one line; 130 after Ctrl-C, 143 after SIGTERM, which leave no half files.
+Exit code: 0, also where a file among others could not be read or written; 1 where an input failed otherwise (the
+others are reported; errors.log has the traceback of an error that is the program's own); 2 for a mistake, in one line;
+130 after Ctrl-C, 143 after SIGTERM, which leave no half files.
 """
 import argparse
 import collections
@@ -157,7 +158,6 @@ def work_through(job, latent_files, readers, sources):
                 print(f"wrote {target}, of {options.levels} level{'s' * (options.levels > 1)}")
         except Exception as error:
             rows.append(failures.row(name, path, error))
-            failures.code = 1
     for source in sources:
         name = report.safe_name(source.path, names)
         try:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import checkpoint
 import progress
 from config import ConfigError
 from device import is_out_of_memory
@@ -81,8 +82,9 @@ class Logbook:
 
     def write_config(self):
         self("config: " + json.dumps(self.config), screen=False)
-        with self.unharmed(), open(os.path.join(self.folder, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(self.config, file, indent=2)
+        with self.unharmed():
+            content = json.dumps(self.config, indent=2).encode()
+            checkpoint.write_atomically(os.path.join(self.folder, "config.json"), content)
 
     def start_again(self):
         """In a folder that was removed and is made again, on rank 0: new files from here on."""

@@ -52,7 +52,7 @@ class Objective:
             self.weights["encoder_loss"] = cfg.encoder_weight
         self.pixel_terms = {name: make() for name, (_, make) in terms.items() if name in self.weights}
         self.seraena = make_seraena(cfg, model, device) if "seraena_loss" in self.weights else None
-        self.adversary = make_adversary(cfg, model, device) if cfg.gan_weight > 0 and self.pixels else None
+        self.adversary = make_adversary(cfg, device) if cfg.gan_weight > 0 and self.pixels else None
         self.quantizers = quantizers(model)
         if cfg.compile:
             Quantizer.forward = torch.compiler.disable(Quantizer.forward)  # see quantize.true_float32
@@ -272,7 +272,7 @@ def make_seraena(cfg, model, device):
     return seraena
 
 
-def make_adversary(cfg, model, device):
+def make_adversary(cfg, device):
     return Adversary(dims=cfg.gan_dims, loss=cfg.gan_loss, norm=cfg.gan_norm, weight=cfg.gan_weight, lr=cfg.gan_lr,
                      start=cfg.gan_start, ramp=cfg.gan_ramp, every=cfg.gan_every, adaptive=cfg.gan_adaptive,
                      max_weight=cfg.gan_max_weight, lecam=cfg.gan_lecam, betas=(cfg.gan_beta1, cfg.gan_beta2),

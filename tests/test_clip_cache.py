@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import clip_cache
+import config
 import data
 import latent_cache
 import train
@@ -186,21 +187,28 @@ def test_what_does_not_go_together_is_refused(stored, cache, clips, capsys, monk
     def line(*settings):
         return mistake(capsys, monkeypatch, train, *SMALL, f"out_dir={tmp_path}", *settings)
 
-    mine = f"clip_cache={stored}"
+    mine, plain = f"clip_cache={stored}", "color_jitter=0"
     assert "latent_cache with clip_cache: training reads one of them" in line(mine, f"latent_cache={cache}")
-    for key, value in (("use_images", "true"), ("image_sequences", "true"), ("min_crop", "0.5")):
+    cut = [("use_images", "true"), ("image_sequences", "true"), ("min_crop", "0.5"), ("max_frame_delta", "9"),
+           ("val_clips_per_video", "5")]
+    learned = [("color_jitter", "0.2"), ("blur", "0.5"), ("flip", "false"), ("random_crop", "false")]
+    for key, value in (*cut, *learned):
         settings = SMALL if key != "use_images" else [s for s in SMALL if not s.startswith("frames=")]
         monkeypatch.setattr("sys.argv", [])
-        assert f"{key}=" in mistake(capsys, monkeypatch, train, *settings, mine, f"{key}={value}")
+        words = f"with latent_cache: its clips were cut from their files when it was built; leave {key} out"
+        assert words in mistake(capsys, monkeypatch, train, *settings, plain, f"latent_cache={cache}", f"{key}={value}")
+        if (key, value) in cut:
+            assert f"{key}=" in mistake(capsys, monkeypatch, train, *settings, mine, f"{key}={value}")
+    assert config.load_config(["demo", mine]).max_frame_delta == 5, "the preset's 2 is dropped"
     assert "clips_per_open=4 with clip_cache: no video is opened" in line(mine, "clips_per_open=4")
-    assert "clips_per_open=4 with latent_cache: no video" in line(f"latent_cache={cache}", "clips_per_open=4")
+    assert "clips_per_open=4 with latent_cache: no video" in line(plain, f"latent_cache={cache}", "clips_per_open=4")
     holds = "holds clips of size=40 frames=6: set at most these, or build another"
     assert f"size=48 frames=4, but the clip cache {stored} {holds}" in line(mine, "size=48")
     assert f"size=16 frames=8, but the clip cache {stored} {holds}" in line(mine, "frames=8")
     assert f"size=48 frames=1, but the clip cache {stored} {holds}" in line(mine, "buckets=16x4:1:1,48x1:1:1")
     assert f"val_size=48 frames=4, but the clip cache {stored} {holds}" in line(mine, "val_size=48")
     assert "encoder_weight=1.0 needs teacher latents" in line(mine, "encoder_weight=1")
-    assert f"holds clips without latents: set clip_cache={stored}" in line(f"latent_cache={stored}")
+    assert f"holds clips without latents: set clip_cache={stored}" in line(plain, f"latent_cache={stored}")
     assert "clip cache nowhere: index.json is missing" in line("clip_cache=nowhere")
     assert "clip cache nowhere: index.json is missing" in line(mine, "val_data=nowhere")
     for name, words in (("shard_00001.json", "is missing"), ("shard_00001.clips.npy", "is missing")):

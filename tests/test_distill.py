@@ -801,7 +801,8 @@ def test_a_learning_rate_of_an_encoder_that_has_none_is_refused(key, presets):
 
 @pytest.mark.parametrize(("settings", "rates"), [
     (["init_from=x.pth"], (3, 1)), (["init=colours"], (3, 1)), (["init=clips"], (3, 8)),
-    (["init_from=x.pth", "latents_lr_factor=2"], (3, 2))])
+    (["init_from=x.pth", "latents_lr_factor=2"], (3, 2)), (["variant=taehv1_5_super"], (3, 1)),
+    (["variant=taew2_2"], (3, 8))])
 def test_the_last_layers_learning_rate_is_for_weights_that_are_fitted(settings, rates):
     cfg = config.load_config(["taehv_distill", "latent_cache=x", *settings])
     assert (cfg.encoder_lr_factor, cfg.latents_lr_factor) == rates

@@ -251,8 +251,9 @@ BASES = {
     "dcae": ["dcae_small", "size=32", "frames=4", "batch_size=1", *COMMON, "net.width_list=32,32,32,32,32,32",
              "net.latent_channels=32"],
     "vq_latents": ["vq_latents", "latent_cache=CACHE", "init_from=TEACHER", "size=32", "frames=12", "batch_size=2",
-                   *COMMON, "net.n_embed=16"],
-    "distill": ["taehv_distill", "latent_cache=CACHE", "size=32", "frames=12", "batch_size=1", *COMMON, *NARROW],
+                   *COMMON, "color_jitter=0", "net.n_embed=16"],
+    "distill": ["taehv_distill", "latent_cache=CACHE", "size=32", "frames=12", "batch_size=1", *COMMON, "color_jitter=0",
+                *NARROW],
 }
 AMOUNTS = "batch_size accumulation frames size buckets val_size val_clips val_clips_per_video workers net".split()
 

@@ -26,12 +26,14 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import checkpoint
 import config
 import data
+import evaluate
 import metrics
 import model_taehv
 import models
 import synthetic
 import train
 from bench import published
+from clips import find_files
 from conftest import NEEDS, ROOT, mistake, write_clip
 from golden.fill import fill_, make_input
 from init_taehv import colours
@@ -665,11 +667,30 @@ def test_settings_are_parsed_and_checked():
         (["taehv_distill", "latent_cache=x", "encoder_weight=0"], "no term of the loss trains the encoder"),
         (["pixel_weight=0", "train_encoder=0"], "no term of the loss trains the decoder"),
         (["gan_weight=1", "buckets=64x1:1:1,16x1:1:1"], "its discriminator needs 24 pixels, size is 16"),
+        (["taehv", "gan_weight=1", "train_decoder=0"], "gan_adaptive=true with train_decoder=false.*gan_adaptive=false"),
+        (["dcae", "gan_weight=1", "gan_dims=3", "buckets=32x4:1:1"], "one clip of 4 frames of 32x32 leaves BatchNorm"),
+        (["vqgan", "latent_channels=8"], "latent_channels=8 with model=vqgan: it is for a taehv; leave it out"),
+        (["dcae", "variant=taew2_2"], "variant=taew2_2 with model=dcae: it is for a taehv"),
         (["temporal_weight=1", "frames=1"], "clips of one frame"),
         (["wavelet_weight=1", "wavelet_levels=5", "buckets=64x4:1:1,16x4:1:1"], "16 pixels have 4 levels at most"),
     ):
         with pytest.raises(config.ConfigError, match=words):
             config.load_config(arguments)
+
+
+def test_the_demos_videos_are_validated_on_others_if_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("clips.make_demo", lambda folder: None)
+    for name in ("demo_data/train", "demo_data/val", "mine"):
+        write_clip(f"{name}/a.mp4", frames=14)
+    for settings, expected in (([], "demo_data/val"), (["val_data=mine"], "mine")):
+        _, val, _ = find_files(config.load_config(["demo", *settings]), 12)
+        assert [source.path for source in val] == [os.path.join(expected, "a.mp4")]
+
+
+def test_a_validation_of_frames_without_ssim_is_described():
+    means = {name: None for name in metrics.MEASURES} | {"psnr": 20.0, "mse": 0.01, "sharpness": None, "count": 4}
+    assert evaluate.describe_validation(means).startswith("psnr 20.00 dB, ssim -, mse 0.01000, sharpness - over 4")
 
 
 def test_a_presets_quantizer_options_go_with_its_quantizer():

@@ -19,6 +19,7 @@ import checkpoint
 import data
 import launch
 import lock
+import logbook
 import objective
 import saving
 import train
@@ -189,9 +190,30 @@ def test_a_disk_without_room_for_one_checkpoint_is_told_before_the_first_step(he
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
+def test_a_full_disk_leaves_the_settings_of_before(tmp_path, monkeypatch, capsys):
+    book = logbook.Logbook(str(tmp_path), 0)
+    book.config = {"lr": 1.0}
+    book.write_config()
+
+    def full(path, content):
+        open(f"{path}.part", "wb").close()
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    book.config = {"lr": 2.0}
+    book.write_config()
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1.0}
+    assert "No space left on device; the run goes on" in capsys.readouterr().err
+
+
+def remove(folder):
+    """rmtree, though TensorBoard's thread may be writing there at the same time."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def test_a_folder_that_is_removed_is_made_and_locked_again(here, at, tmp_path):
     folder, holders = tmp_path / "gone", []
-    at({4: lambda: shutil.rmtree(folder), 5: lambda: holders.append(lock.holder(str(folder)))})
+    at({4: lambda: remove(folder), 5: lambda: holders.append(lock.holder(str(folder)))})
     here(*STEPS, "val_fraction=0.3", "val_every=6", "name=gone")
     assert steps_in(folder) == [4, 6] and (folder / "best.pt").exists() and (folder / "model.pth").exists()
     assert json.loads((folder / "config.json").read_text())["max_steps"] == 6
@@ -207,7 +229,7 @@ def test_a_removed_folder_that_another_run_has_made_is_left_alone(here, at, tmp_
     folder = tmp_path / "taken"
 
     def take():
-        shutil.rmtree(folder)
+        remove(folder)
         os.makedirs(folder)
         other = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
         os.write(other, b"pid 77 on elsewhere since today (train.py)")

@@ -78,7 +78,7 @@ def test_latents_of_its_own_shape_are_learnt_from(own, clips, tmp_path, monkeypa
     with pytest.raises(SystemExit) as done:
         latent_cache.main()
     assert done.value.code in (0, None)
-    settings = [*SHORT, f"latent_cache={cache}", "data=", f"init_from={tmp_path / 'own'}"]
+    settings = [*SHORT, "color_jitter=0", f"latent_cache={cache}", "data=", f"init_from={tmp_path / 'own'}"]
     vq = ["vq_latents", *settings, "net.n_embed=8", "net.width=8", "net.kmeans_init=false"]
     model = check(own(*vq, "name=vq"))
     check(tmp_path / "vq", "")
