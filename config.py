@@ -123,6 +123,9 @@ class Config:
                                     # makes results sharper
     seraena_frames: int = 3         # number of consecutive frames that Seraena's discriminator sees as one image
     seraena_lr: float = 3e-4        # learning rate of Seraena's discriminator
+    seraena_pairs: bool = False     # whether Seraena's discriminator learns from fakes beside their originals, which it
+                                    # tells apart much sooner in small batches; off, as published: each sample is either
+                                    # an original or a fake
     seraena_replay_mb: int = 512    # memory for Seraena's replayed samples, MB per rank
     seraena_replay_device: Literal["same", "pinned"] = "same"
                                     # memory that holds Seraena's replayed samples: the same device's as the model, or

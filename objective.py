@@ -263,7 +263,8 @@ def make_perceptual(cfg, device):
 def make_seraena(cfg, model, device):
     seraena = Seraena(3 * cfg.seraena_frames, model.latent_channels, lr=cfg.seraena_lr,
                       replay_bytes=cfg.seraena_replay_mb * 1_000_000, replay_device=cfg.seraena_replay_device,
-                      seed=cfg.seed, gradients=Gradients).to(device, memory_format=torch.channels_last)
+                      seed=cfg.seed, gradients=Gradients, pairs=cfg.seraena_pairs)
+    seraena = seraena.to(device, memory_format=torch.channels_last)
     sizes = {size for size, *_ in parse_buckets(cfg)}
     try:
         seraena.reserve(*((size, size, size // model.space_factor, size // model.space_factor) for size in sizes))

@@ -94,7 +94,7 @@ class ReplayBuffer:
         return 0 if self.memory is None else self.memory.numel() * self.dtype.itemsize
 
     def reserve(self, shapes, device):
-        """Make room for samples of these shapes, ((c_im, H, W), (c_ctx, h, w)) each, beside those known.
+        """Make room for samples of these shapes, ((c_im, H, W), ..., (c_ctx, h, w)) each, beside those known.
 
         A new shape divides the memory anew, and empties it. ValueError if a part cannot hold a single sample.
         """
@@ -104,11 +104,11 @@ class ReplayBuffer:
         part = self.limit // self.dtype.itemsize // len(shapes)  # numbers
         lengths = [sum(math.prod(s) for s in shape) for shape in shapes]
         if max(lengths) > part:
-            (channels, height, width), _ = shapes[lengths.index(max(lengths))]
+            channels, height, width = shapes[lengths.index(max(lengths))][0]
             size = max(lengths) * self.dtype.itemsize
             raise ValueError(f"replay_bytes={self.limit} cannot hold one sample of each of {len(shapes)} shapes: one "
-                             f"of {channels} channels of {height}x{width} with its context takes {size} bytes, so give "
-                             f"{size * len(shapes)} bytes at least, better room for hundreds")
+                             f"of {channels} channels of {height}x{width} with what belongs to it takes {size} bytes, "
+                             f"so give {size * len(shapes)} bytes at least, better room for hundreds")
         if self.memory is None:
             pin = self.pinned and device.type == "cuda"
             self.memory = torch.empty(self.limit // self.dtype.itemsize, dtype=self.dtype, pin_memory=pin,
@@ -130,12 +130,12 @@ class ReplayBuffer:
         self.counts[shape] = count + free
 
     def draw(self, shape, n, device, generator):
-        """n random rows of this shape, as ([image c_im H W, ...], [context c_ctx h w, ...]), float32 on `device`."""
+        """n random rows of this shape, float32 on `device`: [(image c_im H W, ..., context c_ctx h w), ...]."""
         if n == 0:
-            return [], []
+            return []
         slots = torch.randint(self.counts[shape], (n,), generator=generator).tolist()
         rows = torch.stack([self.parts[shape][slot].to(device, non_blocking=True) for slot in slots]).float()
-        return [list(x.unflatten(1, s)) for x, s in zip(rows.split([math.prod(s) for s in shape], 1), shape)]
+        return list(zip(*(x.unflatten(1, s) for x, s in zip(rows.split([math.prod(s) for s in shape], 1), shape))))
 
     def state(self):
         """[{"shape", "rows"}] on the CPU. Waits for the GPU."""
@@ -145,13 +145,16 @@ class ReplayBuffer:
                 for shape, part in self.parts.items()]
 
     def load(self, state, device):
-        """What `state` gave; of more rows than there is room for now, the first."""
-        self.parts, self.counts = {}, {}
-        self.reserve([s["shape"] for s in state], device)
-        for (shape, part), saved in zip(self.parts.items(), state):
-            rows = saved["rows"][:len(part)]
-            part[:len(rows)].copy_(rows)
-            self.counts[shape] = len(rows)
+        """What `state` gave, of the shapes that are reserved, or all if none is; of more rows than there is room for
+        now, the first."""
+        if not self.parts:
+            self.reserve([s["shape"] for s in state], device)
+        self.counts = dict.fromkeys(self.parts, 0)
+        for saved in state:
+            if (part := self.parts.get(saved["shape"])) is not None:
+                rows = saved["rows"][:len(part)]
+                part[:len(rows)].copy_(rows)
+                self.counts[saved["shape"]] = len(rows)
 
 
 class Seraena(nn.Module):
@@ -167,6 +170,11 @@ class Seraena(nn.Module):
     with equal probability. (Published: fresh ones are the first half of the batch. With a clip's groups in a row, those
     would be the starts of clips.) Replayed samples come from earlier steps.
 
+    pairs: not published. It learns from as many samples (of an odd number of groups, one more), but each fake, fresh or
+    replayed, comes with its own original, for a random half of a micro-batch. What a picture shows is then no hint, and
+    in small batches it learns to tell where it otherwise does not (docs/results.md, "Adversarial stages"). Originals
+    are kept with the fakes, so that replay_bytes hold about half as many samples.
+
     gradients: ranks.Gradients, or a class with the same calls. It averages gradients and BatchNorm's running statistics
     over the ranks, so the discriminator stays equal to the bit, and all skip a step that is not finite on one. None: a
     single process, whose every step counts, as published; ValueError on several ranks. In training mode BatchNorm
@@ -174,13 +182,13 @@ class Seraena(nn.Module):
     """
 
     def __init__(self, c_im, c_ctx, lr=3e-4, betas=(0.9, 0.99), replay_bytes=512 << 20, replay_dtype=torch.bfloat16,
-                 replay_device="same", seed=0, gradients=None):
+                 replay_device="same", seed=0, gradients=None, pairs=False):
         super().__init__()
         if gradients is None and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError("on several ranks Seraena needs gradients=Gradients, the class in ranks.py")
         if replay_device not in ("same", "pinned"):
             raise ValueError(f"replay_device is {replay_device!r}: it is 'same' (as the discriminator) or 'pinned'")
-        self.c_im, self.c_ctx = c_im, c_ctx
+        self.c_im, self.c_ctx, self.pairs = c_im, c_ctx, pairs
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.disc = PatchDiscriminator(c_im, c_ctx)
@@ -196,7 +204,8 @@ class Seraena(nn.Module):
 
         ValueError if the budget is too small for one sample of each; without this call, `targets` raises it.
         """
-        self.replay.reserve([((self.c_im, *size[:2]), (self.c_ctx, *size[2:])) for size in sizes], self.device())
+        self.replay.reserve([((self.c_im, *size[:2]),) * (1 + self.pairs) + ((self.c_ctx, *size[2:]),)
+                             for size in sizes], self.device())
 
     def device(self):
         return self.disc.proj[0].weight.device
@@ -309,22 +318,19 @@ class Seraena(nn.Module):
         return -gradient / (gradient.std(correction=0) + eps)
 
     def learn(self, real, fake, context, share):
-        """Adds up the gradient of the discriminator's loss * share, and keeps the fakes for `step` to store."""
-        shape = (tuple(fake.shape[1:]), tuple(context.shape[1:]))
-        self.replay.reserve([shape], fake.device)
+        """Adds up the gradient of the discriminator's loss * share, and keeps the fakes, with `pairs` the originals
+        too, for `step` to store."""
         # In range and without NaN: a bad step must not come back as a replayed sample.
-        rows = [x.nan_to_num().clamp(*limits).flatten(1) for x, limits in ((fake, (-1, 2)), (context, (-1e3, 1e3)))]
-        self.pending.append((shape, torch.cat(rows, 1).to(self.replay.dtype)))
-        # Chance is the host's, and so is the choice: on the device it would be a mask, and unused samples to fetch.
-        chance = torch.rand(len(real), generator=self.generator).tolist()
-        fresh = [i for i, x in enumerate(chance) if x < (0.25 if self.replay.counts[shape] else 0.5)]
-        kept = [i for i, x in enumerate(chance) if x >= 0.5]
-        replayed = self.replay.draw(shape, len(chance) - len(fresh) - len(kept), fake.device, self.generator)
-        images = torch.stack([*(fake[i] for i in fresh), *replayed[0], *(real[i] for i in kept)])
-        contexts = torch.stack([*(context[i] for i in fresh), *replayed[1], *(context[i] for i in kept)])
-        fakes = len(chance) - len(kept)
+        kept = [(fake, (-1, 2)), *([(real, (-1, 2))] if self.pairs else []), (context, (-1e3, 1e3))]
+        shape = tuple(tuple(x.shape[1:]) for x, _ in kept)
+        self.replay.reserve([shape], fake.device)
+        rows = torch.cat([x.nan_to_num().clamp(*limits).flatten(1) for x, limits in kept], 1)
+        self.pending.append((shape, rows.to(self.replay.dtype)))
+        fakes, originals = (self.choose_pairs if self.pairs else self.choose)(shape, real, fake, context)
+        images, contexts = (torch.stack(x) for x in zip(*fakes, *originals))
+        n = len(fakes)
         wanted = images.new_ones(len(images), 1, 1, 1)
-        wanted[fakes:].fill_(-1)
+        wanted[n:].fill_(-1)
         self.disc.train()
         with torch.enable_grad():
             scores = self.scores(images, contexts)
@@ -332,11 +338,30 @@ class Seraena(nn.Module):
             (loss * share).backward(inputs=list(self.disc.parameters()))
         scores, loss = scores.detach(), loss.detach()
         each = scores.mean((1, 2, 3))
-        self.sums[:3] += torch.stack([loss * share, each[fakes:].sum(), each[:fakes].sum()])
-        self.sums[3] += len(kept)
-        self.sums[4] += fakes
+        self.sums[:3] += torch.stack([loss * share, each[n:].sum(), each[:n].sum()])
+        self.sums[3] += len(originals)
+        self.sums[4] += n
         return {"disc_loss": loss, "disc_in": images, "disc_in_ctx": contexts, "disc_pred": scores,
                 "disc_targets": wanted.expand(scores.shape)}
+
+    # Chance is the host's, and so is the choice: on the device it would be a mask, and unused samples to fetch.
+
+    def choose(self, shape, real, fake, context):
+        """What to learn from, as published: ([(fake, context), ...], [(original, context), ...])."""
+        chance = torch.rand(len(real), generator=self.generator).tolist()
+        fresh = [i for i, x in enumerate(chance) if x < (0.25 if self.replay.counts[shape] else 0.5)]
+        kept = [i for i, x in enumerate(chance) if x >= 0.5]
+        replayed = self.replay.draw(shape, len(chance) - len(fresh) - len(kept), fake.device, self.generator)
+        return [*((fake[i], context[i]) for i in fresh), *replayed], [(real[i], context[i]) for i in kept]
+
+    def choose_pairs(self, shape, real, fake, context):
+        """The same, each fake with its original: for half of the groups, rounded up."""
+        some = torch.randperm(len(real), generator=self.generator)[:(len(real) + 1) // 2].tolist()
+        chance = torch.rand(len(some), generator=self.generator).tolist()
+        fresh = [i for i, x in zip(some, chance) if x < 0.5 or not self.replay.counts[shape]]
+        replayed = self.replay.draw(shape, len(some) - len(fresh), fake.device, self.generator)
+        triples = [*((fake[i], real[i], context[i]) for i in fresh), *replayed]
+        return [(one, its) for one, _, its in triples], [(one, its) for _, one, its in triples]
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -364,14 +389,13 @@ class Seraena(nn.Module):
         return {"generator": self.generator.get_state(), "replay": self.replay.state() if with_replay else None}
 
     def load_rank_state(self, state):
-        """What rank_state gave. Call it after moving the module to its device. ValueError for anything else,
-        after which nothing is replayed that was before."""
-        shapes = [*self.replay.parts]
+        """What rank_state gave. Call it after moving the module to its device. Samples of sizes other than those
+        reserved, or of a run with other `pairs`, are left out. ValueError for anything else, after which nothing is
+        replayed that was before."""
         try:
             self.generator.set_state(state["generator"].cpu())
             if state["replay"] is not None:
-                self.replay.load(state["replay"], self.device())
+                self.replay.load([x for x in state["replay"] if len(x["shape"]) == 2 + self.pairs], self.device())
         except (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError) as error:
-            self.replay.parts, self.replay.counts = {}, {}
-            self.replay.reserve(shapes, self.device())
+            self.replay.counts = dict.fromkeys(self.replay.parts, 0)
             raise ValueError(f"it holds no state of a rank ({type(error).__name__}: {error})") from None

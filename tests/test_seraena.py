@@ -193,6 +193,51 @@ def test_half_originals_a_quarter_fresh_a_quarter_replayed_each_with_its_own_con
     assert abs(original - 0.5) < 0.08 and abs(fresh - 0.25) < 0.08 and abs(old - 0.25) < 0.08
 
 
+def test_in_pairs_every_fake_fresh_or_replayed_comes_with_its_original_and_its_context():
+    seraena = make(pairs=True, replay_bytes=1 << 24, replay_dtype=torch.float32)
+    values = 0.1 + 0.8 * torch.rand(63, 1, 1, 1)
+    image, context = values.expand(63, 9, 16, 16), values.expand(63, 4, 2, 2)
+    shares = []
+    for step in range(6):  # originals are 0.5 brighter than their context, fakes a quarter of it; context of step n: + n
+        seraena.begin()
+        debug = seraena.learn(image + 0.5, image / 4, context + step, 1.0)
+        seraena.step()
+        pictures, contexts, wanted = (debug[k].mean((1, 2, 3)) for k in ("disc_in", "disc_in_ctx", "disc_targets"))
+        assert (wanted[:32] == 1).all() and (wanted[32:] == -1).all() and len(wanted) == 64, "half of 63, rounded up"
+        assert torch.equal(contexts[:32], contexts[32:])
+        assert torch.allclose(pictures[:32], contexts[:32] % 1 / 4, atol=1e-4)
+        assert torch.allclose(pictures[32:], contexts[32:] % 1 + 0.5, atol=1e-4)
+        fresh = contexts[:32] >= step
+        assert step > 0 or fresh.all()
+        shares.append(fresh.float().mean().item())
+        assert len(contexts[:32][fresh].unique()) == fresh.sum(), "no group twice"
+    assert abs(sum(shares[1:]) / 5 - 0.5) < 0.15
+    assert seraena.replay.counts == {(SHAPE[0], *SHAPE): 6 * 63}
+    kept = copied(seraena.rank_state())
+    other = make(pairs=False)
+    other.load_rank_state(kept)
+    one_step(other)
+    assert other.replay.counts == {SHAPE: 4}, "samples of the other kind are left out"
+    resumed = make(pairs=True, replay_bytes=1 << 24, replay_dtype=torch.float32)
+    resumed.load_rank_state(kept)
+    assert same(resumed.rank_state(), seraena.rank_state())
+
+
+@pytest.mark.slow
+def test_in_pairs_small_batches_tell_blurred_pictures_from_sharp_ones_sooner():
+    """Pictures of random brightness and contrast, blurred or not, four at a time: what a fixed number of steps brings."""
+    def losses(pairs):
+        torch.manual_seed(1)
+        seraena = make(pairs=pairs, replay_bytes=1 << 24)
+        found = []
+        for _ in range(40):
+            real = torch.rand(4, 3, 3, 16, 16) * torch.rand(4, 1, 1, 1, 1) + torch.rand(4, 1, 1, 1, 1)
+            fake = F.avg_pool2d(F.pad(real.flatten(0, 1), (1, 1, 1, 1), "replicate"), 3, 1).view_as(real)
+            found.append(one_step(seraena, real, fake, torch.zeros(4, 1, 4, 2, 2))[1]["disc_loss"].item())
+        return sum(found[-20:]) / 20
+    assert losses(pairs=True) < losses(pairs=False) - 0.05
+
+
 def test_micro_batches_add_up_to_their_mean():
     """With BatchNorm in the way, of equal halves: each gives the gradient that the whole step has."""
     data = batch(clips=4)
@@ -368,7 +413,7 @@ def test_rows_come_back_as_they_went_in():
     buffer.add(shape, torch.cat([images.flatten(1), contexts.flatten(1)], 1).half(), generator)
     drawn = buffer.draw(shape, 40, torch.device("cpu"), generator)
     found = set()
-    for image, context in zip(*drawn):
+    for image, context in drawn:
         i = (images - image).abs().sum((1, 2, 3)).argmin().item()
         assert torch.equal(image, images[i].half().float()) and torch.equal(context, contexts[i].half().float())
         found.add(i)
@@ -399,6 +444,15 @@ def test_resume_with_the_replay_is_exact_and_without_goes_on():
     smaller = make(replay_bytes=6 * SAMPLE)
     smaller.load_rank_state(rank)
     assert smaller.replay.counts == {SHAPE: 6}
+    reserved = make(replay_bytes=14 * SAMPLE)
+    reserved.reserve((32, 24, 4, 3))
+    reserved.load_rank_state(rank)
+    assert list(reserved.replay.parts) == [((9, 32, 24), (4, 4, 3))], "samples of another size take no memory"
+    assert reserved.replay.counts == {((9, 32, 24), (4, 4, 3)): 0}
+    both = make(replay_bytes=14 * SAMPLE)
+    both.reserve((16, 16, 2, 2), (32, 24, 4, 3))
+    both.load_rank_state(rank)
+    assert both.replay.counts == {SHAPE: 7, ((9, 32, 24), (4, 4, 3)): 0}
     with pytest.raises(ValueError, match="another discriminator .disc.blocks.0.0.weight differs"):
         make(c_im=6).load_training_state(training)
 
