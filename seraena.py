@@ -170,10 +170,10 @@ class Seraena(nn.Module):
     with equal probability. (Published: fresh ones are the first half of the batch. With a clip's groups in a row, those
     would be the starts of clips.) Replayed samples come from earlier steps.
 
-    pairs: not published. It learns from as many samples (of an odd number of groups, one more), but each fake, fresh or
-    replayed, comes with its own original, for a random half of a micro-batch. What a picture shows is then no hint, and
-    in small batches it learns to tell where it otherwise does not (docs/results.md, "Adversarial stages"). Originals
-    are kept with the fakes, so that replay_bytes hold about half as many samples.
+    pairs: not published. Each fake, fresh or replayed with equal probability, comes with its own original, so it learns
+    from twice as many samples. What a picture shows is then no hint, and in small batches it learns to tell where it
+    otherwise does not (docs/results.md, "Adversarial stages"). Originals are kept with the fakes, so that replay_bytes
+    hold about half as many samples.
 
     gradients: ranks.Gradients, or a class with the same calls. It averages gradients and BatchNorm's running statistics
     over the ranks, so the discriminator stays equal to the bit, and all skip a step that is not finite on one. None: a
@@ -355,11 +355,10 @@ class Seraena(nn.Module):
         return [*((fake[i], context[i]) for i in fresh), *replayed], [(real[i], context[i]) for i in kept]
 
     def choose_pairs(self, shape, real, fake, context):
-        """The same, each fake with its original: for half of the groups, rounded up."""
-        some = torch.randperm(len(real), generator=self.generator)[:(len(real) + 1) // 2].tolist()
-        chance = torch.rand(len(some), generator=self.generator).tolist()
-        fresh = [i for i, x in zip(some, chance) if x < 0.5 or not self.replay.counts[shape]]
-        replayed = self.replay.draw(shape, len(some) - len(fresh), fake.device, self.generator)
+        """The same, each fake with its original."""
+        chance = torch.rand(len(real), generator=self.generator).tolist()
+        fresh = [i for i, x in enumerate(chance) if x < 0.5 or not self.replay.counts[shape]]
+        replayed = self.replay.draw(shape, len(real) - len(fresh), fake.device, self.generator)
         triples = [*((fake[i], real[i], context[i]) for i in fresh), *replayed]
         return [(one, its) for one, _, its in triples], [(one, its) for _, one, its in triples]
 

@@ -203,14 +203,14 @@ def test_in_pairs_every_fake_fresh_or_replayed_comes_with_its_original_and_its_c
         debug = seraena.learn(image + 0.5, image / 4, context + step, 1.0)
         seraena.step()
         pictures, contexts, wanted = (debug[k].mean((1, 2, 3)) for k in ("disc_in", "disc_in_ctx", "disc_targets"))
-        assert (wanted[:32] == 1).all() and (wanted[32:] == -1).all() and len(wanted) == 64, "half of 63, rounded up"
-        assert torch.equal(contexts[:32], contexts[32:])
-        assert torch.allclose(pictures[:32], contexts[:32] % 1 / 4, atol=1e-4)
-        assert torch.allclose(pictures[32:], contexts[32:] % 1 + 0.5, atol=1e-4)
-        fresh = contexts[:32] >= step
+        assert (wanted[:63] == 1).all() and (wanted[63:] == -1).all() and len(wanted) == 126
+        assert torch.equal(contexts[:63], contexts[63:])
+        assert torch.allclose(pictures[:63], contexts[:63] % 1 / 4, atol=1e-4)
+        assert torch.allclose(pictures[63:], contexts[63:] % 1 + 0.5, atol=1e-4)
+        fresh = contexts[:63] >= step
         assert step > 0 or fresh.all()
         shares.append(fresh.float().mean().item())
-        assert len(contexts[:32][fresh].unique()) == fresh.sum(), "no group twice"
+        assert len(contexts[:63][fresh].unique()) == fresh.sum(), "no group twice"
     assert abs(sum(shares[1:]) / 5 - 0.5) < 0.15
     assert seraena.replay.counts == {(SHAPE[0], *SHAPE): 6 * 63}
     kept = copied(seraena.rank_state())
