@@ -150,11 +150,12 @@ class ReplayBuffer:
         if not self.parts:
             self.reserve([s["shape"] for s in state], device)
         self.counts = dict.fromkeys(self.parts, 0)
-        for saved in state:
-            if (part := self.parts.get(saved["shape"])) is not None:
-                rows = saved["rows"][:len(part)]
-                part[:len(rows)].copy_(rows)
-                self.counts[saved["shape"]] = len(rows)
+        for shape, rows in ((saved["shape"], saved["rows"]) for saved in state):
+            if rows.shape[1:] != (sum(map(math.prod, shape)),):
+                raise ValueError(f"its rows of {tuple(rows.shape[1:])} numbers are no samples of {shape}")
+            if (part := self.parts.get(shape)) is not None:
+                count = self.counts[shape] = min(len(rows), len(part))
+                part[:count].copy_(rows[:count])
 
 
 class Seraena(nn.Module):
