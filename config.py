@@ -316,11 +316,10 @@ def load_config(arguments):
     unfitted = ("init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
                 or values.get("variant", "").endswith(("super", "wide", "h3")))  # fit_taehv.can_fit
     # The preset's are for an encoder that learns latents alone, the last one for fresh weights that are fitted to them.
-    senseless = dict(own_share=alone, encoder_lr_factor=alone, latents_lr_factor=alone or unfitted,
-                     **dict.fromkeys(fixed_by_cache(values), True))
-    for key in senseless:
-        if senseless[key] and key not in given:
-            values.pop(key, None)
+    senseless = {*fixed_by_cache(values), *(["own_share", "encoder_lr_factor"] if alone else []),
+                 *(["latents_lr_factor"] if alone or unfitted else [])}
+    for key in senseless - given:
+        values.pop(key, None)
     config = Config(**values)
     config.name = config.name or preset
     if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):
@@ -563,9 +562,9 @@ def check_caches(config):
         raise ConfigError(f"clips_per_open={config.clips_per_open} with {name}: no video is opened; leave it out "
                           "(latent_cache.py has --clips-per-open)")
     if not cached and (config.decoder_input == "teacher" or config.encoder_weight > 0):
-        name = ("decoder_input=teacher" if config.decoder_input == "teacher"
-                else f"encoder_weight={config.encoder_weight}")
-        raise ConfigError(f"{name} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
+        setting = ("decoder_input=teacher" if config.decoder_input == "teacher"
+                   else f"encoder_weight={config.encoder_weight}")
+        raise ConfigError(f"{setting} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
 
 
 def check_learning(config):

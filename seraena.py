@@ -147,12 +147,14 @@ class ReplayBuffer:
     def load(self, state, device):
         """What `state` gave, of the shapes that are reserved, or all if none is; of more rows than there is room for
         now, the first."""
-        if not self.parts:
-            self.reserve([s["shape"] for s in state], device)
-        self.counts = dict.fromkeys(self.parts, 0)
-        for shape, rows in ((saved["shape"], saved["rows"]) for saved in state):
+        samples = [(saved["shape"], saved["rows"]) for saved in state]
+        for shape, rows in samples:
             if rows.shape[1:] != (sum(map(math.prod, shape)),):
                 raise ValueError(f"its rows of {tuple(rows.shape[1:])} numbers are no samples of {shape}")
+        if not self.parts:
+            self.reserve([shape for shape, _ in samples], device)
+        self.counts = dict.fromkeys(self.parts, 0)
+        for shape, rows in samples:
             if (part := self.parts.get(shape)) is not None:
                 count = self.counts[shape] = min(len(rows), len(part))
                 part[:count].copy_(rows[:count])
