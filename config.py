@@ -51,13 +51,13 @@ class Config:
     val_clips: int = 64             # number of validation clips at most
     val_size: int = 0               # height and width of validation clips, pixels; 0: size, or the first bucket's
     max_val_images: int = 0         # number of frames in all validation clips at most; 0: no limit
-    val_metrics: str = ""           # metrics that validation adds to MSE, PSNR, SSIM and sharpness: lpips (of AlexNet),
-                                    # fid, or both as lpips,fid
+    val_metrics: str = ""           # metrics that validation adds to MSE, PSNR, SSIM, sharpness and flicker: lpips (of
+                                    # AlexNet), fid, or both as lpips,fid
     best_by: Literal["psnr", "ssim", "mse", "lpips"] = "psnr"
-                                    # validation metric that chooses best.pt (lpips needs val_metrics=lpips). Where the
-                                    # model learns a teacher's latents, the pictures are decoded from the teacher's
-                                    # latents, and the lowest product (error of these pictures) x (error of the
-                                    # encoder's latents) is best; a half that is not trained is left out of it
+                                    # validation metric that chooses best.pt (lpips needs val_metrics=lpips). With a
+                                    # teacher's latents: the lowest product of two errors, that of the pictures decoded
+                                    # from them and that of the encoder's latents; a half that is not trained does not
+                                    # count
     val_clips_per_video: int = 2    # number of validation clips cut from each video, always the same ones
     size: int = 128                 # height and width of training clips, pixels
     frames: int = 12                # number of frames in a clip; 1: images; taecvx takes 8k or 8k + 1
@@ -104,8 +104,8 @@ class Config:
     decoder_input: Literal["own", "teacher"] = "own"
                                     # latents that the decoder learns from: its own encoder's, or the teacher's in the
                                     # latent cache
-    own_share: float = 0.0          # decoder_input=teacher: chance with which a clip's latents are the own encoder's
-                                    # all the same, which does not learn from them
+    own_share: float = 0.0          # decoder_input=teacher: probability that a clip is decoded from the own encoder's
+                                    # latents instead (the encoder does not learn from it)
     pixel_weight: float = 1.0       # weight of the pixel loss
     pixel_loss: Literal["l1", "l2", "charbonnier", "l1+l2"] = "l1"
                                     # distance of pixels in [0, 1] that the pixel loss averages (l1+l2 is |d| + 2 d^2)
@@ -179,7 +179,8 @@ class Config:
     log_every: int = 10             # number of steps from one log line to the next
     val_every: int = 500            # number of steps from one validation to the next
     save_every: int = 500           # number of steps from one checkpoint to the next
-    keep_last: int = 3              # number of newest checkpoints that are kept, besides the best
+    keep_last: int = 3              # number of newest checkpoints that are kept, besides best.pt and the newest one
+                                    # from before the loss went wrong
 
 
 # What several presets share: the settings of published trainers. Those count pixels on [-1, 1], ours on [0, 1]: their
@@ -227,7 +228,7 @@ PRESETS = {
     # A TAEHV from scratch on your own videos. Squared errors, as in the published notebook: in short runs they bring
     # more PSNR and SSIM than l1, at the same sharpness (docs/results.md).
     "taehv": dict(max_steps=50000, batch_size=8, pixel_loss="l2"),
-    # The same with 3.3 M parameters in the place of 11.3 M, for minutes and hours of a CPU: add max_minutes=25, say.
+    # 3.3 M parameters in the place of 11.3 M, and clips of 64 px, for minutes and hours of a CPU: add max_minutes=25.
     # Small crops and squared errors learn most in a short time (docs/results.md).
     "taehv_small": dict(size=64, batch_size=4, pixel_loss="l2", warmup_steps=50, max_steps=50000,
                         net=dict(encoder_widths=(32, 32, 48, 48), decoder_widths=(128, 64, 48, 32))),
@@ -243,15 +244,18 @@ PRESETS = {
     # they are fitted, at eight times that (docs/results.md).
     "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25,
                           encoder_lr_factor=3.0, latents_lr_factor=8.0, pixel_loss="l2"),
-    # The same with the adversarial corrector: sharper, at a lower PSNR. Best from a distilled model: init_from=... .
+    # A second stage for a distilled model, with the adversarial corrector: sharper, at a lower PSNR. Add
+    # init_from=runs/tiny train_encoder=false .
     # Weights as in madebyollin/seraena's notebook: squared errors of the latents, of pixels and to the corrected
     # frames, each 1. Corrections have unit deviation: they pull 14 times as hard as pixels that are 0.07 off. Ours
     # departs: a cosine with warm-up, gradients clipped, 4 clips (there constant, unclipped, 16), 512 MB of replayed
     # samples (there 16 384, which is 2.5 GB at 64 px).
     "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, pixel_loss="l2",
                           seraena_weight=1.0),
-    # Published weights on your own domain: add init_from=taew2_1 (or a file).
-    "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200, pixel_loss="l2"),
+    # A published decoder on your own domain: add init_from=taew2_1 (or a file). The encoder stays as it is, so the
+    # latents are still the diffusion model's; train_encoder=true gives them up.
+    "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200, pixel_loss="l2",
+                           train_encoder=False),
     # Tokenizers of single frames (f16, 1024 codes), of videos or of images. LPIPS from the start, the PatchGAN later.
     # vqgan_ema has a quantizer of ours in taming's recipe, vqvae2_optvq OptVQ's in vvvm23's.
     "vqgan": dict(VQGAN, net=dict(quantizer="vq")),
@@ -519,9 +523,9 @@ def check_model(config):
             raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
         if not config.latent_cache:
             raise ConfigError("model=vq_latents needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
-    if config.init == "pytorch" and (model != "taehv" or config.init_from):
+    if config.init != "clips" and (model != "taehv" or config.init_from):
         given = f"init_from={config.init_from}" if config.init_from else f"model={model}"
-        raise ConfigError(f"init=pytorch with {given}: it is for a taehv from scratch")
+        raise ConfigError(f"init={config.init} with {given}: it is for a taehv from scratch; leave it out")
     for key in ("variant", "patch_size", "latent_channels"):
         if getattr(config, key) and model not in ("taehv", "vq_latents"):
             raise ConfigError(f"{key}={getattr(config, key)} with model={model}: it is for a taehv; leave it out")
@@ -674,7 +678,8 @@ def may_be_large(config):
 
 def usage():
     """What --help prints: presets, then every setting with its default, its choices and its comment in Config."""
-    lines = ["python train.py [PRESET or runs/NAME/config.json] [key=value ...]", "", "presets:"]
+    lines = ["python train.py [PRESET or runs/NAME/config.json] [key=value ...]", "",
+             'Without a preset: demo. What each is for: README.md, "Presets".', "", "presets:"]
     for name, values in PRESETS.items():
         items = [(k, v) for k, v in values.items() if k != "net"]
         items += [(f"net.{k}", v) for k, v in values.get("net", {}).items()]

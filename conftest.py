@@ -250,7 +250,7 @@ def sums_are_channels_last(monkeypatch):
 
 COMMON = "workers=0 val_fraction=0 warmup_steps=2 schedule=constant precision=fp32 device=cpu log_every=1".split()
 COMMON += "save_every=100 val_every=100 color_jitter=0.1 perceptual_weight=0 gan_ramp=2 gan_start=0".split()
-COMMON += ["init=colours"]  # init=clips reads 48 clips first
+SCRATCH = ["taehv", "init=colours"]  # init=clips reads 48 clips first
 NET = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
 CODES = [*COMMON, *NET.split(), "net.embed_dim=8", "batch_size=2"]
 FRAMES = ["vqgan_ema", *CODES, *"net.n_embed=16 net.kmeans_init=false net.restart_below=0 size=16 gan_weight=0".split()]
@@ -260,7 +260,7 @@ BATCH_NORM += [*"net.embed_dim=4 net.nb_entries=8 net.scaling_rates=(4,2) size=1
 NEEDS = {"taehv_finetune": ["init_from=FILE.pth"], "vq_latents": ["init_from=FILE.pth", "latent_cache=FOLDER"],
          "taehv_distill": ["latent_cache=FOLDER"], "taehv_seraena": ["latent_cache=FOLDER"]}
 NARROW = ["net.encoder_widths=32,32,32,32", "net.decoder_widths=64,32,32,32"]  # for what width has no part in
-PLAIN = ["taehv", "size=16", "frames=4", "batch_size=1", *COMMON]
+PLAIN = [*SCRATCH, "size=16", "frames=4", "batch_size=1", *COMMON]
 SERAENA = [*PLAIN, "seraena_weight=0.5", "seraena_replay_mb=2", *NARROW]
 
 

@@ -123,7 +123,7 @@ def find_sources(data, data_root="", only_images=False):
             raise DataError(f"data: no image ({' '.join(IMAGE_SUFFIXES)}) in {data!r}, and use_images=true")
         return images
     if not data:
-        raise DataError("no data given: a folder, a file, an annotation .json or a table .csv is wanted")
+        raise DataError("no data given: set data= to a folder, a file, an annotation .json or a table .csv")
     if not os.path.exists(data):
         raise DataError(f"data: {data!r} does not exist")
     if os.path.isdir(data):

@@ -1,8 +1,8 @@
 """Write a model's weights as another program wants them: file name, keys, type of numbers, settings.
 
-    python export.py runs/mine --to comfyui                     # lighttaew2_1.safetensors, for models/vae_approx/
-    python export.py runs/mine --to diffusers --out folder      # for AutoencoderTinyVideo.from_pretrained
-    python export.py runs/mine --to sdcpp --dtype fp16          # for sd-cli --tae FILE
+    python export.py runs/tiny --to comfyui     # of variant taew2_1: lighttaew2_1.safetensors, for models/vae_approx/
+    python export.py runs/tiny --to diffusers --out folder      # for AutoencoderTinyVideo.from_pretrained
+    python export.py runs/tiny --to sdcpp --dtype fp16          # for sd-cli --tae FILE
     python export.py runs/tok --to safetensors                  # any model here, with its settings inside
     python export.py runs/mine --to onnx                        # one step of the decoder and of the encoder, with state
 
@@ -23,6 +23,7 @@ from checkpoint import CheckpointError, first_line, not_finite, write_all
 from diffusers_names import to_diffusers
 from model_taehv import RELATIVES, TAEHV, config_of, settle
 from screen import ending_in_one_line, guard_screen, one_line
+from untrusted import SETTINGS, read_json
 from weights_file import ExportError, as_pth, as_safetensors, folder_for, name_of
 
 STEPS = (export_step.DecoderStep, export_step.EncoderStep)
@@ -100,6 +101,27 @@ def refuse(model, target, known, reasons, own_shape=True):
     if own and own_shape:
         raise ExportError(f"{target} knows {model.variant} in its published shape alone, and this one has "
                           f"{', '.join(own)}")
+
+
+def check_latents(options):
+    """A warning, or "", for a run whose latents no diffusion model may give, by the config.json of its folder.
+    ExportError where the program decodes nothing but a diffusion model's latents."""
+    folder = options.checkpoint if os.path.isdir(options.checkpoint) else os.path.dirname(options.checkpoint)
+    try:
+        settings = read_json(os.path.join(folder or ".", "config.json"), SETTINGS)
+    except (OSError, ValueError):
+        return ""
+    if (not os.path.exists(options.checkpoint) or not isinstance(settings, dict) or settings.get("model") != "taehv"
+            or not settings.get("train_encoder") or settings.get("latent_cache")):
+        return ""
+    if settings.get("init_from"):
+        return (f"warning: this run began with {settings['init_from']}, but its encoder learned on without a teacher: "
+                "its latents are no longer quite those")
+    if options.to in ("comfyui", "lightx2v", "sdcpp"):
+        raise ExportError(f"{options.to} decodes a diffusion model's latents, and this run's encoder learned its own, "
+                          "without a teacher: distil one (docs/distil.md), or go on from published weights with "
+                          "train.py taehv_finetune")
+    return "note: its latents are its own, no published diffusion model gives them"
 
 
 def dtype_of(options, allowed, why=""):
@@ -288,6 +310,7 @@ def run(options):
     OSError."""
     model, words = models.load_model(options.checkpoint, options.variant)
     print(f"{options.checkpoint}: {words}")
+    warning = check_latents(options)
     make, paths, lines = TARGETS[options.to](model, options)
     for path in paths:
         if os.path.isdir(path) or os.path.lexists(path) and not options.force:
@@ -295,7 +318,7 @@ def run(options):
     with folder_for(os.path.dirname(paths[0]) or "."):
         write_all(make(), paths)
     print("wrote", *paths)
-    print(*lines, sep="\n")
+    print(*lines, *filter(None, [warning]), sep="\n")
 
 
 def parse(arguments=None):

@@ -2,11 +2,11 @@
 
     python infer.py runs/mine videos/                      # a run folder, a checkpoint, or published weights (.pth)
     python infer.py taew2_1 a.mp4 b.mkv --out results      # published weights by name: downloaded once
-    python infer.py runs/mine a.mp4 --save-latents         # writes results/latents/a.latents.npz ...
-    python infer.py runs/mine a.latents.npz                # ... and decodes it
-    python infer.py runs/vqgan a.mp4 --save-tokens         # compresses: writes results/tokens/a.tokens ...
-    python infer.py runs/vqgan a.tokens                    # ... and restores it
-    python infer.py runs/rvq a.tokens --levels 2           # ... or coarsely, from the first levels of its codes
+    python infer.py runs/mine a.mp4 --save-latents         # writes inference_results/latents/a.latents.npz ...
+    python infer.py runs/mine inference_results/latents/a.latents.npz              # ... and decodes it
+    python infer.py runs/vqgan a.mp4 --save-tokens         # compresses: writes inference_results/tokens/a.tokens ...
+    python infer.py runs/vqgan inference_results/tokens/a.tokens                   # ... and restores it
+    python infer.py runs/rvq a.tokens --levels 2           # from the first two levels of a residual quantizer: coarser
     python infer.py runs/mine a.mp4 --max-frames 48 --teacher taehv:taew2_1.pth    # beside its teacher
     python infer.py diffusers:AutoencoderKLWan:FOLDER a.mp4          # a teacher itself, a few frames at a time
 
@@ -256,7 +256,8 @@ def parse(arguments=None):
     parser.add_argument("--levels", type=int, metavar="K",
                         help="only the first K levels of a residual quantizer's codes, in making tokens or in decoding "
                              f"them: fewer bits, coarser; with --save-tokens also cuts *{TOKENS} to K levels")
-    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), help="its backbone (%(default)s)")
+    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), 
+                        help="network that LPIPS looks through, none: no LPIPS (%(default)s)")
     parser.add_argument("--targets", nargs="?", default=judge.TARGETS, const=judge.TARGETS, metavar="LIST",
                         help="marks each input and the mean as having met or missed them; mse, psnr, ssim, lpips, "
                              "flicker, or 'none' (default: %(default)s)")

@@ -588,30 +588,35 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"latent_cache.py: {one_line(message)}\n")  # without lines of usage
     parser.add_argument("--teacher", required=True, metavar="SPEC", help=f"{KINDS}; none for clips without latents")
-    parser.add_argument("--data", required=True, help="folder, file or annotation .json, as train.py's data=")
+    parser.add_argument("--data", required=True,
+                        help="folder, file, annotation .json or table .csv, as train.py's data=")
     parser.add_argument("--data-root", default="", help="folder that an annotation's paths are relative to")
     parser.add_argument("--out", required=True, help="folder of the cache")
-    parser.add_argument("--clips", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument("--clips", type=int, required=True, metavar="N", help="number of clips in the cache")
     parser.add_argument("--size", type=int, default=128, help="height and width, pixels (%(default)s)")
     parser.add_argument("--frames", type=int, default=12,
                         help="frames per clip (%(default)s); CogVideoX takes 8k or 8k + 1, LTX 8k + 1")
     parser.add_argument("--min-frame-delta", type=int, default=1, help="spacing of frames: from this (%(default)s) ...")
     parser.add_argument("--max-frame-delta", type=int, default=5, help="... to this (%(default)s)")
     parser.add_argument("--random-crop", action=argparse.BooleanOptionalAction, default=True,
-                        help="a random square, resized; off: the largest centred one")
-    parser.add_argument("--min-crop", type=float, default=0.0, help="its smallest side, as a part of the shorter edge")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="left-right, half of them")
+                        help="cut random squares and resize them; off: the largest centred one")
+    parser.add_argument("--min-crop", type=float, default=0.0, 
+                        help="smallest side of a random square, as a fraction of the video's shorter side")
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                        help="mirror half of the clips left to right")
     parser.add_argument("--clips-per-open", type=int, default=0, metavar="N",
                         help="clips cut from a video each time it is opened; 0: 1, or 4 without a teacher")
-    parser.add_argument("--latent-dtype", choices=sorted(STORED), default="float16", help="stored (%(default)s)")
+    parser.add_argument("--latent-dtype", choices=sorted(STORED), default="float16",
+                        help="number format of the stored latents (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="clips that the teacher sees at once (%(default)s)")
     parser.add_argument("--shard-clips", type=int, default=256, help="clips per shard, made whole (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="which clips (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the clips (%(default)s)")
     parser.add_argument("--max-pixels", type=int, default=datasets.MAX_PIXELS, metavar="N",
                         help="files whose frames have more are passed over (%(default)s)")
     parser.add_argument("--workers", type=int, default=-1, help="data processes per rank; -1: by the number of cores")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the teacher")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
+                        help="number format of the teacher's computation")
     options = parser.parse_args(arguments)
     delta = options.min_frame_delta
     for name, (least, most) in dict(clips=(1, 10 ** 7), size=(16, 2 ** 14), frames=(1, 2 ** 16),

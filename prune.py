@@ -66,7 +66,12 @@ def find_samples(options, model):
         found.append(clips.share(0, 1, lambda notes: None) if len(clips) else [])
         if not found[-1]:
             raise PruneError(f"{some[0].path}: no clip of {options.frames} frames can be read there")
-    return *found, f"taehv_finetune data={shlex.quote(options.data)}"
+    return *found, f"{preset_for(options)} data={shlex.quote(options.data)}"
+
+
+def preset_for(options):
+    """train.py's preset for what was cut, from videos alone: an encoder that was cut has to learn as well."""
+    return "taehv_finetune" if options.part == "decoder" else "taehv_finetune train_encoder=true"
 
 
 def check_frames(model, frames):
@@ -100,7 +105,7 @@ def cached_samples(options, model):
     found = [(ValCuts(one, clips, one.size, one.frames, limit) if plain else CachedClips(one, clips, limit=limit)
               ).share(0, 1, None)
              for one, clips, limit in ((cache, mine, options.clips), (other, held_out, options.val_clips))]
-    preset = f"taehv_finetune clip_cache={shlex.quote(options.data)}" if plain else (
+    preset = f"{preset_for(options)} clip_cache={shlex.quote(options.data)}" if plain else (
         f"taehv_distill latent_cache={shlex.quote(options.data)}")
     other_half = {"both": "", "decoder": " train_encoder=false", "encoder": " train_decoder=false"}[options.part]
     return *found, f"{preset} size={cache.size} frames={cache.frames}{'' if plain else other_half}"
@@ -173,7 +178,7 @@ def run(options):
         raise PruneError(f"--size {options.size}: {model.variant} takes multiples of {model.space_factor}")
     device = pick_device(options.device)
     with folder_for(os.path.dirname(out) or "."):
-        samples, held_out, settings = [], [], "taehv_finetune data=..."
+        samples, held_out, settings = [], [], f"{preset_for(options)} data=..."
         if options.data:
             samples, held_out, settings = find_samples(options, model)
         print(f"{options.checkpoint}: {words}; " + (f"{len(samples)} clips to learn from, {len(held_out)} held out"
@@ -252,17 +257,21 @@ def parse(arguments=None):
                         "latent_cache.py, whose teacher's latents count")
     parser.add_argument("--val-data", metavar="VIDEOS_OR_CACHE", help="clips that PSNR is measured on (default: of "
                         f"{HELD_OUT:.0%} of the files of --data, which are held out)".replace("%", "%%"))
-    parser.add_argument("--clips", type=int, default=24, metavar="N", help="how many to learn from (%(default)s)")
-    parser.add_argument("--val-clips", type=int, default=16, metavar="N", help="how many to measure on (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="of clips of videos, pixels (%(default)s)")
-    parser.add_argument("--frames", type=int, default=0, help="of clips of videos (12; taecvx 16, taeh3 17)")
+    parser.add_argument("--clips", type=int, default=24, metavar="N", 
+                        help="number of clips to learn from (%(default)s)")
+    parser.add_argument("--val-clips", type=int, default=16, metavar="N", 
+                        help="number of clips to measure on (%(default)s)")
+    parser.add_argument("--size", type=int, default=64, help="height and width of clips cut from videos, pixels "
+                        "(%(default)s)")
+    parser.add_argument("--frames", type=int, default=0, 
+                        help="number of frames of clips cut from videos (12; taecvx 16, taeh3 17)")
     parser.add_argument("--by", default="taylor", choices=("taylor", "magnitude", "random"), help="importance: what a "
                         "channel does to the output, the sizes of its weights, or chance (default: %(default)s)")
     parser.add_argument("--no-compensation", dest="compensate", action="store_false", help="fold nothing into the "
                         "layers that read what goes")
     parser.add_argument("--multiple", type=int, default=16, choices=(8, 16), help="what widths are multiples of "
                         "(default: %(default)s, which CPUs compute in blocks)")
-    parser.add_argument("--out", metavar="FILE", help="its weights, .pth or .safetensors (VARIANT_NM.pth)")
+    parser.add_argument("--out", metavar="FILE", help="file to write, .pth or .safetensors (VARIANT_NM.pth)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--variant", help="what the weights are, where their shapes do not tell (say taecvx)")
     parser.add_argument("--force", action="store_true", help="write over a file that exists")

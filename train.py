@@ -202,8 +202,8 @@ class Trainer:
         if cfg.model == "taehv" and model.time_factor > 1:
             most, enough = max(bucket.frames for bucket in self.buckets), 3 * model.time_factor
             if 1 < most < enough:  # 1: images
-                log(f"note: clips of {most} frames are {model.latent_frames(most)} latents, and behind these the model "
-                    f"is worse in longer videos: frames={enough} or more is wanted")
+                log(f"note: the model is trained on {most} frames ({model.latent_frames(most)} latents), and is worse "
+                    f"later in longer videos: set frames={enough} or more")
         lack = self.saver.lack_of_room(
             model.state_dict(), self.average.state_dict(), self.average.state_dict(), self.objective.state(),
             self.parameters, self.parameters)  # the average is in two files; AdamW has two means of each parameter

@@ -17,11 +17,11 @@ import config
 import data
 import latent_cache
 import train
-from conftest import CACHE, COMMON, NARROW, ROOT, log_of, mistake, run
+from conftest import CACHE, COMMON, NARROW, ROOT, SCRATCH, log_of, mistake, run
 
 TRAIN = os.path.join(ROOT, "train.py")
 ASKED = "--teacher none --size 40 --frames 6 --clips 10 --shard-clips 4 --batch-size 2 --workers 0".split()
-SMALL = ["taehv", *COMMON, *NARROW, "val_fraction=0.3", "size=16", "frames=4", "batch_size=2", "data="]
+SMALL = [*SCRATCH, *COMMON, *NARROW, "val_fraction=0.3", "size=16", "frames=4", "batch_size=2", "data="]
 
 
 @pytest.fixture(scope="module")

@@ -437,6 +437,26 @@ def test_mistakes_are_one_line_and_write_nothing(quick, tmp_path, monkeypatch, c
     assert sorted(os.listdir()) == before and open("there.safetensors").read() == "mine"
 
 
+@pytest.mark.parametrize("settings, target, words", [
+    ({}, "comfyui", "its own, without a teacher"), ({}, "sdcpp", "its own, without a teacher"),
+    ({}, "safetensors", "note: its latents are its own"),
+    ({"init_from": "taew2_1"}, "comfyui", "warning: this run began with taew2_1"),
+    ({"init_from": "taew2_1", "train_encoder": False}, "comfyui", ""), ({"latent_cache": "cache"}, "comfyui", "")])
+def test_a_run_with_latents_of_its_own_is_for_no_diffusion_model(settings, target, words, weights, quick, command,
+                                                                 tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    path = tmp_path / "runs/mine/taew2_1.pth"
+    path.write_bytes(weights("taew2_1")[0].read_bytes())
+    settings = {"model": "taehv", "train_encoder": True, "latent_cache": "", "init_from": "", **settings}
+    (tmp_path / "runs/mine/config.json").write_text(json.dumps(settings))
+    if "without a teacher" in words:
+        assert words in mistake(capsys, monkeypatch, export, str(path), "--to", target)
+        assert not (tmp_path / "lighttaew2_1.safetensors").exists()
+        return
+    printed = command(path, "--to", target)
+    assert words in printed and (words or "latents are" not in printed)
+
+
 def test_a_missing_package_is_named(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else name)

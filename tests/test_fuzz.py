@@ -27,7 +27,7 @@ import latent_cache
 import latent_file
 import models
 import train
-from conftest import BATCH_NORM, COMMON, FRAMES, NARROW, SERAENA, log_of, mistake, state_of, write_clip
+from conftest import BATCH_NORM, COMMON, FRAMES, NARROW, SCRATCH, SERAENA, log_of, mistake, state_of, write_clip
 from model_taehv import TAEHV
 from screen import one_line
 
@@ -242,7 +242,7 @@ def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
 
 ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 0))
 BASES = {
-    "taehv": ["taehv", "size=16", "frames=4", "batch_size=1", *COMMON, *NARROW],
+    "taehv": [*SCRATCH, "size=16", "frames=4", "batch_size=1", *COMMON, *NARROW],
     "seraena": SERAENA,
     "vqgan": [*FRAMES, "size=32", "gan_weight=0.5"],
     "vqvae2": BATCH_NORM,
@@ -453,7 +453,7 @@ def readers(written, command_lines, cache, clips, teacher):
         ("checkpoint, train.py", "runs/taehv/step_00000002.pt", step, as_bytes,
          [*small, f"data={clips}", "name=taehv"]),
         ("checkpoint, init_from", "runs/taehv/step_00000002.pt", step, as_bytes,
-         [*small, f"data={clips}", "name=i", "init_from=runs/taehv/step_00000002.pt"]),
+         ["taehv", *small[2:], f"data={clips}", "name=i", "init_from=runs/taehv/step_00000002.pt"]),
         ("one rank's state", "runs/seraena/step_00000002.rank0", checkpoint.read(f"{runs}/seraena/step_00000002.rank0"),
          as_bytes, [*SERAENA, "max_steps=3", f"out_dir={runs}", f"data={clips}", "name=seraena"]),
         ("weights, .pth", "runs/taehv/model.pth", weights, as_bytes, [*infer, "runs/taehv/model.pth", listed[0]]),

@@ -670,6 +670,8 @@ def test_settings_are_parsed_and_checked():
         (["taehv", "gan_weight=1", "train_decoder=0"], "gan_adaptive=true with train_decoder=false.*gan_adaptive=false"),
         (["dcae", "gan_weight=1", "gan_dims=3", "buckets=32x4:1:1"], "one clip of 4 frames of 32x32 leaves BatchNorm"),
         (["vqgan", "latent_channels=8"], "latent_channels=8 with model=vqgan: it is for a taehv; leave it out"),
+        (["vqgan", "init=colours"], "init=colours with model=vqgan: it is for a taehv from scratch; leave it out"),
+        (["taehv", "init=colours", "init_from=x"], "init=colours with init_from=x: it is for a taehv from scratch"),
         (["dcae", "variant=taew2_2"], "variant=taew2_2 with model=dcae: it is for a taehv"),
         (["temporal_weight=1", "frames=1"], "clips of one frame"),
         (["wavelet_weight=1", "wavelet_levels=5", "buckets=64x4:1:1,16x4:1:1"], "16 pixels have 4 levels at most"),

@@ -13,10 +13,10 @@ import torch
 import checkpoint
 import data
 import file_index
-from conftest import COMMON, NARROW, ROOT, run, write_clip
+from conftest import COMMON, NARROW, ROOT, SCRATCH, run, write_clip
 
 TRAIN = os.path.join(ROOT, "train.py")
-SMALL = ["taehv", "size=16", "frames=4", "batch_size=2", *COMMON, *NARROW]
+SMALL = [*SCRATCH, "size=16", "frames=4", "batch_size=2", *COMMON, *NARROW]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import infer
 import latent_cache
 import models
 import train
-from conftest import COMMON, mistake
+from conftest import COMMON, SCRATCH, mistake
 from model_taehv import TAEHV, load_taehv
 
 OWN = dict(patch_size=2, latent_channels=8)
@@ -22,7 +22,7 @@ SHORT = ["size=16", "frames=8", "batch_size=1", "max_steps=1", *COMMON]
 @pytest.fixture
 def own(here):
     """A run folder of a TAEHV whose shape no variant has."""
-    here("taehv", *SHORT, "val_every=1", "val_fraction=0.3", "name=own", *(f"{k}={v}" for k, v in OWN.items()),
+    here(*SCRATCH, *SHORT, "val_every=1", "val_fraction=0.3", "name=own", *(f"{k}={v}" for k, v in OWN.items()),
          *(f"net.{k}={','.join(map(str, v))}" for k, v in WIDTHS.items()))
     return here
 

@@ -11,7 +11,7 @@ import torch
 
 import model_taehv
 import step_taehv
-from conftest import COMMON, NARROW, ROOT, run
+from conftest import COMMON, NARROW, ROOT, SCRATCH, run
 from model_taehv import TAEHV, MemBlock
 
 
@@ -169,7 +169,7 @@ def test_threads_of_train_py_that_wait_give_their_core_away():
 def test_train_py_attaches_it(train_decoder, here, monkeypatch):
     seen, original = [], step_taehv.run_blocks
     monkeypatch.setattr(step_taehv, "run_blocks", lambda *a: (seen.append(len(a[1])), original(*a))[1])
-    here("taehv", "size=16", "frames=4", "batch_size=2", "max_steps=1", f"train_decoder={train_decoder}", *COMMON,
+    here(*SCRATCH, "size=16", "frames=4", "batch_size=2", "max_steps=1", f"train_decoder={train_decoder}", *COMMON,
          *NARROW)
     assert seen == [2, 2]  # encoder and decoder, each with its two clips: a frozen decoder passes gradients on
 

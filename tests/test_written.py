@@ -9,7 +9,7 @@ import torch
 
 import models
 from checkpoint import read
-from conftest import COMMON, ROOT
+from conftest import COMMON, ROOT, SCRATCH
 from latent_cache import LatentCache
 from latent_file import LatentReader
 from token_file import TokenReader
@@ -51,7 +51,7 @@ def test_a_run_goes_on(here, tmp_path):
     before = read(written("taehv", "step_00000002.pt"))
     widths = [f"net.{name}={','.join(map(str, before['model_config'][name]))}"
               for name in ("encoder_widths", "decoder_widths")]
-    here("taehv", *COMMON, *widths, "pixel_loss=l1", "size=16", "frames=4", "batch_size=2", "max_steps=3", "lr=0",
+    here(*SCRATCH, *COMMON, *widths, "pixel_loss=l1", "size=16", "frames=4", "batch_size=2", "max_steps=3", "lr=0",
          "weight_decay=0", "name=taehv")
     after = read(str(tmp_path / "taehv" / "step_00000003.pt"))
     assert (after["step"], after["samples"]) == (3, before["samples"] + 2) and after.keys() == before.keys()
