@@ -119,14 +119,14 @@ class TeacherPass:
         if output.shape[-2:] == (height, width):
             self.shape = (height, width, 3)
             self.file.write((output * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
-            self.given += [k < len(output) for k in range(len(clip))]
+            self.given += [self.count + k if k < len(output) else None for k in range(len(clip))]
             self.count += len(output)
 
     def frame(self, i):
-        if i >= len(self.given) or not self.given[i]:
+        if i >= len(self.given) or self.given[i] is None:
             return None
         size = int(np.prod(self.shape))
-        self.file.seek(sum(self.given[:i]) * size)
+        self.file.seek(self.given[i] * size)
         return np.frombuffer(bytearray(self.file.read(size)), np.uint8).reshape(self.shape)
 
 

@@ -808,6 +808,7 @@ class TrainSchedule(Sampler):
         """Micro-batches of what a loader of this schedule gives."""
         if self.block == 1:
             yield from batches
+            return
         begin = self.step - self.step % self.block
         for n, block in enumerate(batches):
             size = self.bucket(begin + n * self.block).batch

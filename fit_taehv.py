@@ -23,6 +23,7 @@ from model_taehv import MemBlock, TGrow, TPool
 SAMPLES = 40_000    # places in all clips that a regression looks at
 CLIPS = 48          # clips to fit to: 21.59 dB on unseen clips, with 96 21.49
 RIDGE = 1e-3        # added to covariances, times their mean: 20.67 dB on unseen clips, where 1e-4 gives 20.58
+LEAST_DETAIL = 1e-3  # mean change from pixel to pixel below which clips are flat: a fit to them goes astray, to 1e7
 SPREAD = 0.5        # deviation of the latents that are fitted without a teacher: the soft clamp at 3 hardly bends them
 
 
@@ -86,7 +87,11 @@ def start_from_clips(model, batches, frames):
         latents += [batch["latents"][..., :cells, :cells].float()] if "latents" in batch else []
         if sum(map(len, video)) >= CLIPS:
             break
-    fit(model, torch.cat(video), torch.cat(latents) if latents else None)
+    clips = torch.cat(video)
+    if max(clips.diff(dim=dim).abs().mean() for dim in (-2, -1)) < LEAST_DETAIL:  # there is nothing to regress on
+        init_taehv.colours(model, frames)
+        return ", from mean colours, as its first clips are flat"
+    fit(model, clips, torch.cat(latents) if latents else None)
     return f", fitted to {sum(map(len, video))} clips"
 
 

@@ -554,13 +554,19 @@ def encode(teacher, video, samples, shape, dtype):
 def write_shards(options, teacher, device, clips, shards, counts, shape, disable):
     """Make and encode this rank's clips, shard by shard. shape: of a clip's latents, T' C h w. No teacher, no latents.
     """
-    pool, plan = len(clips.pool(options.frames)), []
-    for i in shards:
-        numbers = (divmod(i * options.shard_clips + k, options.clips_per_open) for k in range(counts[i]))
-        keys = [datasets.Key(*divmod(opening, pool), options.size, options.frames, part) for opening, part in numbers]
-        plan += [(i, keys[k:k + options.batch_size]) for k in range(0, len(keys), options.batch_size)]
+    pool = len(clips.pool(options.frames))
+
+    def batches_of_keys():
+        for i in shards:
+            first = i * options.shard_clips
+            for start in range(0, counts[i], options.batch_size):
+                numbers = (divmod(first + k, options.clips_per_open)
+                           for k in range(start, min(start + options.batch_size, counts[i])))
+                yield [datasets.Key(*divmod(opening, pool), options.size, options.frames, part)
+                       for opening, part in numbers]
+
     workers = options.workers if options.workers >= 0 else default_workers(device) if teacher else cores_per_rank()
-    loader = DataLoader(clips, batch_sampler=[keys for _, keys in plan], num_workers=workers, collate_fn=list,
+    loader = DataLoader(clips, batch_sampler=batches_of_keys(), num_workers=workers, collate_fn=list,
                         worker_init_fn=datasets.start_worker, prefetch_factor=2 if workers else None,
                         multiprocessing_context=datasets.worker_context() if workers else None)
     batches = datasets.endless(loader)

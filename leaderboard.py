@@ -236,7 +236,8 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"leaderboard.py: {one_line(message)}\n")  # without lines of usage
     parser.add_argument("entries", nargs="+", metavar="CKPT", help=f"what infer.py takes: run folders, checkpoints, "
-                        f"published weights, {KINDS}; or bicubic, pca16, h264@KBPS, h265@crfN, av1@crfN")
+                        f"published weights, {KINDS}; or bicubic, pca16, "
+                        "h264@200 (kbit/s) or h264@crf30; h265 and av1 likewise")
     parser.add_argument("--data", required=True, metavar="DIR",
                         help="videos: a folder, a list or a file; a folder of images is a video")
     parser.add_argument("--out", default="leaderboard_results", help="folder to write to (default: %(default)s)")

@@ -116,34 +116,28 @@ def ticks(low, high, log):
     return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def plot(series, x_name, y_name, width=620, height=400, log=True, labels=True):
+def plot(series, x_name, y_name, width=620, height=400, labels=True):
     """An SVG of series {"name", "colour", "points": [(x, y)], "hollow"}: dots, joined where there are several, with
-    their names beside the last one."""
+    their names beside the last one. x is drawn by its logarithm."""
     points = [point for one in series for point in one["points"]]
     if not points:
         return ""
     left, right, top, bottom = 52, 16, 14, 42
 
-    def span(values, by_log):
-        low, high = min(values), max(values)
-        if by_log:
-            return low / 1.25, high * 1.25
-        margin = 0.08 * (high - low) or 1
-        return low - margin, high + margin
-
-    (x0, x1), (y0, y1) = span([x for x, _ in points], log), span([y for _, y in points], False)
-    scale = math.log10 if log else float
+    xs, ys = zip(*points)
+    margin = 0.08 * (max(ys) - min(ys)) or 1
+    x0, x1, y0, y1 = min(xs) / 1.25, max(xs) * 1.25, min(ys) - margin, max(ys) + margin
 
     def at(x, y):
-        return (left + (scale(x) - scale(x0)) / (scale(x1) - scale(x0)) * (width - left - right),
+        return (left + math.log(x / x0) / math.log(x1 / x0) * (width - left - right),
                 height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom))
 
     svg = f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{y_name} over {x_name}">'
-    for tick in ticks(x0, x1, log):
+    for tick in ticks(x0, x1, log=True):
         x, _ = at(tick, y0)
         svg += (f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>'
                 f'<text class="soft" x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>')
-    for tick in ticks(y0, y1, False):
+    for tick in ticks(y0, y1, log=False):
         _, y = at(x0, tick)
         svg += (f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
                 f'<text class="soft" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')

@@ -89,8 +89,8 @@ def lpips_network(net):
 class PerceptualLoss(nn.Module):
     """LPIPS (Zhang et al. 2018) of some frames of each clip, as a scalar.
 
-    net: "vgg" (the usual choice for training) or "alex". frames: how many frames of a clip are compared, the same ones
-    of all clips, drawn anew at every call from PyTorch's CPU generator (which a checkpoint holds); 0: all of them.
+    net: "vgg" (the usual choice for training) or "alex". frames: how many frames of each clip are compared, drawn
+    anew at every call from PyTorch's CPU generator (which a checkpoint holds); 0: all of them.
     Inside autocast the backbone's convolutions run in its type, the rest in float32 all the same: norms of features
     vanish in bf16. (A VGG with random weights on 128 px: a third of float32's time on a core with AMX; the gradient's
     cosine to float32's is 0.99 for noise of 0.1, 0.98 for 0.02, its length the same within 1 %.) Errors as in
@@ -105,8 +105,9 @@ class PerceptualLoss(nn.Module):
         """output, target: N T 3 H W, [0, 1]; the gradient goes to `output`."""
         count = output.shape[1]
         if 0 < self.frames < count:
-            chosen = torch.randperm(count)[:self.frames].tolist()
-            output, target = (torch.stack([v[:, t] for t in chosen], 1) for v in (output, target))
+            chosen = [torch.randperm(count)[:self.frames].tolist() for _ in output]
+            output, target = (torch.stack([torch.stack([clip[t] for t in some]) for clip, some in zip(v, chosen)])
+                              for v in (output, target))
         with torch.no_grad():
             theirs = self.features(target)
         ours = self.features(output)
@@ -125,6 +126,7 @@ class PerceptualLoss(nn.Module):
 
 
 def unit(features):
-    """Features of length 1 at every position, in float32; where there are none, zeros with a gradient of zero."""
+    """Features of length 1 at every position, in float32; where there are none, zeros (the ReLU before them stops their
+    gradient)."""
     features = features.float()
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)

@@ -137,8 +137,6 @@ def make_model(cfg, buckets):
         if cfg.init == "pytorch":
             init_taehv.pytorch_weights(model)
         elif cfg.model == "taehv":
-            if cfg.variant == "taecvx":
-                model.fresh_weights()  # a second time, as it has always been: the same seed gives the same run
             if cfg.init == "colours":
                 init_taehv.colours(model, buckets[0].frames)  # clips: `fit_taehv.start_from_clips`, once there are any
         return model, "from scratch"
@@ -176,6 +174,11 @@ def make_fresh_model(cfg, buckets):
         if size % model.space_factor:
             raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
                               f"{model.space_factor}")
+    normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    for bucket in buckets:
+        if normalised and bucket.batch * bucket.frames * (bucket.size // model.space_factor) ** 2 == 1:
+            raise ConfigError(f"one frame of {bucket.size} pixels leaves {cfg.model}'s BatchNorm a single value: set "
+                              "batch_size=2, or a larger size")
     if cfg.model == "taehv" and not cfg.latent_cache:  # with a cache, find_cached_clips looks
         for bucket in buckets:
             try:

@@ -13,6 +13,7 @@ from adversary import Adversary
 from config import ConfigError, parse_buckets, what_learns
 from evaluate import LATENT_FACTS
 from losses import PerceptualLoss, pixel_loss, temporal_loss, wavelet_loss
+from metrics import MEASURES
 from quantize import Quantizer, quantizers
 from ranks import Gradients, stay_together
 from seraena import Seraena
@@ -44,6 +45,7 @@ class Objective:
         self.requantizes = hasattr(model, "requantize")  # a tokenizer of latents, between a frozen encoder and decoder
         learns, teacher = what_learns(cfg), bool(cfg.latent_cache)
         self.trains_decoder, self.pixels, self.latents = learns.decoder, learns.from_pixels, learns.from_latents
+        check_sizes(cfg, model, learns.from_pixels)
         self.runs_encoder = self.latents or self.pixels and (cfg.decoder_input == "own" or cfg.own_share > 0)
         terms = pixel_terms(cfg, device)
         weights = {**{name: weight for name, (weight, _) in terms.items()}, "seraena_loss": cfg.seraena_weight}
@@ -176,9 +178,10 @@ class Objective:
             found = self.adversary.step(self.cfg.gan_clip)
             self.figures.add("gan", found, found["skipped"], self.adversary.learns())
         for i, quantizer in enumerate(self.quantizers):
-            before = [buffer.clone() for buffer in quantizer.buffers()]
+            learned = [*quantizer.buffers(), *quantizer.parameters()]
+            before = [tensor.clone() for tensor in learned]
             counts = quantizer.update()["counts"] * (1 - bad)
-            for now, old in zip(quantizer.buffers(), before):
+            for now, old in zip(learned, before):
                 now.copy_(torch.where(bad > 0, old, now))
             self.code_counts[i] = counts + (self.code_counts[i] if i in self.code_counts else 0)
 
@@ -250,6 +253,29 @@ class Objective:
         return sum(-10 * math.log10(max(error, 1e-10)) for error in errors)
 
 
+def decoded_size(model, size):
+    """Height and width of what the model decodes from clips of `size` pixels: less where it makes previews."""
+    return size * getattr(model, "space_upscale", model.space_factor) // model.space_factor
+
+
+def check_sizes(cfg, model, from_pixels):
+    """ConfigError where decoded frames are too small for a term of the loss, or for the metric that chooses best.pt.
+    from_pixels: whether what is decoded is compared with the clips."""
+    sizes = [size for size, *_ in parse_buckets(cfg)]
+    smallest, judged = decoded_size(model, min(sizes)), decoded_size(model, cfg.val_size or sizes[0])
+    for setting, least, weight in (
+            (f"gan_weight={cfg.gan_weight}", 24, cfg.gan_weight if cfg.gan_dims == 2 else 0),
+            (f"seraena_weight={cfg.seraena_weight}", 16, cfg.seraena_weight),
+            (f"perceptual_net={cfg.perceptual_net}", 32 if cfg.perceptual_net == "alex" else 16,
+             cfg.perceptual_weight)):
+        if from_pixels and weight > 0 and smallest < least:
+            raise ConfigError(f"{setting}: frames of {least} pixels or more are wanted, and the model decodes "
+                              f"{smallest}: set a larger size, or leave it out")
+    if judged < (least := MEASURES[cfg.best_by].least):
+        raise ConfigError(f"best_by={cfg.best_by} needs frames of {least} pixels, and validation decodes {judged}: set "
+                          "val_size, or best_by=psnr")
+
+
 def make_perceptual(cfg, device):
     try:
         return PerceptualLoss(cfg.perceptual_net, cfg.perceptual_frames).to(device)
@@ -265,9 +291,9 @@ def make_seraena(cfg, model, device):
                       replay_bytes=cfg.seraena_replay_mb * 1_000_000, replay_device=cfg.seraena_replay_device,
                       seed=cfg.seed, gradients=Gradients, pairs=cfg.seraena_pairs)
     seraena = seraena.to(device, memory_format=torch.channels_last)
-    sizes = {size for size, *_ in parse_buckets(cfg)}
+    sizes = {(decoded_size(model, size), size // model.space_factor) for size, *_ in parse_buckets(cfg)}
     try:
-        seraena.reserve(*((size, size, size // model.space_factor, size // model.space_factor) for size in sizes))
+        seraena.reserve(*((size, size, cells, cells) for size, cells in sizes))
     except ValueError as error:
         raise ConfigError(f"seraena_replay_mb={cfg.seraena_replay_mb}: {error}") from None
     return seraena

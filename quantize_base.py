@@ -122,9 +122,9 @@ def mean_over_ranks(sums, count, before_reduce=None):
     mean = sums / count
     if world_size() == 1:
         return mean
+    everyone = torch.cat([sums.detach(), sums.new_full((1,), count)])  # first: memory may run out here on one rank
     if before_reduce:
         before_reduce()
-    everyone = torch.cat([sums.detach(), sums.new_full((1,), count)])
     dist.all_reduce(everyone)
     return everyone[:-1] / everyone[-1] + (mean - mean.detach())
 
@@ -160,7 +160,7 @@ def check_arguments(cls, given):
             int: (type(value) is int and value >= least, f"a whole number from {least} on is"),
             float: (type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 on is"),
             tuple: (isinstance(value, (tuple, list)) and all(type(v) is int and v >= 0 for v in value),
-                    "whole numbers like 1,2,4 are")}[kind]
+                    "whole numbers like 1,2,4 (one alone: 16,) are")}[kind]
         if not fits:
             raise ValueError(f"{name}={value!r}: {words} wanted")
 

@@ -335,15 +335,16 @@ def latent_picture(latents, max_frames=8, max_channels=256, numbers=None, total=
 
 def safe_name(path, taken):
     """A short name for an input's outputs that every file system takes, and that is none of the set `taken`, to which
-    it is added (`x.mp4`, then `other/x.mp4`, give x and x_2). Letters of any script stay; case alone never differs."""
+    it is added in lower case (`x.mp4`, then `other/x.mp4`, give x and x_2). Letters of any script stay; case alone
+    never differs."""
     stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     stem = unicodedata.normalize("NFC", stem.encode("utf-8", "replace").decode())
     stem = re.sub(r"[^\w.-]+", "_", stem).strip("._-").encode()[:120].decode("utf-8", "ignore") or "input"
     name, number = stem, 1
-    while name.casefold() in {other.casefold() for other in taken}:
+    while name.casefold() in taken:
         number += 1
         name = f"{stem}_{number}"
-    taken.add(name)
+    taken.add(name.casefold())
     return name
 
 

@@ -35,7 +35,7 @@ from fit_taehv import start_from_clips
 from lock import InUse
 from logbook import Clock, Logbook, count, summarize
 from objective import Objective
-from optimizer import learning_rate, make_optimizer
+from optimizer import average_weights, learning_rate, make_optimizer
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    everywhere, from_rank_0, gather, start_ranks)
 from saving import NotSaved, Saver, find_resume, restore, take_folder, where_to_go_on
@@ -143,6 +143,8 @@ class Trainer:
         self.saver = Saver(self.folder, cfg, self.control, self.log, self.trend, at_end)
 
         # ---- how far it is
+        if self.rank:  # each rank draws numbers of its own: all are made from one seed, for the initial weights
+            torch.manual_seed(cfg.seed + self.rank)
         self.run = Run()
         if self.resumed_from:
             self.resume()
@@ -278,18 +280,15 @@ class Trainer:
         self.log(f"step {self.run.step + 1}: out of memory; micro-batches are split in {self.run.pieces} from here on")
 
     def update(self, micro_batches, time):
-        """Average the gradients over the ranks; optimizer, average of the weights, discriminators, codebooks."""
+        """Average the gradients over the ranks; optimizer, discriminators, codebooks, average of the weights."""
         cfg, run, optimizer = self.cfg, self.run, self.optimizer
         self.learning_rate = learning_rate(cfg, run.step, time)
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * self.learning_rate
         norm, bad = self.gradients.step(optimizer, cfg.grad_clip)
-        decay = min(cfg.ema_decay, (1 + run.step) / (10 + run.step))
-        with torch.no_grad():  # or the average drags along a graph that grows with each step
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        for mine, other in zip(self.average.buffers(), self.model.buffers()):
-            mine.copy_(other)
         self.objective.step(bad)
+        decay = min(cfg.ema_decay, (1 + run.step) / (10 + run.step))
+        average_weights(self.average, self.model, decay)
         self.trend.add(run.step, self.objective.steady_loss(self.gradients.totals), norm, bad)
         self.meter.add(self.gradients.totals, norm, bad)
         taken = cfg.accumulation * self.world * len(micro_batches[0]["video"])

@@ -1,5 +1,6 @@
 """Tokenizers from the command line: training with codebooks and a discriminator, token files."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,7 +15,9 @@ import config
 import data
 import infer
 import models
-from conftest import NEEDS, ROOT, mistake, run
+from conftest import BATCH_NORM, FRAMES, NEEDS, ROOT, mistake, run
+from objective import Objective
+from optimizer import average_weights
 
 TRAIN, INFER = os.path.join(ROOT, "train.py"), os.path.join(ROOT, "infer.py")
 COMMON = ["size=32", "frames=2", "batch_size=1", "workers=0", "val_fraction=0", "warmup_steps=2", "schedule=constant",
@@ -62,6 +65,36 @@ def test_every_family_trains_and_loads(preset, clips, tmp_path):
     if hasattr(model, "tokenize"):
         with torch.no_grad():
             assert torch.equal(model.detokenize(model.tokenize(video)), model.decode(model.encode(video)))
+
+
+def test_the_average_follows_codebooks_and_statistics_as_it_does_weights(here, clips):
+    """With ema_decay=0 it is the model, after what the step taught the codebook; between, it is between."""
+    for settings in ([*FRAMES[:-1], "net.kmeans_init=true"], BATCH_NORM):
+        folder = here(*settings, "gan_weight=0", "max_steps=3", "save_every=3", "ema_decay=0", "lr=1e-2",
+                      f"name=now{settings[0]}")
+        state = checkpoint.read(str(folder / "step_00000003.pt"))
+        assert all(torch.equal(state["model"][key], state["ema"][key]) for key in state["model"])
+    model, average = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    model.running_mean.fill_(1), model.num_batches_tracked.fill_(7)
+    average_weights(average, model, 0.75)
+    assert average.running_mean.tolist() == [0.25, 0.25] and average.num_batches_tracked == 7
+
+
+@pytest.mark.parametrize("kind", ["vq", "ema", "optvq"])
+def test_a_step_that_is_not_finite_teaches_no_codebook(kind, clips):
+    cfg = config.load_config(["vqgan", f"data={clips}", f"net.quantizer={kind}", *SMALL_NETS["vqgan"],
+                              "net.kmeans_init=true", "perceptual_weight=0", "gan_weight=0"])
+    model = models.build_model("vqgan", cfg.net).train()
+    objective = Objective(cfg, model, torch.device("cpu"), contextlib.nullcontext())
+    objective.begin(0)
+    objective(torch.rand(2, 2, 3, 32, 32), None, 1.0)
+    before = {key: value.clone() for key, value in model.quantize.state_dict().items()}
+    objective.step(torch.tensor(1.0))
+    assert all(torch.equal(value, before[key]) for key, value in model.quantize.state_dict().items())
+    objective.begin(1)
+    objective(torch.rand(2, 2, 3, 32, 32), None, 1.0)
+    objective.step(torch.tensor(0.0))
+    assert not torch.equal(model.quantize.state_dict()["embedding.weight"], before["embedding.weight"])
 
 
 @pytest.mark.slow

@@ -95,6 +95,19 @@ def test_models_that_cannot_be_fitted_start_from_colours():
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), coloured.state_dict().values()))
 
 
+@pytest.mark.parametrize("colours", ["black", "one each"])
+def test_flat_clips_are_not_fitted_to(colours):
+    torch.manual_seed(0)
+    model = TAEHV(encoder_widths=(32,) * 4, decoder_widths=(64, 32, 32, 32))
+    shades = torch.randint(0, 256, (48, 1, 3, 1, 1)) if colours == "one each" else torch.zeros(48, 1, 3, 1, 1)
+    batch = {"video": shades.expand(-1, 4, -1, 32, 32).to(torch.uint8)}
+    assert "flat" in start_from_clips(model, iter([batch]), 4)
+    with torch.no_grad():
+        restored = model.decode(model.encode(batch["video"].float() / 255))
+    assert max(p.abs().max() for p in model.parameters()) < 100
+    assert (restored - batch["video"][:, :restored.shape[1]].float() / 255).abs().mean() < 0.1
+
+
 @pytest.mark.slow
 def test_two_ranks_start_from_the_same_fit_as_one_and_a_resumed_run_is_not_fitted_again(clips, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's for two ranks: other counts of threads round otherwise

@@ -129,6 +129,11 @@ def test_a_signal_to_the_whole_group_saves_too(clips, tmp_path):
 
 
 @pytest.mark.slow
+def test_each_rank_draws_numbers_of_its_own(trained):
+    state = checkpoint.read(os.path.join(trained[1], "step_00000004.pt"))
+    assert not torch.equal(*(state["random"][rank]["torch"] for rank in range(2)))
+
+
 def test_branching_off_an_older_step_loses_nothing(trained, clips, tmp_path):
     folder, run_folder, _ = trained
     common = [*PLAIN, f"data={clips}", "val_fraction=0.3", "max_steps=3", f"resume={run_folder}/step_00000002.pt"]

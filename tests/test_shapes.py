@@ -11,7 +11,7 @@ import infer
 import latent_cache
 import models
 import train
-from conftest import COMMON, SCRATCH, mistake
+from conftest import BATCH_NORM, COMMON, SCRATCH, mistake
 from model_taehv import TAEHV, load_taehv
 
 OWN = dict(patch_size=2, latent_channels=8)
@@ -99,6 +99,26 @@ def test_published_weights_bring_their_variant(here, tmp_path, monkeypatch):
     assert "lighttaehy1_5" in words and "variant=taehv1_5" not in words
     told = here("taehv", *SHORT, f"init_from={tmp_path / 'lighttaehy1_5.pth'}", "name=told", "variant=taehv1_5")
     assert models.load_model(told)[0].activation == "relu", "what looks alike is settled by variant="
+
+
+@pytest.mark.parametrize("settings, words", [
+    ("seraena_weight=1 size=16", "seraena_weight=1.0: frames of 16 pixels or more are wanted, and the model decodes 8"),
+    ("gan_weight=1 size=32", "gan_weight=1.0: frames of 24 pixels or more are wanted, and the model decodes 16"),
+    ("best_by=ssim size=16", "best_by=ssim needs frames of 11 pixels, and validation decodes 8"),
+    ("best_by=lpips val_metrics=lpips size=64 val_size=32", "best_by=lpips needs frames of 32 pixels"),
+    ("perceptual_weight=1 perceptual_net=alex size=32", "perceptual_net=alex: frames of 32 pixels or more are wanted")])
+def test_what_is_too_small_for_a_loss_or_a_metric_is_refused_by_what_is_decoded(settings, words, clips, capsys,
+                                                                                monkeypatch, tmp_path):
+    """A preview's frames are half as high here."""
+    line = mistake(capsys, monkeypatch, train, "taehv", *COMMON, f"data={clips}", f"out_dir={tmp_path}", "frames=8",
+                   "net.decoder_space_upscale=true,true,false", *settings.split())
+    assert words in line
+
+
+def test_a_single_value_for_batch_norm_is_refused(clips, capsys, monkeypatch, tmp_path):
+    line = mistake(capsys, monkeypatch, train, *BATCH_NORM, f"data={clips}", f"out_dir={tmp_path}", "frames=1",
+                   "net.nb_levels=1", "net.scaling_rates=16,", "batch_size=1")
+    assert "BatchNorm a single value" in line
 
 
 def test_a_tokenizers_shape_comes_along(here, tmp_path, capsys, monkeypatch, clips):
