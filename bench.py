@@ -32,6 +32,7 @@ import progress
 from bench_loader import loader
 from bench_loop import loop
 from config import load_config
+from data import DataError, find_sources
 from device import DeviceError, describe, pick_device, pick_precision, place, stream_limit, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 from screen import guard_screen, nobody_reads, one_line, text_is_lost
@@ -359,6 +360,11 @@ def parse(arguments=None):
     for name, folder in (("data", options.data), ("val-data", options.val_data)):
         if folder and not os.path.isdir(folder):
             parser.error(f"--{name}: {folder!r} is no folder")
+        if folder:
+            try:
+                find_sources(folder)
+            except DataError as error:
+                parser.error(f"--{name}: {error}")
         if not folder and "quality" in options.sections:
             parser.error(f"quality wants --{name}, a folder of videos")
     if options.json:

@@ -75,6 +75,10 @@ def read(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"checkpoint: {path!r} is no file of weights, or holds code: it is not run") from None
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint: {path!r} does not exist") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"checkpoint: {path!r} is a folder: name a step_*.pt in it") from None
     except UNREADABLE as error:
         raise CheckpointError(f"checkpoint: {path!r} is damaged or no file of weights ({first_line(error)})") from None
     if not isinstance(state, dict):

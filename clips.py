@@ -68,7 +68,10 @@ def find_files(cfg, frames):
             raise DataError(f"data=demo: demo_data cannot be written here ({error})") from None
     train, refused, notes = look_through(cfg, path)
     if val_path:
-        val, more, more_notes = look_through(cfg, val_path)
+        try:
+            val, more, more_notes = look_through(cfg, val_path)
+        except DataError as error:
+            raise DataError(str(error).replace("data:", "val_data:", 1)) from None
         refused, notes = refused + more, notes + more_notes
     else:
         train, val = data.split_sources(train, cfg.val_fraction)

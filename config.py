@@ -315,6 +315,7 @@ def load_config(arguments):
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
     values["net"] = fitting(values.get("net", {}), given)
+    check_given(values, given)
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
     unfitted = ("init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
@@ -333,6 +334,23 @@ def load_config(arguments):
         use_images(config, overrides)
     check(config)
     return config
+
+
+def check_given(values, given):
+    """ConfigError for settings of the command line, `given`, that others of it leave without effect. One shape for all
+    clips takes the place of a preset's buckets."""
+    if values.get("buckets") and (shape := sorted(given & {"size", "frames", "batch_size"})):
+        if "buckets" in given:
+            raise ConfigError(f"{shape[0]}={values[shape[0]]} with buckets={values['buckets']}: each bucket has its own; "
+                              f"leave {shape[0]} out")
+        values["buckets"] = ""
+    for cache in ("latent_cache", "clip_cache"):
+        if values.get(cache) and "data" in given and values["data"]:
+            raise ConfigError(f"data={values['data']} with {cache}={values[cache]}: training reads the cache alone; "
+                              "leave data out")
+    if "encoder_weight" in given and values["encoder_weight"] and not values.get("train_encoder", True):
+        raise ConfigError(f"encoder_weight={values['encoder_weight']} with train_encoder=false: the encoder does not "
+                          "learn; leave encoder_weight out")
 
 
 def read_settings(path, kinds):
@@ -596,6 +614,11 @@ def check_losses(config):
     if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
         raise ConfigError(f"wavelet_levels={config.wavelet_levels}: clips of {smallest} pixels have "
                           f"{int(math.log2(smallest))} levels at most")
+    if not what_learns(config).from_pixels:
+        for key in ("gan_weight", "seraena_weight", "perceptual_weight", "temporal_weight", "wavelet_weight"):
+            if getattr(config, key) > 0 and config.model == "taehv":
+                raise ConfigError(f"{key}={getattr(config, key)}: the decoder does not learn, and the encoder learns "
+                                  f"from latents alone; set {key}=0")
     if config.gan_weight == 0 or not what_learns(config).from_pixels:
         return
     if config.gan_dims == 2 and smallest < 24:

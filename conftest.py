@@ -264,6 +264,11 @@ PLAIN = [*SCRATCH, "size=16", "frames=4", "batch_size=1", *COMMON]
 SERAENA = [*PLAIN, "seraena_weight=0.5", "seraena_replay_mb=2", *NARROW]
 
 
+def shapeless(settings):
+    """Settings without those that buckets have themselves."""
+    return [word for word in settings if not word.startswith(("size=", "frames=", "batch_size="))]
+
+
 @pytest.fixture(scope="module")
 def trained(clips, tmp_path_factory):
     """(a folder, the run in it after 4 steps of two ranks, with validation, what training printed)."""

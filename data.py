@@ -128,8 +128,7 @@ def find_sources(data, data_root="", only_images=False):
         raise DataError(f"data: {data!r} does not exist")
     if os.path.isdir(data):
         sources = []
-        for folder, folders, files in os.walk(data, followlinks=False):
-            folders.sort()
+        for folder, files in walk(data):
             inner = os.path.relpath(folder, data).replace(os.sep, "/")
             for file in sorted(files):
                 if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("."):
@@ -144,6 +143,26 @@ def find_sources(data, data_root="", only_images=False):
         raise DataError(f"data: {data!r} is no video or image: its name ends in none of "
                         f"{' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return [Source(data, os.path.basename(data))]
+
+
+OUTPUTS = {"summary_report.html": ("comparison_videos", "latent_visualizations"),  # infer.py's
+           "leaderboard.html": ("videos",)}
+
+
+def walk(top):
+    """Yields (folder, names of its files) for a folder and those in it, in the order of their names. Links to folders
+    are followed, each folder is visited once, and the videos and pictures that stand beside a report are left out."""
+    parts = os.path.realpath(top).split(os.sep)
+    # Those above, too: a link there would lead back here.
+    seen = {os.sep.join(parts[:count]) or os.sep for count in range(1, len(parts) + 1)}
+    for folder, folders, files in os.walk(top, followlinks=True):
+        outputs = {name for report, names in OUTPUTS.items() if report in files for name in names}
+        wanted, folders[:] = sorted(set(folders) - outputs), []
+        for name in wanted:
+            if (real := os.path.realpath(os.path.join(folder, name))) not in seen:
+                seen.add(real)
+                folders.append(name)
+        yield folder, files
 
 
 def check_list(path):
@@ -638,8 +657,8 @@ class TrainClips(Dataset):
 
     def check(self, bucket):
         if not len(self.pool(bucket.frames)):
-            raise DataError(f"the training data holds only images, which give no clips of {bucket.frames} frames: "
-                            "use frames=1, or image_sequences=true for clips of unrelated images")
+            raise DataError(f"the data holds only images, which give no clips of {bucket.frames} frames: clips of 1 "
+                            "frame are wanted, or image_sequences=true of train.py for clips of unrelated images")
 
     def __getitem__(self, key):
         """{"video": uint8 T 3 H W tensor (memory order T H W 3), "notes": [(path, what was odd)], "origin": {...}}

@@ -109,6 +109,10 @@ def prepare(options, sources, latent_files, device, dtype):
         raise InputError(f"{latent_files[0]}: {options.checkpoint} decodes no files; give it videos or images")
     if options.videos == "none" and latent_files:
         raise InputError(f"{latent_files[0]}: a video is all that is made of it, and none is to be written")
+    for name in ("teacher", "fid", "save_latents", "max_frames"):
+        if latent_files and not sources and getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')} is for videos and images, and {latent_files[0]} is decoded "
+                             "as it is: leave it out")
     if not options.by_teacher:
         model, tiled, model_hash, words = load_own(options, device, dtype, memory)
         for path in latent_files:
@@ -151,7 +155,7 @@ def work_through(job, latent_files, readers, sources):
             print(reader.note)
         name = report.safe_name(path.removesuffix(".npz").removesuffix(TOKENS), names)
         try:
-            print("wrote", decode_file(reader, name, job))
+            print("wrote", decode_file(reader, name + f"_{options.levels}_levels" * bool(options.levels), job))
             decoded += 1
             if target := cut_to(path, name, options):
                 keep_maps(path, target, options.levels)
@@ -290,6 +294,8 @@ def parse(arguments=None):
         if not 0 <= (value := getattr(options, name) or 0) <= most:
             parser.error(f"--{name.replace('_', '-')} {value}: 0 to {most} is wanted")
     options.by_teacher = is_spec(options.checkpoint)
+    if options.teacher_frames is not None and not (options.teacher or options.by_teacher):
+        parser.error(f"--teacher-frames {options.teacher_frames} wants --teacher")
     for name in ("variant", "save_latents", "save_tokens", "levels", "tile", "tile_frames", "teacher"):
         if options.by_teacher and getattr(options, name) is not None and getattr(options, name) is not False:
             parser.error(f"--{name.replace('_', '-')} is for models of ours, and {options.checkpoint} is a teacher")

@@ -24,6 +24,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import tokenize
 import traceback
@@ -45,7 +46,7 @@ from device import (DeviceError, cores_per_rank, default_workers, describe, host
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS, check_cogvideox_frames
 from ranks import from_rank_0, gather, start_ranks
-from screen import guard_screen, one_line
+from screen import ended_by_sigterm, guard_screen, one_line
 from teachers import KINDS, TeacherError, load_teacher
 from untrusted import SETTINGS, open_regular, read_json
 
@@ -653,16 +654,17 @@ def main():
     guard_screen()
     options, code = parse(), 0
     try:
-        build(options)
+        with ended_by_sigterm():
+            build(options)
     except (DataError, TeacherError, DeviceError, checkpoint.CheckpointError, InUse, OSError) as error:
         if error.__cause__ is not None and isinstance(error, TeacherError):  # its author needs to know where
             traceback.print_exception(error.__cause__)
         if not isinstance(error, InUse) or int(os.environ.get("RANK", 0)) == 0:  # all ranks raise this together
             print(f"latent_cache.py: {one_line(str(error))}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped: the same command goes on from here", file=sys.stderr)
-        code = 130
+        code = 128 + (error.args[0] if error.args else signal.SIGINT)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(code)

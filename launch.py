@@ -137,6 +137,11 @@ def make_task(name=None, preset=None, gpus=1, overrides=None):
         path = getattr(config, key)
         if path and not os.path.exists(path) and (key, path) != ("data", "demo"):
             raise ConfigError(f"{key}: {path!r} does not exist")
+    for key, path in (("init_from", config.init_from), ("resume", config.resume)):
+        is_name = key == "resume" and path in ("auto", "none") or re.fullmatch(r"\w*", path)  # taew2_1
+        if not is_name and not os.path.exists(path):
+            raise ConfigError(f"{key}: {path!r} does not exist (tasks run in any order: one that starts from another's "
+                              "weights goes into a file of its own)")
     return Task(name, arguments, gpus, config, os.path.join(config.out_dir, name))
 
 
@@ -154,7 +159,8 @@ def check_models(tasks):
 def as_argument(key, value):
     """("lr", 1e-4) -> "lr=0.0001", as train.py takes it."""
     if not re.fullmatch(r"\w+(\.\w+)?", key) or key == "name":
-        raise ConfigError(f"overrides: {key!r} is no setting, or not one to set here{nearest(key, vars(Config()))}")
+        raise ConfigError(f"overrides: {key!r} is set beside overrides, as the task's name" if key == "name" else
+                          f"overrides: {key!r} is no setting, or not one to set here{nearest(key, vars(Config()))}")
     if type(value) is list and key.startswith("net.") and all(type(v) in (int, float, bool) for v in value):
         value = str(tuple(value))
     if type(value) is bool:

@@ -84,6 +84,8 @@ def looked_at(names, options, context, failures):
         try:
             one = look_at(name, context, options.shape["frames"])
             counts = [count for count in options.levels or [] if count <= one["most_levels"]]
+            for count in sorted({*(options.levels or [])} - {*counts}) if one["most_levels"] else []:
+                print(f"{one['name']}: --levels {count} is left out: it has {one['most_levels']}")
             found[name] = [look_at(name, context, options.shape["frames"], count) for count in counts] or [one]
         except Exception as error:  # whatever befalls one, the others get their turn
             found[name] = failures.row(name, name, error)

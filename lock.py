@@ -55,7 +55,12 @@ def locked(folder, way_out):
     user can do instead. OSError if the folder cannot be made or written to.
     """
     path, made = os.path.join(folder, NAME), not os.path.isdir(folder)
-    handle, problem = open_and_lock(folder, path, f": wait for its end, or {way_out}", patient="RANK" in os.environ)
+    try:
+        handle, problem = open_and_lock(folder, path, f": wait for its end, or {way_out}", patient="RANK" in os.environ)
+    except OSError as error:
+        told = OSError(f"{folder} cannot be made or written to ({error.strerror}): {way_out}")
+        told.strerror = error.strerror
+        raise told from None
     HELD[handle] = path
     try:
         yield f"{folder} cannot be locked ({problem}): start no other command that writes there" if problem else ""

@@ -526,8 +526,13 @@ class TAEHVStream:
 
     @torch.no_grad()
     def encode(self, frames):
-        """Take N t 3 H W frames, return the latents N t' C h w that are complete."""
+        """Take N t 3 H W frames, return the latents N t' C h w that are complete. ValueError for another shape, or
+        another size than before."""
         model = self.model
+        before = self._last_frame
+        if frames.ndim != 5 or frames.shape[2] != 3 or before is not None and frames[:, :1].shape != before.shape:
+            raise ValueError(f"expected frames as N T 3 H W{'' if before is None else ', of the size before'}, got "
+                             f"{tuple(frames.shape)}")
         if self._empty_latents is None:
             n, _, _, height, width = frames.shape
             for _ in range(3):  # as the stride-2 convolutions round; multiples of space_factor come out exact
@@ -874,7 +879,10 @@ def read_weights(path):
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state_dict, dict) and "model_config" in state_dict:
+        raise ValueError(f"{path} is a checkpoint of a run: load the model.pth beside it")
+    return state_dict
 
 
 def read_about(path):
@@ -899,16 +907,17 @@ def read_about(path):
 def arguments_of(state_dict, path, variant=None):
     """What `recognise` finds, with the variant that is given, or else what the file says of itself. ValueError if the
     weights cannot be of that variant."""
-    arguments = recognise(state_dict, path)
+    arguments, told = recognise(state_dict, path), {}
     about = {} if variant else read_about(path)
     if about.get("model_name") == "taehv":
-        told = about["model_config"]
+        told = about["model_config"]  # of its own shape, it may be
         arguments.update({key: told[key] for key in ("activation", "output_range") if key in told})
         variant = str(told.get("variant", "taehv"))
     if variant is not None:
-        found = tuple(arguments[key] for key in ("patch_size", "latent_channels", "encoder_time_downscale",
-                                                 "decoder_time_upscale", "arch_variant"))
-        if variant in VARIANTS and VARIANTS[variant] != found:
+        names = "patch_size", "latent_channels", "encoder_time_downscale", "decoder_time_upscale", "arch_variant"
+        found, usual = tuple(arguments[name] for name in names), VARIANTS.get(variant)
+        wanted = [told.get(name, value) for name, value in zip(names, usual or found)]
+        if usual and tuple(tuple(value) if isinstance(value, list) else value for value in wanted) != found:
             raise ValueError(f"these weights (patch size {found[0]}, {found[1]} latent channels, {found[4] or 'plain'} "
                              f"decoder) are not of variant {variant}")
         arguments["variant"] = variant
@@ -1043,7 +1052,8 @@ def find_weights(path):
     if os.path.isfile(path):
         return path
     if os.path.exists(path):
-        raise ValueError(f"{path!r} is not a regular file")
+        raise ValueError(f"{path!r} is not a regular file"
+                         + ": load the model.pth in it" * os.path.isfile(os.path.join(path, "model.pth")))
     if path in PUBLISHED:
         return published_weights(path)
     name = os.path.basename(path).removesuffix(".pth")

@@ -170,9 +170,9 @@ def make_fresh_model(cfg, buckets):
     if max(getattr(model, "codebook_sizes", [0])) > MAX_VOCABULARY:
         raise ConfigError(f"model {cfg.model} with {cfg.net}: {max(model.codebook_sizes)} codes; at most "
                           f"{MAX_VOCABULARY} are wanted, as files of tokens hold them")
-    for size in (*(bucket.size for bucket in buckets), cfg.val_size):
+    for name, size in (*(("size", bucket.size) for bucket in buckets), ("val_size", cfg.val_size)):
         if size % model.space_factor:
-            raise ConfigError(f"size {size}: {cfg.model} {model.config.get('variant', '')} takes multiples of "
+            raise ConfigError(f"{name}={size}: {model.config.get('variant') or cfg.model} takes multiples of "
                               f"{model.space_factor}")
     normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
     for bucket in buckets:

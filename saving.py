@@ -242,13 +242,24 @@ def find_resume(cfg, folder, restarted, log):
     return path
 
 
+def check_start(saved, cfg, path):
+    """ConfigError for an init_from= that is not in the saved settings, a dict: the checkpoint at `path` would take its
+    place. (The TAEHV of a vq_latents may have moved.)"""
+    began = saved.get("init_from", "")
+    if cfg.init_from and cfg.model != "vq_latents" and os.path.normpath(cfg.init_from) != os.path.normpath(began):
+        raise ConfigError(f"init_from={cfg.init_from}, but {path} is there to go on from, which began "
+                          f"{f'with {began}' if began else 'from scratch'}: choose another name= for a new run, or "
+                          "leave init_from out")
+
+
 def restore(state, model, average, optimizer, teacher, path):
     """Put a checkpoint's weights and optimizer state in place; ConfigError if it is another model's."""
     if state.get("teacher") and teacher not in ("", state["teacher"]):  # another scale of the latents, another model
         raise ConfigError(f"{path} learnt from another teacher: choose another name= for this run, with init_from=")
     if not same_model(state.get("model_config"), model.config):
         raise ConfigError(f"{path} is a checkpoint of {state.get('model_config', 'something else')}, "
-                          f"not of {model.config}: choose another name= for this run")
+                          f"not of {model.config}: choose another name= for this run, or init_from= in the place of "
+                          "resume=")
     if "optimizer" not in state:
         raise ConfigError(f"{path} holds weights only: give it as init_from=, not as resume=")
     today = optimizer.state_dict()["param_groups"]

@@ -38,7 +38,7 @@ from objective import Objective
 from optimizer import average_weights, learning_rate, make_optimizer
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    everywhere, from_rank_0, gather, start_ranks)
-from saving import NotSaved, Saver, find_resume, restore, take_folder, where_to_go_on
+from saving import NotSaved, Saver, check_start, find_resume, restore, take_folder, where_to_go_on
 from screen import guard_screen, one_line
 from step_taehv import speed_up
 from watch import Meter, Trend, describe_figures, describe_step, describe_trend
@@ -157,6 +157,7 @@ class Trainer:
         state = everywhere(self.control, lambda: checkpoint.read(path))
         try:
             restore(state, self.model, self.average, self.optimizer, self.clips.teacher, path)
+            check_start(state["config"], cfg, path)
             run.step, run.samples, run.seconds = state["step"], state["samples"], float(state.get("seconds", 0))
             if (state["config"]["batch_size"], state["config"]["buckets"]) == (cfg.batch_size, cfg.buckets):
                 run.pieces = state["pieces"]

@@ -5,6 +5,8 @@ import os
 import re
 import resource
 import shutil
+import signal
+import sys
 
 import cv2
 import numpy as np
@@ -17,7 +19,7 @@ import config
 import data
 import latent_cache
 import train
-from conftest import CACHE, COMMON, NARROW, ROOT, SCRATCH, log_of, mistake, run
+from conftest import CACHE, COMMON, NARROW, ROOT, SCRATCH, log_of, mistake, run, shapeless
 
 TRAIN = os.path.join(ROOT, "train.py")
 ASKED = "--teacher none --size 40 --frames 6 --clips 10 --shard-clips 4 --batch-size 2 --workers 0".split()
@@ -58,6 +60,28 @@ def test_the_cache_holds_clips_alone_several_of_each_opening(stored, clips, tmp_
     asked = [*ASKED, "--data", clips, "--out", str(tmp_path / "c"), "--batch-size", "4"]
     latent_cache.build(latent_cache.parse(asked))
     assert len(opened) == 6 + 3, "each of six files to look at it, and three for ten clips"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_build_and_leaves_no_half_shard(number, stored, clips, tmp_path, monkeypatch, capsys):
+    asked = [*ASKED, "--data", clips, "--out", str(tmp_path / "cut")]
+    write = latent_cache.ShardWriter.write
+
+    def signalled(self, *arguments):
+        if self.i == 1:
+            os.kill(os.getpid(), number)
+        write(self, *arguments)
+
+    monkeypatch.setattr(latent_cache.ShardWriter, "write", signalled)
+    monkeypatch.setattr(sys, "argv", ["latent_cache.py", *asked])
+    with pytest.raises(SystemExit) as caught:
+        latent_cache.main()
+    assert caught.value.code == 128 + number and "the same command goes on from here" in capsys.readouterr().err
+    left = sorted(os.listdir(tmp_path / "cut"))
+    assert not [name for name in left if name.endswith((".tmp", ".lock"))] and "shard_00000.json" in left
+    monkeypatch.undo()
+    latent_cache.build(latent_cache.parse(asked))
+    assert "4 of them from before" in capsys.readouterr().out
 
 
 def test_an_interrupted_build_of_clips_goes_on_and_grows(stored, clips, tmp_path, capsys):
@@ -179,13 +203,13 @@ def test_more_shards_than_a_process_may_open_at_first(stored):
 
 @pytest.mark.slow
 def test_any_latent_cache_serves_as_a_clip_cache(cache, here):
-    folder = here(*SMALL, f"clip_cache={cache}", "max_steps=2", "buckets=16x4:0.5:2,24x1:0.5:3", "name=latents")
+    folder = here(*shapeless(SMALL), f"clip_cache={cache}", "max_steps=2", "buckets=16x4:0.5:2,24x1:0.5:3", "name=latents")
     assert "clip cache: 10 clips of 32x32x12 from 6 files" in log_of(folder)
 
 
 def test_what_does_not_go_together_is_refused(stored, cache, clips, capsys, monkeypatch, tmp_path):
-    def line(*settings):
-        return mistake(capsys, monkeypatch, train, *SMALL, f"out_dir={tmp_path}", *settings)
+    def line(*settings, common=SMALL):
+        return mistake(capsys, monkeypatch, train, *common, f"out_dir={tmp_path}", *settings)
 
     mine, plain = f"clip_cache={stored}", "color_jitter=0"
     assert "latent_cache with clip_cache: training reads one of them" in line(mine, f"latent_cache={cache}")
@@ -205,7 +229,8 @@ def test_what_does_not_go_together_is_refused(stored, cache, clips, capsys, monk
     holds = "holds clips of size=40 frames=6: set at most these, or build another"
     assert f"size=48 frames=4, but the clip cache {stored} {holds}" in line(mine, "size=48")
     assert f"size=16 frames=8, but the clip cache {stored} {holds}" in line(mine, "frames=8")
-    assert f"size=48 frames=1, but the clip cache {stored} {holds}" in line(mine, "buckets=16x4:1:1,48x1:1:1")
+    assert f"size=48 frames=1, but the clip cache {stored} {holds}" in line(
+        mine, "buckets=16x4:1:1,48x1:1:1", common=shapeless(SMALL))
     assert f"val_size=48 frames=4, but the clip cache {stored} {holds}" in line(mine, "val_size=48")
     assert "encoder_weight=1.0 needs teacher latents" in line(mine, "encoder_weight=1")
     assert f"holds clips without latents: set clip_cache={stored}" in line(plain, f"latent_cache={stored}")
@@ -236,7 +261,7 @@ def test_checksums_of_many_clips_are_left_out_and_the_log_says_so(stored, here, 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_training_from_a_clip_cache_resumes_to_the_bit(stored, clips, tmp_path, ranks):
-    asked = [TRAIN, *SMALL, f"clip_cache={stored}", "buckets=16x4:0.6:2,24x1:0.4:2", "max_steps=5", "workers=2"]
+    asked = [TRAIN, *shapeless(SMALL), f"clip_cache={stored}", "buckets=16x4:0.6:2,24x1:0.4:2", "max_steps=5", "workers=2"]
     output = run(*asked, "name=whole", "save_every=2", "val_every=5", ranks=ranks, cwd=tmp_path)
     assert "clip cache: 10 clips of 40x40x6" in output and "validation psnr" in output
     half = f"resume={tmp_path}/runs/whole/step_00000002.pt"

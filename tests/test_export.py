@@ -292,6 +292,8 @@ OTHERS = {
     "dcae": lambda: DCAE((16, 16, 32, 32, 32, 32), (1,) * 6, (1,) * 6, latent_channels=32),
     "taehv": lambda: TAEHV("lighttaew2_1", **NARROW, activation="leaky_relu", output_range=(-1, 1),
                            decoder_space_upscale=(True, True, False)),
+    "taehv of its own shape": lambda: TAEHV(**NARROW, latent_channels=32, encoder_time_downscale=(1, 1, 1),
+                                            decoder_time_upscale=(1, 1, 1)),
 }
 
 

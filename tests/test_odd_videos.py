@@ -211,3 +211,22 @@ def look_at_changes(tmp_path, monkeypatch, more, small, changes, name):
         assert changes[row["name"]][1] in said and ("failed" in row) == (row["name"] not in ("grows", "stays")), row
         assert row.get("frames", 10) == 10 or name == "open_reader" and row["name"] == "grows"
     assert not (tmp_path / "results" / "errors.log").exists()
+
+
+def test_a_folder_is_searched_through_links_and_without_reports(tmp_path):
+    (tmp_path / "mine/sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for path in ("mine/a.mp4", "mine/sub/b.mp4", "other/c.mp4"):
+        (tmp_path / path).write_bytes(b"0")
+    os.symlink(tmp_path / "other", tmp_path / "mine/clips")  # as on clusters
+    os.symlink(tmp_path / "mine", tmp_path / "mine/sub/round")  # leads back
+    os.symlink(tmp_path, tmp_path / "mine/up")
+    os.symlink("/", tmp_path / "other/root")
+    for report, folder in (("summary_report.html", "comparison_videos"), ("leaderboard.html", "videos")):
+        (tmp_path / "mine" / report / folder).mkdir(parents=True)
+        (tmp_path / "mine" / report / report).write_text("")
+        (tmp_path / "mine" / report / folder / "a_reconstructed.mp4").write_bytes(b"0")
+    found = [source.key for source in data.find_sources(str(tmp_path / "mine"))]
+    assert found == ["a.mp4", "clips/c.mp4", "sub/b.mp4"]
+    alone = data.find_sources(str(tmp_path / "mine/summary_report.html/comparison_videos"))
+    assert [source.key for source in alone] == ["a_reconstructed.mp4"], "asked for by name, they are taken"

@@ -152,6 +152,24 @@ def test_streaming_keeps_nothing_of_the_past():
     assert held(40) == held(8)
 
 
+def test_a_stream_says_what_shape_it_wants():
+    stream = TAEHV().stream()
+    with pytest.raises(ValueError, match=r"expected frames as N T 3 H W, got \(4, 3, 16, 16\)"):
+        stream.encode(torch.rand(4, 3, 16, 16))
+    stream.encode(torch.rand(1, 2, 3, 16, 16))
+    with pytest.raises(ValueError, match="of the size before, got"):
+        stream.encode(torch.rand(1, 2, 3, 24, 16))
+
+
+def test_a_checkpoint_or_a_folder_in_the_place_of_weights_is_named(tmp_path):
+    torch.save({"model_config": {}, "ema": {}}, tmp_path / "best.pt")
+    (tmp_path / "model.pth").touch()
+    for path, words in (("best.pt", "is a checkpoint of a run: load the model.pth beside it"),
+                        (".", "is not a regular file: load the model.pth in it")):
+        with pytest.raises(ValueError, match=words):
+            load_taehv(str(tmp_path / path))
+
+
 def test_a_stream_can_be_used_again():
     model, video = TAEHV().eval(), torch.rand(1, 6, 3, 8, 8)
     stream = model.stream()
@@ -632,6 +650,7 @@ def test_settings_are_parsed_and_checked():
     cfg = config.load_config(["taehv", "data=x", "lr=1e-3", "flip=false", "--batch-size=2"])
     assert (cfg.data, cfg.lr, cfg.flip, cfg.batch_size, cfg.name) == ("x", 1e-3, False, 2, "taehv")
     assert config.load_config([]).data == "demo"
+    assert config.parse_buckets(config.load_config(["dcae", "size=64", "batch_size=3"])) == [(64, 32, 1.0, 3)]
     assert config.parse_buckets(config.load_config(["buckets=64x12:1:8, 128x1:.5:2"])) == [
         (64, 12, 1.0, 8),
         (128, 1, 0.5, 2),
@@ -670,6 +689,10 @@ def test_settings_are_parsed_and_checked():
         (["taehv", "gan_weight=1", "train_decoder=0"], "gan_adaptive=true with train_decoder=false.*gan_adaptive=false"),
         (["dcae", "gan_weight=1", "gan_dims=3", "buckets=32x4:1:1"], "one clip of 4 frames of 32x32 leaves BatchNorm"),
         (["vqgan", "latent_channels=8"], "latent_channels=8 with model=vqgan: it is for a taehv; leave it out"),
+        (["taehv", "size=64", "buckets=32x8:1:1"], "size=64 with buckets=32x8:1:1: each bucket has its own; leave size"),
+        (["taehv", "data=x", "clip_cache=y"], "data=x with clip_cache=y: training reads the cache alone"),
+        (["taehv_distill", "latent_cache=x", "train_encoder=0", "encoder_weight=5"], "the encoder does not learn; leave"),
+        (["taehv_distill", "latent_cache=x", "train_decoder=0", "gan_weight=1"], "learns from latents alone; set gan_w"),
         (["vqgan", "init=colours"], "init=colours with model=vqgan: it is for a taehv from scratch; leave it out"),
         (["taehv", "init=colours", "init_from=x"], "init=colours with init_from=x: it is for a taehv from scratch"),
         (["dcae", "variant=taew2_2"], "variant=taew2_2 with model=dcae: it is for a taehv"),

@@ -285,6 +285,9 @@ def test_a_token_file_is_cut_after_any_level_and_decodes(levels, monkeypatch, ca
     for a, b, c in zip(*(np.concatenate([np.stack(piece) for piece in reader], 1) for reader in (full, two, cut))):
         assert (a == b).all() and (b == c).all()
     infer_py(monkeypatch, "rvq.pth", "cut/tokens/clip.tokens", "--out", "again")
+    infer_py(monkeypatch, "rvq.pth", "full/tokens/clip.tokens", "--levels", 2, "--out", "full")
+    assert (frames_of("full/comparison_videos/clip_2_levels_reconstructed.webm")
+            == frames_of("two/comparison_videos/clip_reconstructed.webm")).all(), "the report keeps its own video"
     decoded = [frames_of(f"{name}/comparison_videos/clip_reconstructed.webm") for name in ("two", "cut", "again")]
     assert (decoded[0] == decoded[1]).all() and (decoded[1] == decoded[2]).all()
     assert (frames_of("full/comparison_videos/clip_reconstructed.webm") != decoded[0]).any()
@@ -307,6 +310,9 @@ def test_levels_that_are_not_there_are_named(levels, monkeypatch, capsys):
         (["rvq.pth", "half.tokens", "--levels", 1], "half.tokens: truncated"),
         (["rvq.pth", "clip.avi", "--levels", 4], "--levels 4: rvq.pth is .*1 to 3 are possible"),
         (["rvq.pth", "clip.avi", "--levels", 0], "--levels 0: 1 or more"),
+        (["rvq.pth", "one.tokens", "--max-frames", 2], "--max-frames is for videos and images, and one.tokens is"),
+        (["rvq.pth", "one.tokens", "--fid", 64], "--fid is for videos and images"),
+        (["rvq.pth", "clip.avi", "--teacher-frames", 4], "--teacher-frames 4 wants --teacher"),
         (["vq.pth", "clip.avi", "--levels", 1], "--levels 1: vq.pth is .*only a residual quantizer's"),
         (["rvq.pth", "whole/tokens/clip.tokens", "--levels", 1, "--save-tokens", "--out", "whole"], "another --out"),
     ):

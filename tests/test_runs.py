@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -171,6 +172,22 @@ def test_one_clip_can_be_learnt(tmp_path):
         for x in re.findall(r"step \d+: loss \S+ psnr (\S+) dB", (tmp_path / "runs" / "one" / "train.log").read_text())
     ]
     assert len(psnrs) == 40 and np.mean(psnrs[-5:]) > np.mean(psnrs[:5]) + 4
+
+
+def test_a_run_does_not_go_on_where_other_weights_are_asked_for(trained, clips, capsys, monkeypatch, tmp_path):
+    shutil.copytree(os.path.join(trained[0], "runs"), tmp_path / "runs")
+    step = tmp_path / "runs/two/step_00000004.pt"
+    settings = ["taehv", *PLAIN[2:], f"data={clips}", f"out_dir={tmp_path}/runs", "max_steps=5"]
+    for words, more in (
+            ("init_from=w.pth, but .*step_00000004.pt is there to go on from, which began from scratch: choose another",
+             ["name=two", "init_from=w.pth"]),
+            ("checkpoint: 'nope.pt' does not exist", ["name=new", "resume=nope.pt"]),
+            ("is a folder: name a step_", ["name=new", f"resume={tmp_path}/runs/two"]),
+            ("or init_from= in the place of resume=", ["name=new", "net.encoder_widths=32,32,32,32", f"resume={step}"])):
+        if more[-1] == "init_from=w.pth":
+            torch.save(checkpoint.read(str(tmp_path / "runs/two/model.pth")), tmp_path / "w.pth")
+            monkeypatch.chdir(tmp_path)
+        assert re.search(words, mistake(capsys, monkeypatch, train, *settings, *more)), words
 
 
 @pytest.mark.slow

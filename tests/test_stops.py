@@ -18,7 +18,7 @@ import objective
 import ranks
 import train
 from conftest import (CODES, COMMON, FRAMES, NARROW, PLAIN, ROOT, SERAENA, command, different, log_of, metrics_of,
-                      state_of)
+                      shapeless, state_of)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and terminals as Linux has them")
 
@@ -235,7 +235,7 @@ def test_other_settings_go_on_from_the_same_weights_with_the_clips_that_come_nex
     assert (cfg := config.load_config([*common, *more])).lr == 5e-4
     state = state_of(folder, 6)
     assert 5e-5 < state["optimizer"]["param_groups"][0]["lr"] == train.learning_rate(cfg, 5), "as of 6 steps, not of 4"
-    here(*common, "buckets=16x1:0.5:1, 32x1:0.5:1", "max_steps=12")
+    here(*shapeless(common), "buckets=16x1:0.5:1, 32x1:0.5:1", "max_steps=12")
     assert [key.epoch * 6 + key.index for key in seen] == list(range(4 * 3 + 2 * 2 + 6 * 1)), "of six files"
     assert {key.size for key in seen[-6:]} == {16, 32}
     assert {int(v["step"]) for v in state_of(folder, 12)["optimizer"]["state"].values()} == {12}

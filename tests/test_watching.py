@@ -104,8 +104,8 @@ def test_the_table_of_layers_lists_each_once_with_the_frames_of_the_whole_clip()
     assert re.search(r"encoder.0 .*\(12, 64, 32, 32\)", rows[1]) and "(3, 16, 4, 4)" in rows[18]
 
 
-PLAIN = ["taehv", "size=16", "frames=4"]
-DISTILLED = ["taehv_distill", "latent_cache=none_is_opened", "size=16", "frames=4"]
+PLAIN = ["taehv", "size=32", "frames=4"]
+DISTILLED = ["taehv_distill", "latent_cache=none_is_opened", "size=32", "frames=4"]
 RESULT = dict(psnr=20.0, ssim=0.5, mse=0.01, lpips=0.5, teacher_psnr=20.0, teacher_ssim=0.5, teacher_mse=0.01,
               teacher_lpips=0.5, latent_mse=0.1, teacher_square=1.0)
 MODEL = TAEHV()
@@ -285,9 +285,9 @@ def test_a_file_that_is_no_table_of_files_is_one_line(content, words, tmp_path, 
 
 @pytest.mark.parametrize("settings, words", [
     (["vqgan", "net.chh=1"], "quantizer 'vq': .*'chh'"),
-    (["vqgan", "net.ch_mult=2"], "ch_mult=2: whole numbers like 1,2,4 are wanted"),
+    (["vqgan", "net.ch_mult=2"], "ch_mult=2: whole numbers like 1,2,4 \\(one alone: 16,\\) are wanted"),
     (["vqvae2", "net.hidden_channels=-4"], "hidden_channels=-4: a whole number from 1 on is wanted"),
-    (["taehv", "size=20"], "size 20: taehv taehv takes multiples of 8"),
+    (["taehv", "size=20"], "size=20: taehv takes multiples of 8"),
     (["taehv", "lr=no"], "lr=no: a number is wanted"),
     (["dcae"], ""),
     (["vq_latents", "latent_cache=none", "init_from=none"], ""),
