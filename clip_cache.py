@@ -70,10 +70,10 @@ class TrainCuts:
 
 class ValCuts:
     """Validation clips, always the same: the first frames of up to `limit` stored clips, evenly spread, whole, resized.
-    What `data.ValClips` offers."""
+    What `data.ValClips` offers. setting: the one that `size` is of, for messages."""
 
-    def __init__(self, cache, indices, size, frames, limit):
-        check_shape(cache, "val_size", size, frames)
+    def __init__(self, cache, indices, size, frames, limit, setting="val_size"):
+        check_shape(cache, setting, size, frames)
         self.cache, self.size, self.frames = cache, size, frames
         self.indices = evenly_spread(np.asarray(indices, np.int64), limit)
 
@@ -100,6 +100,7 @@ def shrink(stored, clip):
 
 
 def check_shape(cache, key, size, frames):
-    if size > cache.size or frames > cache.frames:
-        raise DataError(f"{key}={size} frames={frames}, but the clip cache {cache.path} holds clips of "
+    too_large = [f"{key}={size}"] * (size > cache.size) + [f"frames={frames}"] * (frames > cache.frames)
+    if too_large:
+        raise DataError(f"{' '.join(too_large)}, but the clip cache {cache.path} holds clips of "
                         f"size={cache.size} frames={cache.frames}: set at most these, or build another")

@@ -122,8 +122,14 @@ def find_cuts(cfg, bucket, rank, world, control):
     cache = open_cache(cfg.clip_cache, rank, world, control, clips_only=True)
     limit, size = val_limit(cfg, bucket.frames), cfg.val_size or bucket.size
     mine, held_back, held_out = cache.split_by_file(0 if cfg.val_data else cfg.val_fraction)
-    other = open_cache(cfg.val_data, rank, world, control, clips_only=True) if cfg.val_data else cache
-    val = ValCuts(other, np.arange(len(other)) if cfg.val_data else held_back, size, bucket.frames, limit)
+    other = cache
+    if cfg.val_data:
+        try:
+            other = open_cache(cfg.val_data, rank, world, control, clips_only=True)
+        except DataError as error:
+            raise DataError(f"val_data has to be a second clip cache: {error}") from None
+    val = ValCuts(other, np.arange(len(other)) if cfg.val_data else held_back, size, bucket.frames, limit,
+                  "val_size" if cfg.val_size else "size")
     size = sum(array.nbytes for array in cache.clips)
     lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
              + f"; too large ({size / 1e9:.0f} GB) to compare checksums" * (size > MOST_COMPARED),

@@ -227,11 +227,12 @@ def test_what_does_not_go_together_is_refused(stored, cache, clips, capsys, monk
     assert "clips_per_open=4 with clip_cache: no video is opened" in line(mine, "clips_per_open=4")
     assert "clips_per_open=4 with latent_cache: no video" in line(plain, f"latent_cache={cache}", "clips_per_open=4")
     holds = "holds clips of size=40 frames=6: set at most these, or build another"
-    assert f"size=48 frames=4, but the clip cache {stored} {holds}" in line(mine, "size=48")
-    assert f"size=16 frames=8, but the clip cache {stored} {holds}" in line(mine, "frames=8")
-    assert f"size=48 frames=1, but the clip cache {stored} {holds}" in line(
+    assert f"train.py: size=48, but the clip cache {stored} {holds}" in line(mine, "size=48")
+    assert f"train.py: frames=8, but the clip cache {stored} {holds}" in line(mine, "frames=8")
+    assert f"train.py: size=48, but the clip cache {stored} {holds}" in line(
         mine, "buckets=16x4:1:1,48x1:1:1", common=shapeless(SMALL))
-    assert f"val_size=48 frames=4, but the clip cache {stored} {holds}" in line(mine, "val_size=48")
+    assert f"train.py: val_size=48, but the clip cache {stored} {holds}" in line(mine, "val_size=48")
+    assert "val_data has to be a second clip cache: " in line(mine, f"val_data={clips}")
     assert "encoder_weight=1.0 needs teacher latents" in line(mine, "encoder_weight=1")
     assert f"holds clips without latents: set clip_cache={stored}" in line(plain, f"latent_cache={stored}")
     assert "clip cache nowhere: index.json is missing" in line("clip_cache=nowhere")
