@@ -194,7 +194,7 @@ def test_mistakes_in_networks(clips, tmp_path, capsys, monkeypatch):
         (["net.ch=large size"], "net.ch=large size: a number"),
         (["size=40"], "takes multiples of 16"),
         (["train_encoder=false"], "only taehv can be trained by halves"),
-        (["latent_cache=x"], "only taehv and vq_latents learn from a teacher"),
+        (["latent_cache=x", "data="], "only taehv and vq_latents learn from a teacher"),
         (["gan_loss=wgan"], "gan_loss=wgan"),
     ):
         error = mistake(capsys, monkeypatch, train, "vqgan", f"data={clips}", "perceptual_weight=0", *settings)

@@ -22,7 +22,7 @@ import objective
 import optimizer
 import train
 from clips import find_cached_clips
-from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, write_clip
+from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, shapeless, write_clip
 from model_taehv import TAEHV
 from teachers import TeacherError, load_teacher, per_channel
 
@@ -844,7 +844,7 @@ def test_terms_that_need_what_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(config.ConfigError, match="set latent_cache=FOLDER"):
         values_of("latent_cache=")
     with pytest.raises(config.ConfigError, match="buckets with latent_cache"):
-        values_of("buckets=32x12:1:1")
+        config.load_config([*shapeless(DISTILL), "latent_cache=somewhere", "buckets=32x12:1:1"])
 
 
 @pytest.mark.slow

@@ -371,7 +371,7 @@ def test_data_processes_go_on_during_a_validation(here, monkeypatch):
     ahead = []
     monkeypatch.setattr(data, "TrainClips", make)
     monkeypatch.setattr(train, "evaluate", evaluate)
-    folder = here(*FRAMES, "workers=1", "batch_size=1", "max_steps=1", "val_fraction=0.3", "init=colours", "name=ahead")
+    folder = here(*FRAMES, "workers=1", "batch_size=1", "max_steps=1", "val_fraction=0.3", "name=ahead")
     assert ahead == [4] and "step 1: validation psnr" in log_of(folder)
 
 

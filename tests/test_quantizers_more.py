@@ -288,7 +288,8 @@ def test_a_token_file_is_cut_after_any_level_and_decodes(levels, monkeypatch, ca
     infer_py(monkeypatch, "rvq.pth", "full/tokens/clip.tokens", "--levels", 2, "--out", "full")
     assert (frames_of("full/comparison_videos/clip_2_levels_reconstructed.webm")
             == frames_of("two/comparison_videos/clip_reconstructed.webm")).all(), "the report keeps its own video"
-    decoded = [frames_of(f"{name}/comparison_videos/clip_reconstructed.webm") for name in ("two", "cut", "again")]
+    decoded = [frames_of(f"{name}_reconstructed.webm") for name in (
+        "two/comparison_videos/clip", "cut/comparison_videos/clip_2_levels", "again/comparison_videos/clip")]
     assert (decoded[0] == decoded[1]).all() and (decoded[1] == decoded[2]).all()
     assert (frames_of("full/comparison_videos/clip_reconstructed.webm") != decoded[0]).any()
     row, = json.load(open("two/metrics.json"))["rows"]

@@ -280,7 +280,7 @@ def test_a_cosine_schedule_ends_with_the_minutes_of_the_run(here, monkeypatch, c
 
 def test_clips_of_too_few_latents_are_remarked_on(here):
     """docs/training.md says what they cost."""
-    notes = [re.findall("note: clips of 4 frames are 1 latents.*frames=12 or more", log_of(here(*settings)))
+    notes = [re.findall("note: the model is trained on 4 frames .1 latents.*frames=12 or more", log_of(here(*settings)))
              for settings in ([*SMALL, "max_steps=1", "name=a"], [*SMALL, "frames=12", "max_steps=1", "name=b"],
                               [*FRAMES, "max_steps=1", "name=c"])]
     assert [len(note) for note in notes] == [1, 0, 0]
