@@ -221,17 +221,19 @@ DCAE_SMALL = dict(model="dcae", data="demo", size=64, frames=8, batch_size=2, ma
                   net=dict(width_list=(32, 32, 64, 64, 64, 64), encoder_depth_list=(1,) * 6,
                            decoder_depth_list=(1,) * 6, latent_channels=64))
 
+SMALL_TAEHV = dict(encoder_widths=(32, 32, 48, 48), decoder_widths=(128, 64, 48, 32))  # 3.3 M parameters
+
 PRESETS = {
     # Synthetic clips, a few minutes on two cores.
-    "demo": dict(data="demo", size=64, max_steps=120, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=3e-4,
-                 ema_decay=0.95, log_every=5, val_every=40, save_every=40, val_clips=12, workers=1),
+    # The network is that of taehv_small: in the same minutes 0.6 dB better than one of full width (docs/results.md).
+    "demo": dict(data="demo", size=64, max_steps=240, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=3e-4,
+                 ema_decay=0.95, log_every=5, val_every=80, save_every=80, val_clips=12, workers=1, net=SMALL_TAEHV),
     # A TAEHV from scratch on your own videos. Squared errors, as in the published notebook: in short runs they bring
     # more PSNR and SSIM than l1, at the same sharpness (docs/results.md).
     "taehv": dict(max_steps=50000, batch_size=8, pixel_loss="l2"),
     # 3.3 M parameters in the place of 11.3 M, and clips of 64 px, for minutes and hours of a CPU: add max_minutes=25.
     # Small crops and squared errors learn most in a short time (docs/results.md).
-    "taehv_small": dict(size=64, batch_size=4, pixel_loss="l2", warmup_steps=50, max_steps=50000,
-                        net=dict(encoder_widths=(32, 32, 48, 48), decoder_widths=(128, 64, 48, 32))),
+    "taehv_small": dict(size=64, batch_size=4, pixel_loss="l2", warmup_steps=50, max_steps=50000, net=SMALL_TAEHV),
     # The published training notebook's optimizer, batches and crops with pixels only, as squared errors: neither a
     # teacher's latents nor Seraena. The table in docs/speed.md compares with it.
     "taehv_notebook": dict(init="pytorch", size=64, batch_size=16, pixel_loss="l2", schedule="constant", warmup_steps=0,
@@ -316,6 +318,9 @@ def load_config(arguments):
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
     values["net"] = fitting(values.get("net", {}), given)
+    if "init_from" in given and values["init_from"] or "model" in given:  # a preset's widths are for its fresh model
+        values["net"] = {key: value for key, value in values["net"].items()
+                         if not key.endswith("widths") or f"net.{key}" in given}
     check_given(values, given)
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
@@ -342,8 +347,8 @@ def check_given(values, given):
     clips takes the place of a preset's buckets."""
     if values.get("buckets") and (shape := sorted(given & {"size", "frames", "batch_size"})):
         if "buckets" in given:
-            raise ConfigError(f"{shape[0]}={values[shape[0]]} with buckets={values['buckets']}: each bucket has its own; "
-                              f"leave {shape[0]} out")
+            raise ConfigError(f"{shape[0]}={values[shape[0]]} with buckets={values['buckets']}: each bucket has its "
+                              f"own; leave {shape[0]} out")
         values["buckets"] = ""
     for cache in ("latent_cache", "clip_cache"):
         if values.get(cache) and "data" in given and values["data"]:

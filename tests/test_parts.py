@@ -650,6 +650,10 @@ def test_settings_are_parsed_and_checked():
     cfg = config.load_config(["taehv", "data=x", "lr=1e-3", "flip=false", "--batch-size=2"])
     assert (cfg.data, cfg.lr, cfg.flip, cfg.batch_size, cfg.name) == ("x", 1e-3, False, 2, "taehv")
     assert config.load_config([]).data == "demo"
+    narrow = config.load_config([]).net
+    assert narrow == config.load_config(["variant=taew2_2"]).net and narrow["encoder_widths"] == (32, 32, 48, 48)
+    assert config.load_config(["init_from=x.pth"]).net == config.load_config(["model=vqgan"]).net == {}
+    assert config.load_config(["init_from=x", "net.encoder_widths=1,2,3,4"]).net == {"encoder_widths": (1, 2, 3, 4)}
     assert config.parse_buckets(config.load_config(["dcae", "size=64", "batch_size=3"])) == [(64, 32, 1.0, 3)]
     assert config.parse_buckets(config.load_config(["buckets=64x12:1:8, 128x1:.5:2"])) == [
         (64, 12, 1.0, 8),
