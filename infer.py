@@ -260,7 +260,7 @@ def parse(arguments=None):
     parser.add_argument("--levels", type=int, metavar="K",
                         help="only the first K levels of a residual quantizer's codes, in making tokens or in decoding "
                              f"them: fewer bits, coarser; with --save-tokens also cuts *{TOKENS} to K levels")
-    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), 
+    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"),
                         help="network that LPIPS looks through, none: no LPIPS (%(default)s)")
     parser.add_argument("--targets", nargs="?", default=judge.TARGETS, const=judge.TARGETS, metavar="LIST",
                         help="marks each input and the mean as having met or missed them; mse, psnr, ssim, lpips, "

@@ -607,7 +607,7 @@ def parse(arguments=None):
     parser.add_argument("--max-frame-delta", type=int, default=5, help="... to this (%(default)s)")
     parser.add_argument("--random-crop", action=argparse.BooleanOptionalAction, default=True,
                         help="cut random squares and resize them; off: the largest centred one")
-    parser.add_argument("--min-crop", type=float, default=0.0, 
+    parser.add_argument("--min-crop", type=float, default=0.0,
                         help="smallest side of a random square, as a fraction of the video's shorter side")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
                         help="mirror half of the clips left to right")

@@ -253,7 +253,7 @@ def parse(arguments=None):
     parser.add_argument("--fit-clips", type=int, default=0, metavar="N", help="N clips of --fit (default: one a video)")
     parser.add_argument("--levels", metavar="LIST",
                         help="say 1,2,4: residual tokenizers are also decoded from their first levels alone")
-    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"), 
+    parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"),
                         help="network that LPIPS looks through, none: no LPIPS (%(default)s)")
     parser.add_argument("--no-fid", dest="fid", action="store_false", help="no FID, though pytorch-fid is installed")
     parser.add_argument("--i3d", metavar="FILE", help="TorchScript of the I3D network, for rFVD")

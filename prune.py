@@ -257,13 +257,13 @@ def parse(arguments=None):
                         "latent_cache.py, whose teacher's latents count")
     parser.add_argument("--val-data", metavar="VIDEOS_OR_CACHE", help="clips that PSNR is measured on (default: of "
                         f"{HELD_OUT:.0%} of the files of --data, which are held out)".replace("%", "%%"))
-    parser.add_argument("--clips", type=int, default=24, metavar="N", 
+    parser.add_argument("--clips", type=int, default=24, metavar="N",
                         help="number of clips to learn from (%(default)s)")
-    parser.add_argument("--val-clips", type=int, default=16, metavar="N", 
+    parser.add_argument("--val-clips", type=int, default=16, metavar="N",
                         help="number of clips to measure on (%(default)s)")
     parser.add_argument("--size", type=int, default=64, help="height and width of clips cut from videos, pixels "
                         "(%(default)s)")
-    parser.add_argument("--frames", type=int, default=0, 
+    parser.add_argument("--frames", type=int, default=0,
                         help="number of frames of clips cut from videos (12; taecvx 16, taeh3 17)")
     parser.add_argument("--by", default="taylor", choices=("taylor", "magnitude", "random"), help="importance: what a "
                         "channel does to the output, the sizes of its weights, or chance (default: %(default)s)")
