@@ -280,7 +280,8 @@ def trained(clips, tmp_path_factory):
 
 @pytest.fixture
 def here(clips, tmp_path):
-    """Runs training in this process; returns the run's folder. `data=` is the shared clips unless given."""
+    """Runs training in this process; returns the run's folder. `data=` is the shared clips unless it or a cache is
+    given."""
     import config
     import train
 
@@ -288,7 +289,8 @@ def here(clips, tmp_path):
     before = {number: signal.getsignal(number) for number in numbers}
 
     def train_here(*settings):
-        cfg = config.load_config([settings[0], f"data={clips}", f"out_dir={tmp_path}", *settings[1:]])
+        data = [] if any(word.startswith(("latent_cache=", "clip_cache=")) for word in settings) else [f"data={clips}"]
+        cfg = config.load_config([settings[0], *data, f"out_dir={tmp_path}", *settings[1:]])
         train.train(cfg)
         return tmp_path / cfg.name
 
