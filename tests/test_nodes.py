@@ -54,9 +54,11 @@ def agents(clips, tmp_path):
 
     def start(log, port, *settings, fault=None, nodes="2"):
         line = command(script, *RUN, f"data={clips}", *settings)
+        # Where one machine is enough, it waits for another: or its nine steps may be done before that one has started.
+        conf = QUICK if nodes == "2" else QUICK.replace("last_call_timeout=1", "last_call_timeout=15")
         line[1:1] = ["-m", "torch.distributed.run", "--nnodes", nodes, "--nproc_per_node", "1", "--max-restarts", "3",
                      "--rdzv_backend", "c10d", "--rdzv_id", "test", "--rdzv_endpoint", f"127.0.0.1:{port}",
-                     "--rdzv_conf", QUICK]
+                     "--rdzv_conf", conf]
         environment = {**ENVIRONMENT, "FAULT": fault} if fault else ENVIRONMENT
         with open(tmp_path / f"{log}.log", "w") as file:
             started.append(subprocess.Popen(line, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=file,
