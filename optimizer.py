@@ -31,8 +31,8 @@ def learning_rate(cfg, step, time=0.0):
 @torch.no_grad()  # or the average drags along a graph that grows with each step
 def average_weights(average, model, decay):
     """Moves the average towards the model: decay * average + (1 - decay) * model, for the weights and for what else has
-    been learned (BatchNorm's statistics, codebooks: with vqvae2 0.3 dB better than today's beside averaged weights).
-    Whole numbers and switches are copied."""
+    been learned: BatchNorm's statistics and codebooks (in two short runs of vqvae2, 0.3 dB better than copies of the
+    newest beside averaged weights). Whole numbers and switches are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
     for mine, other in zip(average.buffers(), model.buffers()):
         if mine.is_floating_point():
