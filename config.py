@@ -620,12 +620,13 @@ def check_losses(config):
     if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
         raise ConfigError(f"wavelet_levels={config.wavelet_levels}: clips of {smallest} pixels have "
                           f"{int(math.log2(smallest))} levels at most")
-    if not what_learns(config).from_pixels:
+    from_pixels = what_learns(config).from_pixels
+    if not from_pixels and config.model == "taehv":
         for key in ("gan_weight", "seraena_weight", "perceptual_weight", "temporal_weight", "wavelet_weight"):
-            if getattr(config, key) > 0 and config.model == "taehv":
+            if getattr(config, key) > 0:
                 raise ConfigError(f"{key}={getattr(config, key)}: the decoder does not learn, and the encoder learns "
                                   f"from latents alone; set {key}=0")
-    if config.gan_weight == 0 or not what_learns(config).from_pixels:
+    if config.gan_weight == 0 or not from_pixels:
         return
     if config.gan_dims == 2 and smallest < 24:
         raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {smallest}")

@@ -106,13 +106,16 @@ def refuse(model, target, known, reasons, own_shape=True):
 def check_latents(options):
     """A warning, or "", for a run whose latents no diffusion model may give, by the config.json of its folder.
     ExportError where the program decodes nothing but a diffusion model's latents."""
-    folder = options.checkpoint if os.path.isdir(options.checkpoint) else os.path.dirname(options.checkpoint)
+    path = options.checkpoint
+    if not os.path.exists(path):  # a name of published weights
+        return ""
     try:
-        settings = read_json(os.path.join(folder or ".", "config.json"), SETTINGS)
+        settings = read_json(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json"),
+                             SETTINGS)
     except (OSError, ValueError):
         return ""
-    if (not os.path.exists(options.checkpoint) or not isinstance(settings, dict) or settings.get("model") != "taehv"
-            or not settings.get("train_encoder") or settings.get("latent_cache")):
+    if not isinstance(settings, dict) or settings.get("model") != "taehv" or not settings.get("train_encoder") \
+            or settings.get("latent_cache"):
         return ""
     if settings.get("init_from"):
         return (f"warning: this run began with {settings['init_from']}, but its encoder learned on without a teacher: "

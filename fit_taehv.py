@@ -92,7 +92,7 @@ def start_from_clips(model, batches, frames):
         init_taehv.colours(model, frames)
         return ", from mean colours, as its first clips are flat"
     fit(model, clips, torch.cat(latents) if latents else None)
-    return f", fitted to {sum(map(len, video))} clips"
+    return f", fitted to {len(clips)} clips"
 
 
 # ---- encoder -------------------------------------------------------------------------------------------------------

@@ -136,9 +136,8 @@ def make_model(cfg, buckets):
     if not cfg.init_from:
         if cfg.init == "pytorch":
             init_taehv.pytorch_weights(model)
-        elif cfg.model == "taehv":
-            if cfg.init == "colours":
-                init_taehv.colours(model, buckets[0].frames)  # clips: `fit_taehv.start_from_clips`, once there are any
+        elif cfg.init == "colours":
+            init_taehv.colours(model, buckets[0].frames)  # clips: `fit_taehv.start_from_clips`, once there are any
         return model, "from scratch"
     target = model.taehv if hasattr(model, "taehv") and not hasattr(source, "taehv") else model
     given, own = source.state_dict(), target.state_dict()
