@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import data
 from clip_cache import TrainCuts
-from latent_cache import CachedClips, LatentCache, ShardWriter, write_index
+from cache_files import CachedClips, LatentCache, ShardWriter, write_index
 from measure import alone, alternate
 
 SIZE, FRAMES = 128, 12

@@ -15,7 +15,7 @@ import torch
 
 import data
 from data import DataError
-from latent_cache import evenly_spread, read_ahead
+from cache_files import evenly_spread, read_ahead
 
 
 class TrainCuts:

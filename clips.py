@@ -14,7 +14,7 @@ from clip_cache import TrainCuts, ValCuts
 from config import ConfigError
 from data import DataError
 from init_taehv import fits_teacher, scale_to_teacher
-from latent_cache import LatentCache
+from cache_files import LatentCache
 from ranks import everywhere, from_rank_0
 from synthetic import make_demo
 

@@ -26,7 +26,7 @@ from checkpoint import CheckpointError, first_line, write_atomically
 from clip_cache import ValCuts
 from device import DeviceError, pick_device
 from evaluate import evaluate
-from latent_cache import CachedClips, LatentCache
+from cache_files import CachedClips, LatentCache
 from measure import alternate
 from model_taehv import TAEHV, recognise
 from prune_taehv import LEAST, PARTS, by_chance, by_magnitude, by_taylor, compensate, cut, layers_of, plan

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import cache_files
 import checkpoint
 import clip_cache
 import config
@@ -36,14 +37,14 @@ def stored(clips, tmp_path_factory):
 
 @pytest.fixture
 def cuts(stored):
-    return lambda **how: clip_cache.TrainCuts(latent_cache.LatentCache(stored, True), range(10), **how)
+    return lambda **how: clip_cache.TrainCuts(cache_files.LatentCache(stored, True), range(10), **how)
 
 
 # ---- building ----------------------------------------------------------------------------------------------------
 
 
 def test_the_cache_holds_clips_alone_several_of_each_opening(stored, clips, tmp_path, monkeypatch):
-    cache = latent_cache.LatentCache(stored, clips_only=True)
+    cache = cache_files.LatentCache(stored, clips_only=True)
     assert len(cache) == 10 and (cache.size, cache.frames) == (40, 6) and cache.problem() == ""
     assert not [name for name in os.listdir(stored) if "latents" in name]
     assert cache.files == [origin["file"] for origin in cache.origins]
@@ -65,14 +66,14 @@ def test_the_cache_holds_clips_alone_several_of_each_opening(stored, clips, tmp_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_build_and_leaves_no_half_shard(number, stored, clips, tmp_path, monkeypatch, capsys):
     asked = [*ASKED, "--data", clips, "--out", str(tmp_path / "cut")]
-    write = latent_cache.ShardWriter.write
+    write = cache_files.ShardWriter.write
 
     def signalled(self, *arguments):
         if self.i == 1:
             os.kill(os.getpid(), number)
         write(self, *arguments)
 
-    monkeypatch.setattr(latent_cache.ShardWriter, "write", signalled)
+    monkeypatch.setattr(cache_files.ShardWriter, "write", signalled)
     monkeypatch.setattr(sys, "argv", ["latent_cache.py", *asked])
     with pytest.raises(SystemExit) as caught:
         latent_cache.main()
@@ -96,8 +97,8 @@ def test_an_interrupted_build_of_clips_goes_on_and_grows(stored, clips, tmp_path
         with open(os.path.join(stored, name), "rb") as a, open(tmp_path / "cut" / name, "rb") as b:
             assert a.read() == b.read(), name
     latent_cache.build(latent_cache.parse([*asked, "--clips", "13"]))
-    grown = latent_cache.LatentCache(tmp_path / "cut", True)
-    assert len(grown) == 13 and all(np.array_equal(grown.clip(i), latent_cache.LatentCache(stored, True).clip(i))
+    grown = cache_files.LatentCache(tmp_path / "cut", True)
+    assert len(grown) == 13 and all(np.array_equal(grown.clip(i), cache_files.LatentCache(stored, True).clip(i))
                                     for i in range(10))
     for other in (["--clips-per-open", "2"], ["--size", "32"], ["--teacher", "taehv:none.pth", "--precision", "fp32"]):
         with pytest.raises((data.DataError, checkpoint.CheckpointError, latent_cache.TeacherError)):
@@ -175,7 +176,7 @@ def test_colours_blur_and_whole_clips(cuts):
 
 
 def test_training_and_validation_are_of_other_files(stored):
-    cache = latent_cache.LatentCache(stored, True)
+    cache = cache_files.LatentCache(stored, True)
     mine, held_back, held_out = cache.split_by_file(0.3)
     assert len(mine) + len(held_back) == 10 and len(held_back)
     assert {cache.files[i] for i in held_back} <= set(held_out) and not {cache.files[i] for i in mine} & set(held_out)
@@ -190,8 +191,8 @@ def test_more_shards_than_a_process_may_open_at_first(stored):
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
         held = [open(os.devnull) for _ in range(40)]
-        assert len(latent_cache.LatentCache(stored, True)) == 10
-        latent_cache.allow_open_files(10 ** 3)
+        assert len(cache_files.LatentCache(stored, True)) == 10
+        cache_files.allow_open_files(10 ** 3)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(2000, before[1])
         del held
     finally:
@@ -254,7 +255,7 @@ def test_what_does_not_go_together_is_refused(stored, cache, clips, capsys, monk
 def test_checksums_of_many_clips_are_left_out_and_the_log_says_so(stored, here, monkeypatch, tmp_path):
     import clips
     monkeypatch.setattr(clips, "MOST_COMPARED", 1000)
-    monkeypatch.setattr(latent_cache, "file_crc", lambda path, original=latent_cache.file_crc: (
+    monkeypatch.setattr(cache_files, "file_crc", lambda path, original=cache_files.file_crc: (
         pytest.fail("compared") if path.endswith(".npy") else original(path)))
     assert "too large (0 GB) to compare checksums" in log_of(here(*SMALL, f"clip_cache={stored}", "max_steps=1"))
 

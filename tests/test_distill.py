@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import cache_files
 import checkpoint
 import compare
 import config
@@ -95,7 +96,7 @@ def revealing(folder, latents):
 
 @pytest.mark.slow
 def test_the_cache_holds_clips_latents_and_where_they_are_from(cache, clips, teacher):
-    kept = latent_cache.LatentCache(cache)
+    kept = cache_files.LatentCache(cache)
     assert len(kept) == 10 and kept.latent_shape == (3, 16, 4, 4) and kept.problem() == ""
     batch = kept.read([1, 9])
     with torch.no_grad():
@@ -133,9 +134,9 @@ def test_an_interrupted_build_goes_on_and_two_ranks_build_the_same(cache, clips,
 def test_growing_keeps_what_is_there(clips, tmp_path, monkeypatch):
     asked = ["--teacher", revealing(tmp_path, 3), "--data", clips, *SMALL]
     assert build(tmp_path / "c", monkeypatch, *asked) == 0
-    before = latent_cache.LatentCache(tmp_path / "c").read(range(10))
+    before = cache_files.LatentCache(tmp_path / "c").read(range(10))
     assert build(tmp_path / "c", monkeypatch, *asked, "--clips", "13") == 0
-    after = latent_cache.LatentCache(tmp_path / "c").read(range(13))
+    after = cache_files.LatentCache(tmp_path / "c").read(range(13))
     assert torch.equal(after["video"][:10], before["video"]) and torch.equal(after["latents"][:10], before["latents"])
 
 
@@ -145,7 +146,7 @@ def test_bfloat16_latents_and_their_limits(clips, tmp_path, monkeypatch, capsys)
     large.write_text(REVEALING.replace("LATENTS", "3").replace("expand(-1", "mul(1e6).expand(-1"))
     assert build(tmp_path / "c", monkeypatch, "--teacher", spec, "--data", clips, *SMALL, "--latent-dtype",
                  "bfloat16") == 0
-    kept = latent_cache.LatentCache(tmp_path / "c").read([0, 5])
+    kept = cache_files.LatentCache(tmp_path / "c").read([0, 5])
     expected = load_teacher(spec).encode(kept["video"].float() / 255)
     assert kept["latents"].dtype == torch.bfloat16
     assert (kept["latents"].float() - expected).abs().max() <= expected.abs().max() / 128
@@ -194,7 +195,7 @@ def test_a_cache_that_is_not_whole_is_refused(cache, tmp_path, monkeypatch, caps
     shutil.copytree(cache, tmp_path / "partial")
     index = json.load(open(tmp_path / "partial" / "index.json"))
     index.pop("crc32")
-    latent_cache.write_index(tmp_path / "partial", {**index, "complete": False})
+    cache_files.write_index(tmp_path / "partial", {**index, "complete": False})
     assert "not finished" in refused(tmp_path / "partial", monkeypatch, capsys)
     assert "size=64 frames=12, but the latent cache" in refused(cache, monkeypatch, capsys, "size=64")
     assert "do not fit variant=taew2_2" in refused(cache, monkeypatch, capsys, "variant=taew2_2")
@@ -269,7 +270,7 @@ def test_diffusers_teachers(name, clips, tmp_path, monkeypatch):
     spec = f"diffusers:{name}:{tmp_path / 'pipeline'}"
     asked = ["--teacher", spec, "--data", clips, *SMALL, "--clips", "2", "--frames", "9"]
     assert build(tmp_path / "c", monkeypatch, *asked) == 0
-    kept = latent_cache.LatentCache(tmp_path / "c")
+    kept = cache_files.LatentCache(tmp_path / "c")
     batch = kept.read([0, 1])
     assert kept.latent_shape == (3, 16, 4, 4)
     video = batch["video"].float() / 255
@@ -511,15 +512,15 @@ def test_counts_that_cogvideox_does_not_take_are_refused_before_any_work(clips, 
     capsys.readouterr()
     plain, cogvideox = TAEHV(), TAEHV("taecvx")
     for folder, model in ((even, cogvideox), (odd, cogvideox), (odd, plain), (silent, plain)):
-        latent_cache.LatentCache(folder).check_alignment(model)
+        cache_files.LatentCache(folder).check_alignment(model)
     assert "stand for other frames than those of variant taehv: set variant=taecvx" in refused(
         even, monkeypatch, capsys, "frames=16")
     with pytest.raises(data.DataError, match="say 9 or 16, not 12: build another"):
-        latent_cache.LatentCache(silent).check_alignment(cogvideox)
+        cache_files.LatentCache(silent).check_alignment(cogvideox)
     index = json.load(open(silent / "index.json"))  # as caches were made before they told
     index["teacher"] = {**index["teacher"], "name": "diffusers AutoencoderKLCogVideoX"}
     del index["crc32"], index["teacher"]["pools_pairs"]
-    latent_cache.write_index(silent, index)
+    cache_files.write_index(silent, index)
     assert "say 9 or 16, not 12: build another" in refused(silent, monkeypatch, capsys)
 
 
@@ -610,7 +611,7 @@ def test_latents_that_reveal_their_frame_stand_beside_it(latents, tmp_path, monk
     spec = revealing(tmp_path, latents)
     asked = ["--teacher", spec, "--data", tmp_path / "videos", *SMALL, "--max-frame-delta", "2"]
     assert build(tmp_path / "c", monkeypatch, *asked) == 0
-    batch = latent_cache.LatentCache(tmp_path / "c").read([0, 1])
+    batch = cache_files.LatentCache(tmp_path / "c").read([0, 1])
     video, kept = batch["video"].float() / 255, batch["latents"].float()
     assert kept.shape[1] == latents
     cfg = config.load_config([*DISTILL, f"latent_cache={tmp_path}", "pixel_loss=l2", "train_encoder=false"])
@@ -860,7 +861,7 @@ def test_training_needs_neither_teacher_nor_diffusers(clips, tmp_path, backbones
     output = run(*common, "max_steps=4", "name=whole", "val_every=4", "save_every=2", ranks=2, cwd=tmp_path)
     assert "psnr from the teacher's" in output and "held out: " in output
     held_out = next(line for line in output.splitlines() if line.startswith("held out: "))[10:].split(", ")
-    train_clips, val_clips, names = latent_cache.LatentCache(tmp_path / "c").split(0.3, 0, 64)
+    train_clips, val_clips, names = cache_files.LatentCache(tmp_path / "c").split(0.3, 0, 64)
     files = [{part.cache.files[i] for i in part.indices} for part in (train_clips, val_clips)]
     assert not files[0] & files[1] and files[1] == set(held_out) == set(names)
     half = tmp_path / "runs" / "whole" / "step_00000002.pt"
@@ -912,7 +913,7 @@ def test_distilling_brings_the_latents_nearer(cache, teacher, tmp_path, monkeypa
     assert len(lines) == 2
     start = TAEHV()
     torch.manual_seed(0)
-    kept = latent_cache.LatentCache(cache)
+    kept = cache_files.LatentCache(cache)
     batch = kept.read(range(len(kept)))
     with torch.no_grad():
         untrained = (start.encode(batch["video"].float() / 255) - batch["latents"].float()).square().mean().item()

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+import cache_files
 import checkpoint
 import config
 import data
 import fuzz
 import infer
-import latent_cache
 import latent_file
 import models
 import train
@@ -213,7 +213,7 @@ def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
     index = json.loads(small["index.json"].read_text())
 
     def read():
-        found = latent_cache.LatentCache(str(tmp_path / "cache"))
+        found = cache_files.LatentCache(str(tmp_path / "cache"))
         train_clips, _, _ = found.split(0.3, 0, 4)
         if found.problem():
             raise data.DataError(found.problem())
@@ -226,7 +226,7 @@ def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
             odd = with_something_odd(index, rng)
             if isinstance(odd, dict):
                 odd.pop("crc32", None)
-                odd["crc32"] = latent_cache.index_crc(odd)
+                odd["crc32"] = cache_files.index_crc(odd)
             small[name].write_text(json.dumps(odd))
         else:
             small[name].write_bytes(scrambled(before, rng))

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import cache_files
 import checkpoint
 import codec
 import config
@@ -552,7 +553,7 @@ def forged(cache, tmp_path):
         index.pop("crc32")
         *path, last = path
         functools.reduce(lambda part, key: part[key], path, index)[last] = value
-        latent_cache.write_index(str(tmp_path / "cache"), index)
+        cache_files.write_index(str(tmp_path / "cache"), index)
 
     change.folder = tmp_path / "cache"
     return change
@@ -560,7 +561,7 @@ def forged(cache, tmp_path):
 
 def cache_refusal(folder):
     with little(), pytest.raises(data.DataError) as caught:
-        if problem := latent_cache.LatentCache(str(folder)).problem():
+        if problem := cache_files.LatentCache(str(folder)).problem():
             raise data.DataError(problem)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
     return str(caught.value)
@@ -572,10 +573,10 @@ def test_parts_of_a_cache_that_are_no_files_are_refused_at_once(forged):
         for path in odd_files(forged.folder, name):
             assert "damaged, or no cache" in cache_refusal(forged.folder)
             with little():
-                assert name.startswith("index") or not latent_cache.shard_is_done(str(forged.folder), int(name[10]), 4)
+                assert name.startswith("index") or not cache_files.shard_is_done(str(forged.folder), int(name[10]), 4)
         path.unlink()
         path.write_bytes(content)
-    assert latent_cache.LatentCache(str(forged.folder)).problem() == ""
+    assert cache_files.LatentCache(str(forged.folder)).problem() == ""
 
 
 @pytest.mark.parametrize("path, value, words", [
@@ -608,7 +609,7 @@ def test_shards_with_forged_headers_are_refused_at_once(forged):
                     header(shape=(4, 12, 32, 32, 3), descr="|V100000")):
         name.write_bytes(content)
         assert "damaged, or no cache" in cache_refusal(forged.folder)
-        assert not latent_cache.shard_is_done(str(forged.folder), 0, 4)
+        assert not cache_files.shard_is_done(str(forged.folder), 0, 4)
 
 
 def test_lists_that_are_too_long_or_deep_are_refused_at_once(tmp_path, forged):
@@ -621,7 +622,7 @@ def test_lists_that_are_too_long_or_deep_are_refused_at_once(tmp_path, forged):
                 READERS[name](str(tmp_path / name))
             assert ("maximum recursion" if deep else f"more than {most >> 20} MiB") in str(caught.value)
     for name, most in (("shard_00000.json", 2 ** 20 + os.path.getsize(forged.folder / "shard_00000.clips.npy")),
-                       ("index.json", latent_cache.MAX_INDEX)):
+                       ("index.json", cache_files.MAX_INDEX)):
         (forged.folder / name).write_text("[" * 10 ** 5)
         assert "maximum recursion" in cache_refusal(forged.folder)
         os.truncate(forged.folder / name, most + 1)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cache_files
 import codec
 import config
 import infer
@@ -174,7 +175,7 @@ def test_a_second_builder_of_one_cache_is_refused(clips, teacher, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["latent_cache.py", *map(str, asked)])
     with pytest.raises(SystemExit) as caught:
         latent_cache.main()
-    assert caught.value.code == 0 and len(latent_cache.LatentCache(tmp_path / "cache")) == 2
+    assert caught.value.code == 0 and len(cache_files.LatentCache(tmp_path / "cache")) == 2
     assert re.fullmatch(rf"latent_cache.py: \S+cache {US}choose another --out", lines[0])
     assert sorted(name.split(".")[0] for name in os.listdir(tmp_path / "cache")) == ["index", *["shard_00000"] * 3]
 

@@ -14,7 +14,7 @@ from clips import suit_to_teacher
 from conftest import NARROW, same
 from fast_taehv import fast
 from init_taehv import REACH, scale_to_teacher
-from latent_cache import LatentCache
+from cache_files import LatentCache
 from model_taehv import TAEHV, load_taehv
 from models import load_model
 

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import cache_files
 import data
 import latent_cache
 import train
@@ -143,12 +144,12 @@ def test_training_refuses_a_cache_whose_latents_are_not_finite(dtype, faulty, cl
     array[1, 2, 0, 3, 3] = 0x7fc0 if dtype == "bfloat16" else np.inf
     array.flush()
     about = json.loads((folder / "shard_00001.json").read_text())
-    about["crc32"]["latents.npy"] = latent_cache.file_crc(folder / "shard_00001.latents.npy")
+    about["crc32"]["latents.npy"] = cache_files.file_crc(folder / "shard_00001.latents.npy")
     (folder / "shard_00001.json").write_text(json.dumps(about))
     index = json.loads((folder / "index.json").read_text())
-    index["shards"][1]["crc32"] = {**about["crc32"], "json": latent_cache.file_crc(folder / "shard_00001.json")}
+    index["shards"][1]["crc32"] = {**about["crc32"], "json": cache_files.file_crc(folder / "shard_00001.json")}
     index.pop("crc32")
-    latent_cache.write_index(folder, index)
+    cache_files.write_index(folder, index)
     capsys.readouterr()
     said = mistake(capsys, monkeypatch, train, "taehv_distill", *common)
     assert said.endswith("shard_00001.latents.npy holds latents that are not finite: build it again")

@@ -10,7 +10,7 @@ import torch
 import models
 from checkpoint import read
 from conftest import COMMON, ROOT, SCRATCH
-from latent_cache import LatentCache
+from cache_files import LatentCache
 from latent_file import LatentReader
 from token_file import TokenReader
 
