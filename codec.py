@@ -21,6 +21,7 @@ from fast_taehv import FastTAEHV
 from latent_file import LatentReader
 from model_dcae import DCAE
 from pipeline import Pipeline
+from screen import progress_bar
 from quantize import levels_of
 from tiling import Tiled
 from token_file import TokenReader
@@ -239,8 +240,8 @@ def decode_file(reader, name, job):
     with report.VideoWriter(path, reader.fps, reader.width, reader.height) as writer:
         with Pipeline(queue_depth(reader), job.busy) as pipeline:
             write = pipeline.beside("writing", write_all)
-            for frame in tqdm(itertools.islice(frames, reader.frames), total=reader.frames, desc=name[:30],
-                              unit="frame", dynamic_ncols=True):
+            for frame in progress_bar(itertools.islice(frames, reader.frames), total=reader.frames, desc=name[:30],
+                                      unit="frame"):
                 write(to_uint8(frame, reader.height, reader.width))
         if writer.frames < reader.frames:
             raise InputError(f"{name}: only {writer.frames} of {reader.frames} frames came out")

@@ -10,10 +10,10 @@ import tempfile
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from device import held_memory, peak_memory, reset_peak_memory, time_call
+from screen import progress_bar
 from teachers import TeacherError
 
 
@@ -73,8 +73,7 @@ class TeacherPass:
         self.file, self.shape, self.given = tempfile.TemporaryFile(dir=folder), None, []
         left, reader = frames, iter(reader)
         memory, name = memory or PeakMemory(teacher.device, alone=False), os.path.basename(source.path)
-        with memory.of("teacher"), tqdm(total=frames, desc=f"{name[:30]} teacher", unit="frame",
-                                        dynamic_ncols=True) as bar:
+        with memory.of("teacher"), progress_bar(total=frames, desc=f"{name[:30]} teacher", unit="frame") as bar:
             module = teacher.source if isinstance(teacher.source, torch.nn.Module) else None
             if module is not None:
                 module.to(teacher.device)

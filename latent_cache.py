@@ -38,7 +38,7 @@ from device import (DeviceError, cores_per_rank, default_workers, describe, host
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS
 from ranks import from_rank_0, gather, start_ranks
-from screen import ended_by_sigterm, guard_screen, one_line
+from screen import ended_by_sigterm, guard_screen, one_line, progress_bar
 from teachers import KINDS, TeacherError, load_teacher
 from untrusted import read_json
 
@@ -241,7 +241,7 @@ def write_shards(options, teacher, device, clips, shards, counts, shape, disable
                         worker_init_fn=datasets.start_worker, prefetch_factor=2 if workers else None,
                         multiprocessing_context=datasets.worker_context() if workers else None)
     batches = datasets.endless(loader)
-    with tqdm(total=sum(counts[i] for i in shards), unit="clip", disable=disable, dynamic_ncols=True) as bar:
+    with progress_bar(total=sum(counts[i] for i in shards), unit="clip", disable=disable) as bar:
         for i in shards:
             with ShardWriter(options.out, i, counts[i]) as shard:
                 for _ in range(0, counts[i], options.batch_size):

@@ -262,7 +262,7 @@ def start(task, devices, on_gpus, command):
         task.log.flush()
         raise lock.InUse(reason)
     words, mark = command(task), uuid.uuid4().hex
-    environment = {"TQDM_MININTERVAL": "30", **os.environ, "PYTHONUNBUFFERED": "1", "LAUNCH_TASK": mark}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "LAUNCH_TASK": mark}
     if on_gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     task.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(words)}\n".encode(errors="replace"))

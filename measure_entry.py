@@ -11,7 +11,6 @@ import os
 import zipfile
 
 import torch
-from tqdm import tqdm
 
 import metrics
 import report
@@ -20,6 +19,7 @@ from codec import InputError
 from device import held_memory, reset_peak_memory
 from evaluate import TIMED_CLIPS, Quality
 from measure import memory_of
+from screen import progress_bar
 from untrusted import check_archive, open_regular
 
 
@@ -71,7 +71,7 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
     seconds, timed, numbers, index = {"encode": 0.0, "decode": 0.0}, 0, None, [returned.index(n) for n in judged]
     getattr(entry, "bases", None)  # principal components are fitted before anything is timed
     memory = peak_of(entry, clips, device)
-    for i in tqdm(range(len(clips)), desc=entry.name[-30:], unit="clip", dynamic_ncols=True):
+    for i in progress_bar(range(len(clips)), desc=entry.name[-30:], unit="clip"):
         video = clips.video(i, device)
         result = entry.run(video, clips.fps[i], i, timed=i < TIMED_CLIPS)
         if result.frames.shape[1] != len(returned):

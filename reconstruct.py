@@ -21,6 +21,7 @@ from evaluate import Quality, group_of
 from latent_file import LATENTS, LatentWriter
 from metrics import MEASURES, CodeStatistics
 from pipeline import Pipeline
+from screen import progress_bar
 from token_file import TokenWriter
 
 
@@ -242,7 +243,7 @@ def draw_latents(name, latents, numbers, total, options):
 
 def progress(frames, most, total, name):
     """A context of an iterator over the first `most` frames, or all, with a bar for `total`. It ends the bar's line."""
-    bar = tqdm(itertools.islice(frames, most), total=total, desc=name, unit="frame", dynamic_ncols=True)
+    bar = progress_bar(itertools.islice(frames, most), total=total, desc=name, unit="frame")
     return contextlib.closing(iter(bar))
 
 

@@ -7,7 +7,7 @@ the work, where Python's own is 120 as soon as its last words find no room. Only
 (bench.py without --json, launch.py --dry-run) asks what became of it: code 1 after a full disk, and 0, without a word,
 where its reader wants no more, as `| head -1`.
 
-This file works alone; it needs Python only.
+This file works alone; it needs Python only, and tqdm for `progress_bar`.
 """
 import contextlib
 import io
@@ -72,6 +72,13 @@ def guard_screen():
         layer = guarded if stream.write_through else io.BufferedWriter(guarded)
         setattr(sys, name, io.TextIOWrapper(layer, stream.encoding, "backslashreplace",
                                             line_buffering=stream.line_buffering, write_through=stream.write_through))
+
+
+def progress_bar(iterable=None, **options):
+    """tqdm(iterable, ...), as wide as the terminal. In a file, such as a scheduler's, each drawing stays: there it is
+    drawn every 20 seconds."""
+    from tqdm import tqdm
+    return tqdm(iterable, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 
 
 @contextlib.contextmanager

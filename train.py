@@ -224,8 +224,8 @@ class Trainer:
         self.best = Best(about, self.objective, self.val_clips, self.saver)
         self.best.take_up(self.average, bool(self.resumed_from),
                           (lambda model: self.evaluate(model)[0]) if self.validates else None)
-        self.bar = tqdm(initial=run.step, total=cfg.max_steps, unit="step", disable=self.rank > 0, dynamic_ncols=True,
-                        smoothing=0.05)
+        self.bar = tqdm(initial=run.step, total=cfg.max_steps, unit="step", dynamic_ncols=True, smoothing=0.05,
+                        disable=self.rank > 0 or None)  # None: in a file there are log lines in its place
         self.clock = log.clock = Clock(run.seconds)
         self.clips_done = 0  # since the last log line
 
@@ -316,7 +316,7 @@ class Trainer:
         log(f"step {run.step}: {line}, gradient norm {meter.gradient_norm:.3f}{describe_trend(course)}"
             f"{describe_figures(figures)}, {speed:.2f} clips/s"
             + (f", {meter.skipped} steps skipped (not finite)" if meter.skipped else ""),
-            screen=meter.skipped_in_a_row > 0)
+            screen=self.bar.disable or meter.skipped_in_a_row > 0)
         for warning in warnings:
             log(f"step {run.step}: {warning}")
         if meter.skipped_in_a_row >= self.cfg.max_bad_steps:

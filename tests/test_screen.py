@@ -24,7 +24,7 @@ import progress
 import report
 import screen
 import train
-from conftest import FRAMES, ROOT, log_of, metrics_of, state_of
+from conftest import FRAMES, ROOT, log_of, metrics_of, run, state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /dev/full as Linux has them")
 
@@ -238,3 +238,16 @@ def test_a_clock_that_jumps_costs_no_curve_and_no_step(here, at, monkeypatch):
     assert [e.step for e in curves.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert len(list(folder.glob("events*"))) == 3
     assert len(re.findall("files of the future are renamed", log_of(folder))) == 2
+
+
+def test_in_a_file_log_lines_stand_in_the_place_of_the_bar(clips, tmp_path):
+    output = run(os.path.join(ROOT, "train.py"), *FRAMES, f"data={clips}", f"out_dir={tmp_path}", "log_every=2", "max_steps=4",
+                 cwd=tmp_path)
+    assert re.findall(r"^step (\d+): loss", output, re.M) == ["2", "4"] and "step/s" not in output
+
+
+def test_in_a_file_a_bar_is_drawn_seldom(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for _ in screen.progress_bar(range(1000)):
+        pass
+    assert 1 <= sys.stderr.getvalue().count("\r") <= 3
