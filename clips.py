@@ -10,8 +10,8 @@ import numpy as np
 
 import data
 import file_index
+from check_config import ConfigError
 from clip_cache import TrainCuts, ValCuts
-from config import ConfigError
 from data import DataError
 from init_taehv import fits_teacher, scale_to_teacher
 from cache_files import LatentCache

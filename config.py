@@ -7,15 +7,14 @@
 """
 import ast
 import dataclasses
-import difflib
-import importlib.util
 import inspect
 import json
-import math
 import os
 import re
 import sys
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
+
+from check_config import ConfigError, check, nearest, without_effect
 
 
 @dataclasses.dataclass
@@ -286,10 +285,6 @@ PRESETS = {
 }
 
 
-class ConfigError(Exception):
-    """A setting that cannot be used; the message names it and the way out."""
-
-
 def load_config(arguments):
     """["taehv", "lr=1e-4", ...] -> Config. The preset comes first and may be left out (demo). In its place may stand a
     file like a run's config.json, with the run's name among its settings. ConfigError otherwise."""
@@ -317,51 +312,53 @@ def load_config(arguments):
         if key not in kinds or kinds[key] is dict:
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
-    values["net"] = fitting(values.get("net", {}), given)
-    if "init_from" in given and values["init_from"] or "model" in given:  # a preset's widths are for its fresh model
-        values["net"] = {key: value for key, value in values["net"].items()
-                         if not key.endswith("widths") or f"net.{key}" in given}
-    check_given(values, given)
-    alone = "decoder_input" in given and values["decoder_input"] == "own" or (
-        "train_encoder" in given and not values["train_encoder"])
-    unfitted = ("init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
-                or values.get("variant", "").endswith(("super", "wide", "h3")))  # fit_taehv.can_fit
-    # The preset's are for an encoder that learns latents alone, the last one for fresh weights that are fitted to them.
-    senseless = {*fixed_by_cache(values), *(["own_share", "encoder_lr_factor"] if alone else []),
-                 *(["latents_lr_factor"] if alone or unfitted else [])}
-    for key in senseless - given:
-        values.pop(key, None)
+    drop_unsuited(values, given)
     config = Config(**values)
     config.name = config.name or preset
     if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):
         raise ConfigError("taehv_finetune needs init_from=FILE, the weights to go on from (published, or a run of "
                           "yours); the preset taehv starts from scratch")
-    if config.use_images:
-        use_images(config, overrides)
+    for key, why in without_effect(config).items():  # of a preset, or a file
+        if (value := getattr(config, key)) != DEFAULTS[key]:
+            if key in given:
+                raise ConfigError(f"{key}={value} {why}; leave {key} out")
+            setattr(config, key, DEFAULTS[key])
+    if config.use_images:  # clips of one frame
+        if config.image_sequences or "frames" in given and config.frames > 1 or "buckets" in given and config.buckets:
+            raise ConfigError("use_images=true makes clips of one frame: leave out frames, buckets and image_sequences")
+        config.frames, config.buckets = 1, ""
     check(config)
     return config
 
 
-def check_given(values, given):
-    """ConfigError for settings of the command line, `given`, that others of it leave without effect. One shape for all
-    clips takes the place of a preset's buckets."""
+def drop_unsuited(values, given):
+    """Leaves out of a preset's settings, `values`, what is meant for its own choices where the command line, the names
+    `given`, made others: a shape of clips, widths, options of a quantizer, learning rates of an encoder."""
+    net = values.get("net", {})
     if values.get("buckets") and (shape := sorted(given & {"size", "frames", "batch_size"})):
         if "buckets" in given:
             raise ConfigError(f"{shape[0]}={values[shape[0]]} with buckets={values['buckets']}: each bucket has its "
                               f"own; leave {shape[0]} out")
         values["buckets"] = ""
-    for cache in ("latent_cache", "clip_cache"):
-        if values.get(cache) and "data" in given and values["data"]:
-            raise ConfigError(f"data={values['data']} with {cache}={values[cache]}: training reads the cache alone; "
-                              "leave data out")
-    if "encoder_weight" in given and values["encoder_weight"] and not values.get("train_encoder", True):
-        raise ConfigError(f"encoder_weight={values['encoder_weight']} with train_encoder=false: the encoder does not "
-                          "learn; leave encoder_weight out")
+    quantizer = net.get("kind", {"rvq": "vq", "product": "ema"}.get(net.get("quantizer"), net.get("quantizer")))
+    takes = {"kmeans_init": ("vq", "ema", "optvq"), "restart_below": ("vq", "ema"), "num_head": ("optvq",)}
+    other_model = "model" in given or "init_from" in given and values["init_from"]
+    values["net"] = {key: value for key, value in net.items() if f"net.{key}" in given or not (
+        key in takes and quantizer not in takes[key] or other_model and key.endswith("widths"))}
+    # taehv_distill's rates and its own_share are for an encoder that learns latents alone, latents_lr_factor for a last
+    # layer that was fitted to them (fit_taehv.can_fit).
+    alone = "decoder_input" in given and values["decoder_input"] == "own" or (
+        "train_encoder" in given and not values["train_encoder"])
+    unfitted = ("init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
+                or values.get("variant", "").endswith(("super", "wide", "h3")))
+    for key, is_unsuited in dict(own_share=alone, encoder_lr_factor=alone, latents_lr_factor=alone or unfitted).items():
+        if is_unsuited and key not in given:
+            values.pop(key, None)
 
 
 def read_settings(path, kinds):
     """{key: value} of a JSON file of settings, as a run leaves in config.json; what it lacks has the default."""
-    from untrusted import SETTINGS, read_json  # here: without such a file, this one works alone
+    from untrusted import SETTINGS, read_json  # here: without a file of settings, config.py and check_config.py do
     try:
         values = read_json(path, SETTINGS)
     except OSError as error:
@@ -386,14 +383,6 @@ def read_settings(path, kinds):
 def tuples(value):
     """JSON's lists as the tuples that they were."""
     return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-
-def fitting(net, given):
-    """`net` without a preset's quantizer options where another quantizer was chosen, which does not have them."""
-    kind = net.get("kind", {"rvq": "vq", "product": "ema"}.get(net.get("quantizer"), net.get("quantizer")))
-    takes = {"kmeans_init": ("vq", "ema", "optvq"), "restart_below": ("vq", "ema"), "num_head": ("optvq",)}
-    return {key: value for key, value in net.items()
-            if key not in takes or kind in takes[key] or f"net.{key}" in given}
 
 
 def kind_of(annotation):
@@ -425,285 +414,8 @@ def parse_literal(key, text):
         raise ConfigError(f"{key}={text}: a number, true, false, a word, or several like 1,2,4 are wanted") from None
 
 
-def nearest(word, known):
-    """Words for a message that name the known word most like this one, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def parse_buckets(config):
-    """[(size, frames, probability, batch), ...] of a Config."""
-    if not config.buckets.strip():
-        return [(config.size, config.frames, 1.0, config.batch_size)]
-    buckets = []
-    for item in config.buckets.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(\d{1,9})\s*:\s*(\d{0,9}\.?\d{1,18})\s*:\s*(\d{1,9})\s*", item)
-        if not match or not int(match[1]) * int(match[2]) * int(match[4]) * float(match[3]) > 0:
-            raise ConfigError(f"buckets: {item.strip()!r} is not like 128x12:0.8:4 (size x frames:probability:batch)")
-        if int(match[1]) < 16:
-            raise ConfigError(f"buckets: {item.strip()!r}: a size of at least 16 is wanted")
-        for value, key in zip(match.group(1, 2, 4), ("size", "frames", "batch_size")):
-            if int(value) > (most := next(limit for limit, keys in AT_MOST.items() if key in keys.split())):
-                raise ConfigError(f"buckets: {item.strip()!r}: {key} at most {most} is wanted")
-        buckets.append((int(match[1]), int(match[2]), float(match[3]), int(match[4])))
-    return buckets
-
-
 DEFAULTS = vars(Config())
 CHOICES = {field.name: get_args(field.type) for field in dataclasses.fields(Config) if get_args(field.type)}
-AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
-               "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
-               "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
-               "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor "
-               "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
-               "gan_clip",
-            1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
-               "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
-               "gan_every clips_per_open wavelet_levels",
-            0.1: "timeout_minutes", 16: "size", -1: "workers"}
-# Far above what any run needs: what is greater is a slip, and would fill the memory or fail after minutes.
-AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur lr_final lr_decay",
-           0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
-           8: "wavelet_levels", 64: "clips_per_open",
-           1000: "val_clips_per_video perceptual_frames seraena_frames patch_size", 2 ** 14: "size val_size",
-           2 ** 16: "frames batch_size accumulation latent_channels",
-           10 ** 6: "timeout_minutes val_clips keep_last min_frame_delta max_frame_delta seraena_replay_mb",
-           10 ** 11: "max_steps warmup_steps gan_start gan_ramp gan_every log_every val_every save_every max_bad_steps "
-                     "max_val_images",
-           10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
-                     "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes "
-                     "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor",
-           2 ** 62: "seed"}
-WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
-# Of `net`: what counts layers, which are built one by one, and all other numbers (codes, channels, frames).
-DEPTHS, MOST_LAYERS, MOST_OTHERS = ("num_res_blocks", "nb_res_layers", "nb_levels", "n_blk_per_group", "group_count",
-                                    "blocks", "depth", "encoder_depth_list", "decoder_depth_list"), 128, 2 ** 24
-
-
-def use_images(config, overrides):
-    """Images are clips of one frame."""
-    if config.image_sequences or any(re.match(r"(--)?(buckets|frames)=(?!1$)", o) for o in overrides):
-        raise ConfigError("use_images=true makes clips of one frame: leave out frames, buckets and image_sequences")
-    config.frames, config.buckets = 1, ""
-
-
-def check(config):
-    """ConfigError for values that no run can use: each by itself, then all together. What depends on the model or the
-    machine is checked there."""
-    if config.precision == "fp16":
-        raise ConfigError("precision=fp16: training would need loss scaling, which is not here; bf16 and fp32 work")
-    for key, choices in CHOICES.items():
-        if getattr(config, key) not in choices:
-            value, texts = getattr(config, key), [str(choice) for choice in choices]
-            raise ConfigError(f"{key}={value}{nearest(str(value), texts)}: one of {', '.join(texts)} is wanted")
-    for field in dataclasses.fields(config):
-        if field.type is float and not math.isfinite(value := getattr(config, field.name)):
-            raise ConfigError(f"{field.name}={value}: a finite number is wanted")
-    for limits, word, fits in ((AT_LEAST, "least", float.__ge__), (AT_MOST, "most", float.__le__)):
-        for limit, keys in limits.items():
-            for key in keys.split():
-                if not fits(float(getattr(config, key)), float(limit)):
-                    raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
-    if 0 < config.val_size < 16:
-        raise ConfigError(f"val_size={config.val_size}: at least 16 is wanted, or 0 for the size of training")
-    check_workers("workers", config.workers)
-    check_net(config.net)
-    if wrong := [m for m in config.val_metrics.split(",") if m.strip() not in ("", "lpips", "fid")]:
-        raise ConfigError(f"val_metrics={config.val_metrics}: {wrong[0].strip()!r} is neither lpips nor fid")
-    if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # a mere folder has none
-        raise ConfigError(f"wandb={config.wandb} needs a package: pip install wandb, or leave it out")
-    if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
-        raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
-    parse_buckets(config)
-    check_together(config)
-
-
-def check_together(config):
-    """ConfigError for settings that exclude or need each other. This is the one place for those that no file, model or
-    machine has a say in."""
-    if config.best_by == "lpips" and "lpips" not in config.val_metrics:
-        raise ConfigError("best_by=lpips needs val_metrics=lpips, which measures it")
-    if config.min_frame_delta > config.max_frame_delta:
-        raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
-    check_quantizer(config.net)
-    check_model(config)
-    check_caches(config)
-    check_learning(config)
-    check_losses(config)
-
-
-def check_model(config):
-    """Settings that the kind of model leaves without effect, or needs."""
-    model = config.model
-    if model == "vq_latents":
-        for key in ("gan_weight", "seraena_weight"):
-            if getattr(config, key) > 0:
-                raise ConfigError(f"{key}={getattr(config, key)} with model=vq_latents: its decoder is frozen, set it "
-                                  "to 0")
-        if config.decoder_input != "own":
-            raise ConfigError("decoder_input=teacher with model=vq_latents: its decoder is frozen and gets its own "
-                              "latents")
-        if not config.init_from:
-            raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
-        if not config.latent_cache:
-            raise ConfigError("model=vq_latents needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
-    if config.init != "clips" and (model != "taehv" or config.init_from):
-        given = f"init_from={config.init_from}" if config.init_from else f"model={model}"
-        raise ConfigError(f"init={config.init} with {given}: it is for a taehv from scratch; leave it out")
-    for key in ("variant", "patch_size", "latent_channels"):
-        if getattr(config, key) and model not in ("taehv", "vq_latents"):
-            raise ConfigError(f"{key}={getattr(config, key)} with model={model}: it is for a taehv; leave it out")
-    for key in ("encoder_lr_factor", "latents_lr_factor"):
-        if getattr(config, key) != 1 and (model != "taehv" or not config.train_encoder):
-            raise ConfigError(f"{key}={getattr(config, key)}: it is for a taehv whose encoder is trained; leave it out")
-    if model != "taehv" and not (config.train_encoder and config.train_decoder):
-        raise ConfigError(f"train_encoder=false or train_decoder=false with model={model}: only taehv can be trained "
-                          "by halves")
-
-
-def fixed_by_cache(config):
-    """The names of settings that a cache leaves without effect: its clips are cut already, and a teacher's latents
-    would not follow what is done to them. config: a dict of settings."""
-    cut = ["min_frame_delta", "max_frame_delta", "min_crop", "use_images", "image_sequences", "val_clips_per_video"]
-    if config.get("latent_cache"):
-        return [*cut, "random_crop", "flip", "color_jitter", "blur"]
-    return cut if config.get("clip_cache") else []
-
-
-def check_caches(config):
-    """What a cache of latents or of clips cannot give, and what needs one."""
-    cached = bool(config.latent_cache)
-    if cached and config.model not in ("taehv", "vq_latents"):
-        raise ConfigError(f"latent_cache with model={config.model}: only taehv and vq_latents learn from a teacher")
-    if cached and config.buckets:
-        raise ConfigError("buckets with latent_cache: the cache has one shape; set size and frames instead")
-    if cached and config.val_size:
-        raise ConfigError("val_size with latent_cache: the cache has one size; leave val_size out")
-    if cached and config.clip_cache:
-        raise ConfigError("latent_cache with clip_cache: training reads one of them; leave the other out")
-    name = "latent_cache" if cached else "clip_cache"
-    for key in fixed_by_cache(vars(config)):
-        if (value := getattr(config, key)) != DEFAULTS[key]:
-            raise ConfigError(f"{key}={value} with {name}: its clips were cut from their files when it was built; "
-                              f"leave {key} out")
-    if config.clips_per_open > 1 and (cached or config.clip_cache):
-        raise ConfigError(f"clips_per_open={config.clips_per_open} with {name}: no video is opened; leave it out "
-                          "(latent_cache.py has --clips-per-open)")
-    if not cached and (config.decoder_input == "teacher" or config.encoder_weight > 0):
-        setting = ("decoder_input=teacher" if config.decoder_input == "teacher"
-                   else f"encoder_weight={config.encoder_weight}")
-        raise ConfigError(f"{setting} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
-
-
-def check_learning(config):
-    """Whether each part that is to learn has a term of the loss to learn from."""
-    from_teacher = config.decoder_input == "teacher"
-    if not 0 <= config.own_share <= 1 or config.own_share and not from_teacher:
-        raise ConfigError(f"own_share={config.own_share}: a chance from 0 to 1 is wanted; 0 with decoder_input=own, "
-                          "where all latents are the own encoder's")
-    if not (config.train_encoder or config.train_decoder):
-        raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
-    learns = what_learns(config)
-    if learns.encoder and not learns.from_latents and (from_teacher or not learns.from_pixels):
-        raise ConfigError("no term of the loss trains the encoder: set encoder_weight above 0, or train_encoder=false")
-    if learns.decoder and not learns.from_pixels:
-        raise ConfigError("no term of the loss trains the decoder: set pixel_weight above 0, or train_decoder=false")
-
-
-def check_losses(config):
-    """What the terms of the loss need of clips and layers."""
-    shapes = parse_buckets(config)
-    if config.temporal_weight > 0 and max(frames for _, frames, *_ in shapes) == 1:
-        raise ConfigError(f"temporal_weight={config.temporal_weight} with clips of one frame: nothing changes in them; "
-                          "set it to 0, or frames=2 or more")
-    smallest = min(size for size, *_ in shapes)
-    if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
-        raise ConfigError(f"wavelet_levels={config.wavelet_levels}: clips of {smallest} pixels have "
-                          f"{int(math.log2(smallest))} levels at most")
-    from_pixels = what_learns(config).from_pixels
-    if not from_pixels and config.model == "taehv":
-        for key in ("gan_weight", "seraena_weight", "perceptual_weight", "temporal_weight", "wavelet_weight"):
-            if getattr(config, key) > 0:
-                raise ConfigError(f"{key}={getattr(config, key)}: the decoder does not learn, and the encoder learns "
-                                  f"from latents alone; set {key}=0")
-    if config.gan_weight == 0 or not from_pixels:
-        return
-    if config.gan_dims == 2 and smallest < 24:
-        raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {smallest}")
-    for size, frames, _, batch in shapes:
-        if config.gan_dims == 3 and config.gan_norm == "batch" and size <= 32 and frames <= 4 and batch == 1:
-            raise ConfigError(f"gan_norm=batch with gan_dims=3: one clip of {frames} frames of {size}x{size} leaves "
-                              "BatchNorm a single value; set gan_norm=group, batch_size=2 or a larger size")
-    if config.gan_adaptive and not config.train_decoder and not config.compile:
-        raise ConfigError("gan_adaptive=true with train_decoder=false: it weighs by the decoder's last layer; set "
-                          "gan_adaptive=false")
-
-
-def check_quantizer(net):
-    """ConfigError for options in `net` that its quantizer has not, or cannot be set so. Where `net` names no quantizer,
-    its model's default or that of init_from is meant, which says more when it is built."""
-    quantizer = net.get("quantizer")
-    gradient = ("vq", "ema", "simvq", "rvq", "product")
-    for key, takes in (("estimator", gradient), ("cosine", ("vq", "ema", "product")), ("quantizer_dropout", ("rvq",)),
-                       ("groups", ("product",)), ("entropy_weight", ("lfq", "bsq")), ("diversity", ("lfq", "bsq"))):
-        if key in net and quantizer and quantizer not in takes:
-            raise ConfigError(f"net.{key}={net[key]} with net.quantizer={quantizer}: only {', '.join(takes)} take it")
-    if (name := net.get("estimator", "rotation")) not in ("straight_through", "rotation"):
-        raise ConfigError(f"net.estimator={name}: one of straight_through, rotation is wanted")
-    chance = net.get("quantizer_dropout", 0)
-    if type(chance) not in (int, float) or not 0 <= chance <= 1:
-        raise ConfigError(f"net.quantizer_dropout={chance}: a probability from 0 to 1 is wanted")
-    if chance and net.get("depth") == 1:
-        raise ConfigError(f"net.quantizer_dropout={chance} with net.depth=1: there is no level to leave out")
-    codes = net.get("n_embed", 2)
-    if quantizer in ("lfq", "bsq") and (type(codes) is not int or codes < 2 or codes & (codes - 1)):
-        raise ConfigError(f"net.n_embed={codes} with net.quantizer={quantizer}: signs make 2, 4, 8, ... codes, a power "
-                          "of 2")
-
-
-class Learns(NamedTuple):
-    """Which parts of a model learn, and from what."""
-    encoder: bool       # the encoder learns (in vq_latents: the quantizer and the network behind it)
-    decoder: bool       # the decoder learns
-    from_pixels: bool   # what is decoded is compared with the clips
-    from_latents: bool  # what is encoded is compared with the teacher's latents
-
-
-def what_learns(config):
-    """The Learns of a run."""
-    decoder = config.train_decoder and config.model != "vq_latents"  # there it is frozen
-    reached = decoder or config.train_encoder and config.decoder_input == "own"
-    weights = (config.pixel_weight, config.temporal_weight, config.wavelet_weight, config.perceptual_weight,
-               config.seraena_weight)
-    pixels = reached and max(weights) > 0
-    return Learns(config.train_encoder, decoder, pixels, config.train_encoder and config.encoder_weight > 0)
-
-
-def check_workers(key, workers):
-    cores = os.cpu_count() or 1
-    if workers > (most := max(64, WORKERS_PER_CORE * cores)):
-        raise ConfigError(f"{key}={workers}: at most {most} is wanted on a machine of {cores} cores; -1 chooses")
-
-
-def check_net(net):
-    """ConfigError for numbers of layers, channels or codes that no machine can build."""
-    for key, value in net.items():
-        values = value if isinstance(value, tuple) else (value,)
-        most = MOST_LAYERS if key in DEPTHS else 2 ** 62 if key == "seed" else MOST_OTHERS
-        numbers = [number for number in values if isinstance(number, (int, float))]
-        if len(values) > 64 or len(str(value)) > 4096:
-            raise ConfigError(f"net.{key} is too long: at most 64 values are wanted")
-        if wrong := [number for number in numbers if not -most <= number <= most]:
-            raise ConfigError(f"net.{key}={wrong[0]}: at most {most} is wanted")
-
-
-def may_be_large(config):
-    """Whether a model of these settings could be too large for a machine."""
-    numbers = [("", config.latent_channels), ("", 64 * config.patch_size)]
-    numbers += [(key, number) for key, value in config.net.items()
-                for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, (int, float))]
-    codes = ("n_embed", "nb_entries", "vocab_size")
-    return any(number > (16 if key in DEPTHS else 2 ** 17 if key in codes else 512) for key, number in numbers)
 
 
 def usage():

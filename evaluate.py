@@ -6,7 +6,7 @@ and leaderboard.py then have it.
 import torch
 
 import metrics
-from config import ConfigError
+from check_config import ConfigError
 from device import time_call
 from metrics import MEASURES, Measure
 

@@ -31,7 +31,7 @@ import data as datasets
 import file_index
 from cache_files import (ARRAYS, FORMAT, MAX_INDEX, MAX_ORIGINS, NO_TEACHER, STORED, ShardWriter, file_crc,
                          shard_is_done, shard_path, write_index)
-from config import ConfigError, check_workers
+from check_config import ConfigError, check_workers
 from data import DataError
 from device import (DeviceError, cores_per_rank, default_workers, describe, host_memory, is_out_of_memory, pick_device,
                     pick_precision, tune)

@@ -38,7 +38,8 @@ import uuid
 
 import lock
 import progress
-from config import PRESETS, Config, ConfigError, load_config, nearest
+from check_config import ConfigError, nearest
+from config import PRESETS, Config, load_config
 from screen import guard_screen, one_line, text_is_lost
 from untrusted import SETTINGS, open_regular, read_json
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import checkpoint
 import progress
-from config import ConfigError
+from check_config import ConfigError
 from device import is_out_of_memory
 
 

@@ -21,8 +21,9 @@ import fast_taehv
 import fast_vqgan
 import init_taehv
 import model_vqgan
+from check_config import ConfigError, check_net, may_be_large, parse_buckets
 from checkpoint import MISSHAPEN, UNREADABLE, CheckpointError, check_finite, first_line, newest_checkpoint, read
-from config import ConfigError, check_net, load_config, may_be_large, parse_buckets, tuples
+from config import load_config, tuples
 from data import Bucket
 from device import host_memory
 from diffusers_names import from_diffusers, is_diffusers

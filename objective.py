@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from adversary import Adversary
-from config import ConfigError, parse_buckets, what_learns
+from check_config import ConfigError, parse_buckets, what_learns
 from evaluate import LATENT_FACTS
 from losses import PerceptualLoss, pixel_loss, temporal_loss, wavelet_loss
 from metrics import MEASURES

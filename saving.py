@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import checkpoint
 import lock
-from config import ConfigError
+from check_config import ConfigError
 from device import is_out_of_memory
 from ranks import from_rank_0, gather
 

@@ -27,7 +27,8 @@ import clips
 import data
 import models
 from best import Best
-from config import ConfigError, exit_with_usage, load_config, parse_buckets
+from check_config import ConfigError, parse_buckets
+from config import exit_with_usage, load_config
 from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device, pick_precision,
                     place, resident_memory, synchronize, tune)
 from evaluate import describe_validation, evaluate, load_judges, spread

@@ -213,7 +213,7 @@ def test_what_does_not_go_together_is_refused(stored, cache, clips, capsys, monk
         return mistake(capsys, monkeypatch, train, *common, f"out_dir={tmp_path}", *settings)
 
     mine, plain = f"clip_cache={stored}", "color_jitter=0"
-    assert "latent_cache with clip_cache: training reads one of them" in line(mine, f"latent_cache={cache}")
+    assert "with latent_cache: training reads one of them; leave clip_cache out" in line(mine, f"latent_cache={cache}")
     cut = [("use_images", "true"), ("image_sequences", "true"), ("min_crop", "0.5"), ("max_frame_delta", "9"),
            ("val_clips_per_video", "5")]
     learned = [("color_jitter", "0.2"), ("blur", "0.5"), ("flip", "false"), ("random_crop", "false")]

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import cache_files
+import check_config
 import checkpoint
 import config
 import data
@@ -81,14 +82,14 @@ def test_scrambled_settings_are_refused_in_one_line():
         chosen = rng.choice(settings)
         arguments = ["taehv", *rng.sample(settings, 2), scrambled(chosen, rng)]
         read = functools.partial(config.load_config, arguments)
-        seen.append(answers(lambda: config.parse_buckets(read()), config.ConfigError))  # noqa: B023
+        seen.append(answers(lambda: check_config.parse_buckets(read()), config.ConfigError))  # noqa: B023
     assert min(seen.count("read"), seen.count("refused")) > 300
     for key, value in itertools.product(("lr", "pixel_weight", "timeout_minutes", "gan_lecam"), ("inf", "-inf", "nan")):
         with pytest.raises(config.ConfigError, match=f"{key}={value}: a finite number is wanted"):
             config.load_config([f"{key}={value}"])
     for text in ("timeout_minutes=1e300", f"buckets={9 ** 999}x4:1:1", f"buckets=16x4:{9 ** 999}:1"):
         with pytest.raises(config.ConfigError):
-            config.parse_buckets(config.load_config([text]))
+            check_config.parse_buckets(config.load_config([text]))
     for name in ("../x", "/tmp/x", "..", "a/b", "a\\b", "-\0"):
         read = functools.partial(config.load_config, [f"name={name}"])
         assert answers(read, config.ConfigError) == "refused", name
@@ -296,7 +297,7 @@ def test_any_text_for_any_setting_is_read_or_refused():
     """Each setting with each odd value, and its bounds."""
     def read(words):
         try:
-            config.parse_buckets(config.load_config(["taehv", words]))
+            check_config.parse_buckets(config.load_config(["taehv", words]))
         except config.ConfigError as error:
             raise config.ConfigError(one_line(str(error))) from None  # as train.py prints it
 

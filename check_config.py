@@ -1,0 +1,284 @@
+"""What can be wrong with the settings of a run, by themselves and together. What depends on files, on the model or on
+the machine is checked where these are known.
+
+    check(config)                          # ConfigError, in one line, names the setting and the way out
+    without_effect(config)                 # {"own_share": "with decoder_input=own: ..."}
+"""
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple, get_args
+
+AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
+               "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
+               "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
+               "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor own_share "
+               "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
+               "gan_clip",
+            1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
+               "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
+               "gan_every clips_per_open wavelet_levels",
+            0.1: "timeout_minutes", 16: "size", -1: "workers"}
+# Far above what any run needs: what is greater is a slip, and would fill the memory or fail after minutes.
+AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur own_share lr_final lr_decay",
+           0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
+           8: "wavelet_levels", 64: "clips_per_open",
+           1000: "val_clips_per_video perceptual_frames seraena_frames patch_size", 2 ** 14: "size val_size",
+           2 ** 16: "frames batch_size accumulation latent_channels",
+           10 ** 6: "timeout_minutes val_clips keep_last min_frame_delta max_frame_delta seraena_replay_mb",
+           10 ** 11: "max_steps warmup_steps gan_start gan_ramp gan_every log_every val_every save_every max_bad_steps "
+                     "max_val_images",
+           10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
+                     "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes "
+                     "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor",
+           2 ** 62: "seed"}
+WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
+# Of `net`: what counts layers, which are built one by one, and all other numbers (codes, channels, frames).
+DEPTHS, MOST_LAYERS, MOST_OTHERS = ("num_res_blocks", "nb_res_layers", "nb_levels", "n_blk_per_group", "group_count",
+                                    "blocks", "depth", "encoder_depth_list", "decoder_depth_list"), 128, 2 ** 24
+# What is settled when clips are cut from their files.
+CUT = "min_frame_delta max_frame_delta min_crop use_images image_sequences val_clips_per_video"
+
+
+class ConfigError(Exception):
+    """A setting that cannot be used; the message names it and the way out."""
+
+
+def check(config):
+    """ConfigError for values that no run can use: each by itself, then all together. What depends on the model or the
+    machine is checked there."""
+    if config.precision == "fp16":
+        raise ConfigError("precision=fp16: training would need loss scaling, which is not here; bf16 and fp32 work")
+    for field in dataclasses.fields(config):
+        key, value, texts = field.name, getattr(config, field.name), [str(choice) for choice in get_args(field.type)]
+        if texts and value not in get_args(field.type):
+            raise ConfigError(f"{key}={value}{nearest(str(value), texts)}: one of {', '.join(texts)} is wanted")
+        if field.type is float and not math.isfinite(value):
+            raise ConfigError(f"{key}={value}: a finite number is wanted")
+    for limits, word, fits in ((AT_LEAST, "least", float.__ge__), (AT_MOST, "most", float.__le__)):
+        for limit, keys in limits.items():
+            for key in keys.split():
+                if not fits(float(getattr(config, key)), float(limit)):
+                    raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
+    if 0 < config.val_size < 16:
+        raise ConfigError(f"val_size={config.val_size}: at least 16 is wanted, or 0 for the size of training")
+    check_workers("workers", config.workers)
+    check_net(config.net)
+    if wrong := [m for m in config.val_metrics.split(",") if m.strip() not in ("", "lpips", "fid")]:
+        raise ConfigError(f"val_metrics={config.val_metrics}: {wrong[0].strip()!r} is neither lpips nor fid")
+    if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # a mere folder has none
+        raise ConfigError(f"wandb={config.wandb} needs a package: pip install wandb, or leave it out")
+    if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
+        raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
+    parse_buckets(config)
+    check_together(config)
+
+
+def check_together(config):
+    """ConfigError for settings that exclude or need each other. This is the one place for those that no file, model or
+    machine has a say in."""
+    if config.best_by == "lpips" and "lpips" not in config.val_metrics:
+        raise ConfigError("best_by=lpips needs val_metrics=lpips, which measures it")
+    if config.min_frame_delta > config.max_frame_delta:
+        raise ConfigError(f"min_frame_delta={config.min_frame_delta} is above max_frame_delta={config.max_frame_delta}")
+    check_quantizer(config.net)
+    check_model(config)
+    check_caches(config)
+    check_learning(config)
+    check_losses(config)
+
+
+def without_effect(config):
+    """{name of a setting: why} of those that the others leave without effect: what is given all the same is a
+    mistake."""
+    idle = {}
+
+    def leave(keys, why):
+        idle.update(dict.fromkeys(keys.split(), why))
+
+    if config.latent_cache:
+        leave("clip_cache", "with latent_cache: training reads one of them")
+    if cache := "latent_cache" if config.latent_cache else "clip_cache" if config.clip_cache else "":
+        keys = f"{CUT} random_crop flip color_jitter blur" if config.latent_cache else CUT
+        leave(keys, f"with {cache}: its clips were cut from their files when it was built")
+        leave("clips_per_open", f"with {cache}: no video is opened (latent_cache.py has --clips-per-open)")
+        leave("data", f"with {cache}={getattr(config, cache)}: training reads the cache alone")
+    if config.latent_cache:
+        leave("buckets", "with latent_cache: the cache has one shape, that of size and frames")
+        leave("val_size", "with latent_cache: the cache has one size")
+    if config.model not in ("taehv", "vq_latents"):
+        leave("variant patch_size latent_channels", f"with model={config.model}: it is for a taehv")
+    if config.model != "taehv" or config.init_from:
+        given = f"init_from={config.init_from}" if config.init_from else f"model={config.model}"
+        leave("init", f"with {given}: it is for a taehv from scratch")
+    if config.model != "taehv" or not config.train_encoder:
+        leave("encoder_lr_factor latents_lr_factor", "is for a taehv whose encoder is trained")
+    if not config.train_encoder:
+        leave("encoder_weight", "with train_encoder=false: the encoder does not learn")
+    if config.decoder_input == "own":
+        leave("own_share", "with decoder_input=own: all latents are the own encoder's")
+    return idle
+
+
+def check_model(config):
+    """What the kind of model needs, or cannot do."""
+    if config.model == "vq_latents":
+        for key in ("gan_weight", "seraena_weight"):
+            if getattr(config, key) > 0:
+                raise ConfigError(f"{key}={getattr(config, key)} with model=vq_latents: its decoder is frozen, set it "
+                                  "to 0")
+        if config.decoder_input != "own":
+            raise ConfigError("decoder_input=teacher with model=vq_latents: its decoder is frozen and gets its own "
+                              "latents")
+        if not config.init_from:
+            raise ConfigError("model=vq_latents needs init_from=FILE, the TAEHV around its quantizer")
+        if not config.latent_cache:
+            raise ConfigError("model=vq_latents needs latents: set latent_cache=FOLDER (made by latent_cache.py)")
+    if config.model != "taehv" and not (config.train_encoder and config.train_decoder):
+        raise ConfigError(f"train_encoder=false or train_decoder=false with model={config.model}: only taehv can "
+                          "be trained by halves")
+
+
+def check_caches(config):
+    """What a latent cache cannot give, and what needs one."""
+    if config.latent_cache and config.model not in ("taehv", "vq_latents"):
+        raise ConfigError(f"latent_cache with model={config.model}: only taehv and vq_latents learn from a teacher")
+    if not config.latent_cache and (config.decoder_input == "teacher" or config.encoder_weight > 0):
+        setting = ("decoder_input=teacher" if config.decoder_input == "teacher"
+                   else f"encoder_weight={config.encoder_weight}")
+        raise ConfigError(f"{setting} needs teacher latents: set latent_cache=FOLDER (made by latent_cache.py)")
+
+
+def check_learning(config):
+    """Whether each part that is to learn has a term of the loss to learn from."""
+    from_teacher = config.decoder_input == "teacher"
+    if not (config.train_encoder or config.train_decoder):
+        raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
+    learns = what_learns(config)
+    if learns.encoder and not learns.from_latents and (from_teacher or not learns.from_pixels):
+        raise ConfigError("no term of the loss trains the encoder: set encoder_weight above 0, or train_encoder=false")
+    if learns.decoder and not learns.from_pixels:
+        raise ConfigError("no term of the loss trains the decoder: set pixel_weight above 0, or train_decoder=false")
+
+
+def check_losses(config):
+    """What the terms of the loss need of clips and layers."""
+    shapes = parse_buckets(config)
+    if config.temporal_weight > 0 and max(frames for _, frames, *_ in shapes) == 1:
+        raise ConfigError(f"temporal_weight={config.temporal_weight} with clips of one frame: nothing changes in them; "
+                          "set it to 0, or frames=2 or more")
+    smallest = min(size for size, *_ in shapes)
+    if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
+        raise ConfigError(f"wavelet_levels={config.wavelet_levels}: clips of {smallest} pixels have "
+                          f"{int(math.log2(smallest))} levels at most")
+    from_pixels = what_learns(config).from_pixels
+    if not from_pixels and config.model == "taehv":
+        for key in ("gan_weight", "seraena_weight", "perceptual_weight", "temporal_weight", "wavelet_weight"):
+            if getattr(config, key) > 0:
+                raise ConfigError(f"{key}={getattr(config, key)}: the decoder does not learn, and the encoder learns "
+                                  f"from latents alone; set {key}=0")
+    if config.gan_weight == 0 or not from_pixels:
+        return
+    if config.gan_dims == 2 and smallest < 24:
+        raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {smallest}")
+    for size, frames, _, batch in shapes:
+        if config.gan_dims == 3 and config.gan_norm == "batch" and size <= 32 and frames <= 4 and batch == 1:
+            raise ConfigError(f"gan_norm=batch with gan_dims=3: one clip of {frames} frames of {size}x{size} leaves "
+                              "BatchNorm a single value; set gan_norm=group, batch_size=2 or a larger size")
+    if config.gan_adaptive and not config.train_decoder and not config.compile:
+        raise ConfigError("gan_adaptive=true with train_decoder=false: it weighs by the decoder's last layer; set "
+                          "gan_adaptive=false")
+
+
+def check_quantizer(net):
+    """ConfigError for options in `net` that its quantizer has not, or cannot be set so. Where `net` names no quantizer,
+    its model's default or that of init_from is meant, which says more when it is built."""
+    quantizer = net.get("quantizer")
+    gradient = ("vq", "ema", "simvq", "rvq", "product")
+    for key, takes in (("estimator", gradient), ("cosine", ("vq", "ema", "product")), ("quantizer_dropout", ("rvq",)),
+                       ("groups", ("product",)), ("entropy_weight", ("lfq", "bsq")), ("diversity", ("lfq", "bsq"))):
+        if key in net and quantizer and quantizer not in takes:
+            raise ConfigError(f"net.{key}={net[key]} with net.quantizer={quantizer}: only {', '.join(takes)} take it")
+    if (name := net.get("estimator", "rotation")) not in ("straight_through", "rotation"):
+        raise ConfigError(f"net.estimator={name}: one of straight_through, rotation is wanted")
+    chance = net.get("quantizer_dropout", 0)
+    if type(chance) not in (int, float) or not 0 <= chance <= 1:
+        raise ConfigError(f"net.quantizer_dropout={chance}: a probability from 0 to 1 is wanted")
+    if chance and net.get("depth") == 1:
+        raise ConfigError(f"net.quantizer_dropout={chance} with net.depth=1: there is no level to leave out")
+    codes = net.get("n_embed", 2)
+    if quantizer in ("lfq", "bsq") and (type(codes) is not int or codes < 2 or codes & (codes - 1)):
+        raise ConfigError(f"net.n_embed={codes} with net.quantizer={quantizer}: signs make 2, 4, 8, ... codes, a power "
+                          "of 2")
+
+
+def check_workers(key, workers):
+    cores = os.cpu_count() or 1
+    if workers > (most := max(64, WORKERS_PER_CORE * cores)):
+        raise ConfigError(f"{key}={workers}: at most {most} is wanted on a machine of {cores} cores; -1 chooses")
+
+
+def check_net(net):
+    """ConfigError for numbers of layers, channels or codes that no machine can build."""
+    for key, value in net.items():
+        values = value if isinstance(value, tuple) else (value,)
+        most = MOST_LAYERS if key in DEPTHS else 2 ** 62 if key == "seed" else MOST_OTHERS
+        numbers = [number for number in values if isinstance(number, (int, float))]
+        if len(values) > 64 or len(str(value)) > 4096:
+            raise ConfigError(f"net.{key} is too long: at most 64 values are wanted")
+        if wrong := [number for number in numbers if not -most <= number <= most]:
+            raise ConfigError(f"net.{key}={wrong[0]}: at most {most} is wanted")
+
+
+def may_be_large(config):
+    """Whether a model of these settings could be too large for a machine."""
+    numbers = [("", config.latent_channels), ("", 64 * config.patch_size)]
+    numbers += [(key, number) for key, value in config.net.items()
+                for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, (int, float))]
+    codes = ("n_embed", "nb_entries", "vocab_size")
+    return any(number > (16 if key in DEPTHS else 2 ** 17 if key in codes else 512) for key, number in numbers)
+
+
+class Learns(NamedTuple):
+    """Which parts of a model learn, and from what."""
+    encoder: bool       # the encoder learns (in vq_latents: the quantizer and the network behind it)
+    decoder: bool       # the decoder learns
+    from_pixels: bool   # what is decoded is compared with the clips
+    from_latents: bool  # what is encoded is compared with the teacher's latents
+
+
+def what_learns(config):
+    """The Learns of a run."""
+    decoder = config.train_decoder and config.model != "vq_latents"  # there it is frozen
+    reached = decoder or config.train_encoder and config.decoder_input == "own"
+    others = ("encoder_weight", "vq_weight", "gan_weight", "gan_max_weight")  # a PatchGAN alone teaches no picture
+    weights = [value for key, value in vars(config).items() if key.endswith("_weight") and key not in others]
+    pixels = reached and max(weights) > 0
+    return Learns(config.train_encoder, decoder, pixels, config.train_encoder and config.encoder_weight > 0)
+
+
+def parse_buckets(config):
+    """[(size, frames, probability, batch), ...] of a Config."""
+    if not config.buckets.strip():
+        return [(config.size, config.frames, 1.0, config.batch_size)]
+    buckets = []
+    for item in config.buckets.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})\s*x\s*(\d{1,9})\s*:\s*(\d{0,9}\.?\d{1,18})\s*:\s*(\d{1,9})\s*", item)
+        if not match or not int(match[1]) * int(match[2]) * int(match[4]) * float(match[3]) > 0:
+            raise ConfigError(f"buckets: {item.strip()!r} is not like 128x12:0.8:4 (size x frames:probability:batch)")
+        if int(match[1]) < 16:
+            raise ConfigError(f"buckets: {item.strip()!r}: a size of at least 16 is wanted")
+        for value, key in zip(match.group(1, 2, 4), ("size", "frames", "batch_size")):
+            if int(value) > (most := next(limit for limit, keys in AT_MOST.items() if key in keys.split())):
+                raise ConfigError(f"buckets: {item.strip()!r}: {key} at most {most} is wanted")
+        buckets.append((int(match[1]), int(match[2]), float(match[3]), int(match[4])))
+    return buckets
+
+
+def nearest(word, known):
+    """Words for a message that name the known word most like this one, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
