@@ -3,7 +3,7 @@
 All sides read the same frames of the same videos, in one process with one thread, and end with the same centred square.
 Their seconds are of CPU time: what a core can do, whatever else the machine does meanwhile.
 decord and PyAV are compared where they are installed (`pip install decord av`). Nothing else here uses decord;
-report.py and rate.py use PyAV.
+video_writer.py and rate.py use PyAV.
 """
 import importlib.util
 import os

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import report
 from device import free_memory, keep_freed_blocks, stream_limit, synchronize
 from fast_taehv import FastTAEHV
 from latent_file import LatentReader
@@ -25,6 +24,7 @@ from screen import progress_bar
 from quantize import levels_of
 from tiling import Tiled
 from token_file import TokenReader
+from video_writer import VideoWriter, check_video_size
 
 TOKENS = ".tokens"
 LARGE = 1280 * 720  # pixels
@@ -221,7 +221,7 @@ def open_codes(path, model, model_hash, tiles, levels=None):
     else:
         reader = LatentReader(path, model, tiles)
         check_frames(path, model, reader.frames, reader.total)
-    report.check_video_size(reader.width, reader.height, path)
+    check_video_size(reader.width, reader.height, path)
     return reader
 
 
@@ -237,7 +237,7 @@ def decode_file(reader, name, job):
         for frame in frames:
             writer.write(frame)
 
-    with report.VideoWriter(path, reader.fps, reader.width, reader.height) as writer:
+    with VideoWriter(path, reader.fps, reader.width, reader.height) as writer:
         with Pipeline(queue_depth(reader), job.busy) as pipeline:
             write = pipeline.beside("writing", write_all)
             for frame in progress_bar(itertools.islice(frames, reader.frames), total=reader.frames, desc=name[:30],

@@ -95,7 +95,7 @@ def write_clip(path, frames=24, height=72, width=96, seed=0, fps=25):
 
 @pytest.fixture(params=["PyAV", "OpenCV"])
 def video_encoder(request, monkeypatch):
-    """What report.VideoWriter writes through in this test: PyAV, or OpenCV as where PyAV is not installed."""
+    """What video_writer.VideoWriter writes through in this test: PyAV, or OpenCV as where PyAV is not installed."""
     if request.param == "PyAV":
         pytest.importorskip("av")
     else:

@@ -21,6 +21,7 @@ from evaluate import TIMED_CLIPS, Quality
 from measure import memory_of
 from screen import progress_bar
 from untrusted import check_archive, open_regular
+from video_writer import VideoWriter
 
 
 class Judges:
@@ -123,6 +124,6 @@ def peak_of(entry, clips, device):
 def write_video(path, video, fps):
     """1 T 3 H W in [0, 1]"""
     frames = video[0].mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    with report.VideoWriter(path, fps, frames.shape[2], frames.shape[1]) as writer:
+    with VideoWriter(path, fps, frames.shape[2], frames.shape[1]) as writer:
         for frame in frames:
             writer.write(frame)

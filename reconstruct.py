@@ -20,9 +20,11 @@ from device import free_memory
 from evaluate import Quality, group_of
 from latent_file import LATENTS, LatentWriter
 from metrics import MEASURES, CodeStatistics
+from pictures import latent_picture, side_by_side
 from pipeline import Pipeline
 from screen import progress_bar
 from token_file import TokenWriter
+from video_writer import VideoWriter, check_video_size
 
 
 def encode(reader, name, job, write):
@@ -64,7 +66,7 @@ def open_reader(source, options):
     """A data.VideoReader; OSError for a size that no video can be written in, where some are to be."""
     reader = data.VideoReader(source.path, options.max_pixels)
     if options.videos != "none":
-        report.check_video_size(reader.width, reader.height, source.path)
+        check_video_size(reader.width, reader.height, source.path)
     return reader
 
 
@@ -234,7 +236,7 @@ def draw_latents(name, latents, numbers, total, options):
     --out."""
     path = f"latent_visualizations/{name}_latents.png"
     os.makedirs(os.path.join(options.out, "latent_visualizations"), exist_ok=True)
-    picture = report.latent_picture(latents, numbers=numbers, total=total)
+    picture = latent_picture(latents, numbers=numbers, total=total)
     written, content = data.cv2.imencode(".png", picture[..., ::-1])
     assert written
     report.write_whole(os.path.join(options.out, path), content)  # OpenCV itself says nothing when the disk is full
@@ -317,10 +319,10 @@ class Outputs:
                 if with_teacher:
                     panels.append(np.zeros_like(original) if theirs is None else theirs)
                     labels.append("teacher")
-                frame = report.side_by_side(panels, labels, max_width=1920)
+                frame = side_by_side(panels, labels, max_width=1920)
             if writer is None:
                 path = os.path.join(self.out, self.paths[kind])
-                writer = self.open.enter_context(report.VideoWriter(path, self.fps, frame.shape[1], frame.shape[0]))
+                writer = self.open.enter_context(VideoWriter(path, self.fps, frame.shape[1], frame.shape[0]))
                 self.writers.append(writer)
             writer.write(frame)
 

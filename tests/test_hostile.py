@@ -33,10 +33,11 @@ import latent_cache
 import latent_file
 import launch
 import models
-import report
+import pictures
 import teachers
 import token_file
 import train
+import video_writer
 from conftest import COMMON, FRAMES, log_of, mistake, write_clip
 from model_taehv import TAEHV
 
@@ -167,9 +168,9 @@ def test_long_thin_pictures_work_as_far_as_a_video_can_hold_them(tmp_path, monke
     assert failed["8191x4.png"] is None is failed["4x8191.png"] and "16383x4 pixels: " in failed["16383x4.png"]
     capsys.readouterr()
     assert "2x7 pixels are too few" in mistake(capsys, monkeypatch, infer, "taehv.pth", "2x7.png", *options, "few")
-    for shape in ((report.MAX_SIDE, 1, 3), (1, report.MAX_SIDE, 3)):
-        picture = report.side_by_side([np.zeros(shape, np.uint8)] * 3, ["a", "b", "c"], max_width=1920)
-        assert picture.shape[0] <= report.MAX_SIDE and picture.shape[1] <= 1920 + 2 * 4
+    for shape in ((video_writer.MAX_SIDE, 1, 3), (1, video_writer.MAX_SIDE, 3)):
+        picture = pictures.side_by_side([np.zeros(shape, np.uint8)] * 3, ["a", "b", "c"], max_width=1920)
+        assert picture.shape[0] <= video_writer.MAX_SIDE and picture.shape[1] <= 1920 + 2 * 4
 
 
 # ---- files of latents and tokens -------------------------------------------------------------------------------------

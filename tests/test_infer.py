@@ -16,8 +16,8 @@ import compare
 import data
 import infer
 import inputs
+import pictures
 import reconstruct
-import report
 from conftest import mistake, write_clip
 from model_taehv import TAEHV
 from model_vqgan import VQGAN
@@ -246,8 +246,8 @@ def test_a_teacher_is_given_a_few_frames_at_a_time(command, capsys, monkeypatch)
 
 def test_latent_pictures_number_the_latents(command, monkeypatch):
     captions = []
-    strip = report._strip
-    monkeypatch.setattr(report, "_strip", lambda text, *rest: captions.append(text) or strip(text, *rest))
+    strip = pictures._strip
+    monkeypatch.setattr(pictures, "_strip", lambda text, *rest: captions.append(text) or strip(text, *rest))
     clip = write_clip(os.path.abspath("a.avi"), frames=33, height=16, width=16)
     command("taehv.pth", clip)  # 9 latents, 8 of them shown
     assert [c for c in captions if c.startswith("t = ")] == [f"t = {k}" for k in (0, 1, 2, 3, 5, 6, 7, 8)]

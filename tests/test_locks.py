@@ -22,7 +22,8 @@ import infer
 import latent_cache
 import latent_file
 import lock
-import report
+import pictures
+import reconstruct
 import synthetic
 import train
 from conftest import FRAMES, SMALL_CACHE, log_of, mistake, write_clip
@@ -261,9 +262,9 @@ def test_a_full_disk_leaves_nothing_unfinished_of_infers_files(small_infer, caps
     with files_of_at_most(300):
         assert small_infer(clip, "--save-latents") == 2
     assert files("inference_results") == []
-    draw = report.latent_picture
+    draw = pictures.latent_picture
     with contextlib.ExitStack() as until:  # it is full when the videos are there
-        monkeypatch.setattr(report, "latent_picture",
+        monkeypatch.setattr(reconstruct, "latent_picture",
                             lambda *a, **k: (draw(*a, **k), until.enter_context(files_of_at_most(99)))[0])
         assert small_infer(clip) == 2
     assert "infer.py: [Errno 27] File too large" in capsys.readouterr().err

@@ -799,7 +799,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", ["model_taehv", "data", "losses", "metrics", "report", "device", "config check_config", "synthetic",
+    "names", ["model_taehv", "data", "losses", "metrics", "report", "pictures", "video_writer", "device", "config check_config", "synthetic",
               "quantize_base", "ranks", "adversary", "seraena"]
 )
 def test_leaf_files_work_when_copied_alone(names, tmp_path):

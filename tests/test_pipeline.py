@@ -18,7 +18,7 @@ import data
 import infer
 import metrics
 import reconstruct
-import report
+import video_writer
 from conftest import ROOT, write_clip
 from model_taehv import TAEHV
 from pipeline import Pipeline
@@ -232,13 +232,13 @@ def metric_fails(monkeypatch):
 
 
 def writer_fails(monkeypatch):
-    write = report.VideoWriter.write
+    write = video_writer.VideoWriter.write
 
     def full(self, frame):
         if self.path.endswith("b_comparison.webm") and self.frames == 10:
             raise OSError(28, "No space left on device")
         write(self, frame)
-    monkeypatch.setattr(report.VideoWriter, "write", full)
+    monkeypatch.setattr(video_writer.VideoWriter, "write", full)
     return 0, "[Errno 28] No space left on device"
 
 

@@ -14,14 +14,16 @@ import cv2
 import numpy as np
 import pytest
 
+import pictures
 import report
+import video_writer
 
 FRAME = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
 EVIL = "<img src=x onerror=\"document.title='pwned'\">&'#50%? \u202e"
 
 
 def write(path, frame=FRAME, count=5, fps=25):
-    with report.VideoWriter(str(path), fps, frame.shape[1], frame.shape[0]) as writer:
+    with video_writer.VideoWriter(str(path), fps, frame.shape[1], frame.shape[0]) as writer:
         for _ in range(count):
             writer.write(frame)
     return writer
@@ -52,7 +54,7 @@ def test_frames_come_back_each_with_its_colours_and_at_its_time(tmp_path, video_
     colours = np.stack(np.meshgrid(*[np.linspace(0, 255, n) for n in (8, 8, 6)], indexing="ij"), -1)
     picture = cv2.resize(colours.reshape(16, 24, 3).astype(np.uint8), (192, 128), interpolation=cv2.INTER_NEAREST)
     frames = [np.roll(picture, 16 * t, 1) for t in range(12)]
-    with report.VideoWriter(str(tmp_path / "a.webm"), 24000 / 1001, 192, 128) as writer:
+    with video_writer.VideoWriter(str(tmp_path / "a.webm"), 24000 / 1001, 192, 128) as writer:
         for frame in frames:
             writer.write(frame)
     capture = cv2.VideoCapture(str(tmp_path / "a.webm"), cv2.CAP_FFMPEG)
@@ -65,22 +67,22 @@ def test_frames_come_back_each_with_its_colours_and_at_its_time(tmp_path, video_
 
 def test_what_writes_the_videos(tmp_path, video_encoder, monkeypatch):
     def written_by():
-        with report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
+        with video_writer.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
             writer.write(FRAME)
         return type(writer._encoder).__name__
     assert written_by() == f"_Through{video_encoder}"
-    monkeypatch.setattr(report, "ENCODER", "libnone")
+    monkeypatch.setattr(video_writer, "ENCODER", "libnone")
     assert written_by() == "_ThroughOpenCV", "a PyAV that was built without libvpx"
 
 
 def test_no_half_video_and_no_silent_failure(tmp_path, video_encoder):
     write(tmp_path / "a.webm", count=3)
-    with pytest.raises(KeyError), report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
+    with pytest.raises(KeyError), video_writer.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
         writer.write(FRAME)
         raise KeyError
     with (
         pytest.raises(ValueError, match="takes uint8"),
-        report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer,
+        video_writer.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer,
     ):
         writer.write(FRAME[:-1])
     with pytest.raises(OSError, match="no frame"):
@@ -103,7 +105,7 @@ def test_a_full_disk_is_noticed(room, tmp_path, video_encoder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         with pytest.raises(OSError, match=r"File too large|is the disk full\?"):
             write(tmp_path / "a.webm", count=40)
-        with pytest.raises(KeyError), report.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
+        with pytest.raises(KeyError), video_writer.VideoWriter(str(tmp_path / "a.webm"), 25, 128, 96) as writer:
             writer.write(FRAME)
             raise KeyError
     finally:
@@ -123,12 +125,12 @@ def test_names_are_safe_and_unique():
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 3, 4, 9), (20, 16, 8, 8), (2, 128, 3, 2)])
 def test_latent_pictures(shape):
     latents = np.random.default_rng(0).normal(size=shape)
-    picture = report.latent_picture(latents)
+    picture = pictures.latent_picture(latents)
     assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.std() > 1
-    assert np.array_equal(picture, report.latent_picture(latents))
-    report.latent_picture(np.zeros(shape))
+    assert np.array_equal(picture, pictures.latent_picture(latents))
+    pictures.latent_picture(np.zeros(shape))
     latents.flat[0] = np.nan
-    assert not np.array_equal(picture, report.latent_picture(latents))
+    assert not np.array_equal(picture, pictures.latent_picture(latents))
 
 
 def make_report(folder):
@@ -136,7 +138,7 @@ def make_report(folder):
     for label, name in (("original", "a.webm"), (EVIL, "b #50%25?&'\"<script>é.webm")):
         write(folder / "videos" / name, count=9)
         videos[label] = f"videos/{name}"
-    cv2.imwrite(str(folder / "latents.png"), report.latent_picture(np.random.default_rng(0).normal(size=(1, 3, 4, 4))))
+    cv2.imwrite(str(folder / "latents.png"), pictures.latent_picture(np.random.default_rng(0).normal(size=(1, 3, 4, 4))))
     row = dict(
         name=EVIL,
         source=EVIL,

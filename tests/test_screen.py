@@ -21,9 +21,9 @@ from tensorboard.summary.writer import event_file_writer
 
 import logbook
 import progress
-import report
 import screen
 import train
+import video_writer
 from conftest import FRAMES, ROOT, log_of, metrics_of, run, state_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /dev/full as Linux has them")
@@ -137,7 +137,7 @@ def test_a_video_is_written_where_stderr_takes_nothing(tmp_path):
     screen_of_c, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, 2)
     try:
-        with report.VideoWriter(str(tmp_path / "a.webm"), 25, 32, 32) as video:
+        with video_writer.VideoWriter(str(tmp_path / "a.webm"), 25, 32, 32) as video:
             video.write(np.zeros((32, 32, 3), np.uint8))
     finally:
         os.dup2(screen_of_c, 2)

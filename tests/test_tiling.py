@@ -17,7 +17,7 @@ from golden.fill import fill_, make_input
 from model_dcae import DCAE
 from model_taehv import TAEHV
 from model_vqgan import VQGAN
-from report import VideoWriter
+from video_writer import VideoWriter
 from tiling import Tiled, starts, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
