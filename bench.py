@@ -32,10 +32,11 @@ import progress
 from bench_loader import loader
 from bench_loop import loop
 from config import load_config
-from data import DataError, find_sources
+from data_files import find_sources
 from device import DeviceError, describe, pick_device, pick_precision, place, stream_limit, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 from screen import guard_screen, nobody_reads, one_line, text_is_lost
+from video_files import DataError
 
 SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise
 

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 import data
 from clip_cache import TrainCuts
 from cache_files import CachedClips, LatentCache, ShardWriter, write_index
+from data_files import find_sources, probe
 from measure import alone, alternate
+from video_files import DataError, grab_frames, open_video
 
 SIZE, FRAMES = 128, 12
 SHAPE = f"{SIZE}x{SIZE}x{FRAMES}"
@@ -42,7 +44,7 @@ def squares(frames):
 
 def ours(path, first):
     """FRAMES consecutive frames from number `first` on, as data.py reads and cuts them: T SIZE SIZE 3, uint8, RGB."""
-    frames = data.grab_frames(data.open_video(path), first, FRAMES, 1)
+    frames = grab_frames(open_video(path), first, FRAMES, 1)
     if not frames:
         return squares([])
     return data.finish_clip(frames, SIZE, data.Augment(random_crop=False, flip=False), None)[0]
@@ -50,7 +52,7 @@ def ours(path, first):
 
 def seek_per_frame(path, first):
     """As notebooks read: a seek for each frame, all of it converted to RGB and to float, then resized."""
-    capture, clip = data.open_video(path), []
+    capture, clip = open_video(path), []
     for t in range(first, first + FRAMES):
         capture.set(cv2.CAP_PROP_POS_FRAMES, t)
         ok, frame = capture.read()
@@ -92,7 +94,7 @@ def with_pyav(path, first):
 
 def readers():
     """({name: (function, what it raises for a video that it cannot read)}, what is not installed)."""
-    found, missing = {"ours": (ours, data.DataError)}, []
+    found, missing = {"ours": (ours, DataError)}, []
     if importlib.util.find_spec("decord"):
         import decord
         decord.logging.set_level(decord.logging.QUIET)
@@ -131,11 +133,11 @@ def usable(sources, calls):
 def loader_rows(options, folder):
     """(rows of all readers over a folder's videos, seconds that a clip takes with a seek per frame)."""
     data.start_worker(0)
-    sources, _ = data.probe([s for s in data.find_sources(folder) if not s.is_image])
+    sources, _ = probe([s for s in find_sources(folder) if not s.is_image])
     calls, missing = readers()
     sources, other = usable([s for s in sources if s.frames >= FRAMES], calls)
     if not sources:
-        raise data.DataError(f"no video of {FRAMES} frames or more in {folder!r}")
+        raise DataError(f"no video of {FRAMES} frames or more in {folder!r}")
 
     def turns(read):
         for turn in range(options.repeat + 1):  # elsewhere in the videos, but not at their ends: not all agree where
@@ -158,7 +160,7 @@ def loader_rows(options, folder):
 def several_rows(options, folder):
     """Clips of the videos, cut at random as training has them: one or several from each opening."""
     data.start_worker(0)
-    sources, _ = data.probe([s for s in data.find_sources(folder) if not s.is_image])
+    sources, _ = probe([s for s in find_sources(folder) if not s.is_image])
     sources = [s for s in sources if s.frames >= FRAMES]
     calls, counts = {}, {}
     for count in (1, 4, 8):

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 import checkpoint
 import data as datasets
-from data import DataError
+from data_files import Source, split_sources
 from model_taehv import check_cogvideox_frames
 from untrusted import SETTINGS, open_regular, read_json
+from video_files import DataError
 
 FORMAT = 1
 MAX_INDEX, MAX_ORIGINS = 1 << 26, 1 << 28  # bytes: of 300 000 shards; of the origins of a million clips
@@ -185,7 +186,7 @@ class LatentCache:
 
     def split_by_file(self, val_fraction):
         """(clips to train with, clips to validate with, [held-out files]), as `data.split_sources` has it."""
-        held_out = {s.key for s in datasets.split_sources([datasets.Source(f, f) for f in self.names], val_fraction)[1]}
+        held_out = {s.key for s in split_sources([Source(f, f) for f in self.names], val_fraction)[1]}
         is_val = np.array([name in held_out for name in self.names], bool)[self.file_of]
         return np.flatnonzero(~is_val), np.flatnonzero(is_val), sorted(held_out)
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import data
-from data import DataError
 from cache_files import evenly_spread, read_ahead
+from video_files import DataError
 
 
 class TrainCuts:

@@ -12,11 +12,12 @@ import data
 import file_index
 from check_config import ConfigError
 from clip_cache import TrainCuts, ValCuts
-from data import DataError
+from data_files import find_sources, split_sources
 from init_taehv import fits_teacher, scale_to_teacher
 from cache_files import LatentCache
 from ranks import everywhere, from_rank_0
 from synthetic import make_demo
+from video_files import DataError
 
 MOST_COMPARED = 16e9  # bytes of clips whose checksums are compared at each start: some 10 s; their sizes always are
 
@@ -74,7 +75,7 @@ def find_files(cfg, frames):
             raise DataError(str(error).replace("data:", "val_data:", 1)) from None
         refused, notes = refused + more, notes + more_notes
     else:
-        train, val = data.split_sources(train, cfg.val_fraction)
+        train, val = split_sources(train, cfg.val_fraction)
     if not train:
         raise DataError(f"data: none of the {len(refused)} files of {path!r} can be read; the first: "
                         f"{refused[0][0]}: {refused[0][1]}")
@@ -94,7 +95,7 @@ def find_files(cfg, frames):
 
 def look_through(cfg, path):
     """(sources that can be read, [(path, why not)], [lines about the index of files])."""
-    return file_index.probe(data.find_sources(path, cfg.data_root, cfg.use_images), cfg.max_pixels, path, cfg.data_root,
+    return file_index.probe(find_sources(path, cfg.data_root, cfg.use_images), cfg.max_pixels, path, cfg.data_root,
                             cfg.use_images)
 
 

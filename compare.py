@@ -1,6 +1,6 @@
 """A teacher over one video, to be set beside ours: its frames, latents, seconds and memory.
 
-Needs teachers.py, data.py and device.py.
+Needs teachers.py, video_files.py and device.py.
 """
 import contextlib
 import itertools
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 from device import held_memory, peak_memory, reset_peak_memory, time_call
 from screen import progress_bar
 from teachers import TeacherError
+from video_files import MAX_PIXELS, DataError, VideoReader
 
 
 class PeakMemory:
@@ -59,12 +59,12 @@ class TeacherPass:
     """
 
     def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0, memory=None, folder=None,
-                 max_pixels=data.MAX_PIXELS):
+                 max_pixels=MAX_PIXELS):
         """memory: a PeakMemory. folder: of the temporary file that holds its frames."""
         self.teacher, self.factors = teacher, (time_factor, space_factor)
         self.encode_seconds, self.decode_seconds, self.encoded, self.count = 0.0, 0.0, 0, 0
         self.latents, self.latent_count, self.notes = None, 0, []
-        reader = data.VideoReader(source.path, max_pixels)
+        reader = VideoReader(source.path, max_pixels)
         chosen = " (--teacher-frames N sets another number, 0 the whole video)" if chunk is None else ""
         if chunk is None:
             chunk = frames_at_a_time(reader.height * reader.width)
@@ -82,7 +82,7 @@ class TeacherPass:
                 left -= len(clip)
                 bar.update(len(clip))
             if self.latents is None:
-                raise data.DataError("no frame could be read")
+                raise DataError("no frame could be read")
             del reader, clip
             if module is not None and teacher.device.type == "cuda":
                 module.to("cpu")  # room for ours

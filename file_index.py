@@ -5,7 +5,7 @@
 An index is one file for each `data` of runs, in $XDG_CACHE_HOME/video_autoencoders or ~/.cache/video_autoencoders. Its
 first line says what it was made with. Each further line is of one file: its path as in the data, size, times of change,
 and number of frames or, in the place of that, why it cannot be read (docs/formats.md). Files that have changed are
-looked at again. Data of up to `data.MANY` files have no index: they are looked at in seconds.
+looked at again. Data of up to `data_files.MANY` files have no index: they are looked at in seconds.
 """
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 
 import checkpoint
-import data
+import data_files
 from untrusted import open_regular
 
 FORMAT = 1
@@ -27,10 +27,10 @@ SAVED_EVERY = 300  # seconds: what a first start has found by then is not lost i
 
 
 def probe(sources, max_pixels, name, *details):
-    """`data.probe` with an index. name: what the sources were found in, a run's `data`; details: how else they were
+    """`data_files.probe` with an index. name: what the sources were found in, a run's `data`; details: how else they were
     chosen from it. Returns (readable sources, [(path, why not)], [lines about the index])."""
-    if len(sources) <= data.MANY:
-        return *data.probe(sources, max_pixels), []
+    if len(sources) <= data_files.MANY:
+        return *data_files.probe(sources, max_pixels), []
     path, notes, trouble = index_path(name, *details), [], []
     about = dict(format=FORMAT, max_pixels=max_pixels, opencv=cv2.__version__)  # what can be read depends on these
     try:
@@ -57,7 +57,7 @@ def probe(sources, max_pixels, name, *details):
 
     saved = time.monotonic()
     try:
-        with contextlib.closing(data.look_at([sources[i] for i in missing], max_pixels)) as looked_at:
+        with contextlib.closing(data_files.look_at([sources[i] for i in missing], max_pixels)) as looked_at:
             for (source, problem), i in zip(looked_at, missing):
                 found[i] = source.frames if problem is None else problem
                 if time.monotonic() - saved > SAVED_EVERY:

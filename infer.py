@@ -31,7 +31,6 @@ import time
 
 import torch
 
-import data
 import judge
 import metrics
 import models
@@ -48,6 +47,7 @@ from reconstruct import reconstruct, reconstruct_by_teacher
 from screen import ending_in_one_line, guard_screen, one_line
 from teachers import KINDS, TeacherError, is_spec, load_teacher
 from token_file import keep_maps
+from video_files import MAX_PIXELS
 
 
 def load_own(options, device, dtype, memory):
@@ -249,7 +249,7 @@ def parse(arguments=None):
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
                         help="auto: bf16 where the hardware has it; fp16: as published TAEHVs are often run, for GPUs")
     parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="only the first N frames of each input")
-    parser.add_argument("--max-pixels", type=int, default=data.MAX_PIXELS, metavar="N",
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
                         help="inputs whose frames have more are refused (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=0, metavar="N",
                         help="only N files of each folder, drawn by --seed")

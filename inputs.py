@@ -8,16 +8,17 @@ import re
 import traceback
 
 import checkpoint
-import data
 from codec import TOKENS, InputError
+from data_files import find_sources, probe
 from device import DeviceError
 from latent_file import LATENTS, LatentFileError
 from lock import InUse
 from teachers import TeacherError
 from token_file import TokenError
+from video_files import MAX_PIXELS, DataError
 
 # Errors of one line, with code 2.
-MISTAKES = (InputError, LatentFileError, TokenError, TeacherError, DeviceError, data.DataError,
+MISTAKES = (InputError, LatentFileError, TokenError, TeacherError, DeviceError, DataError,
             checkpoint.CheckpointError, InUse, OSError)
 
 
@@ -29,14 +30,14 @@ def sample(sources, number, seed, max_pixels):
     readable, refused = [], []
     while waiting and len(readable) < number:
         some, waiting = waiting[:number - len(readable)], waiting[number - len(readable):]
-        found, bad = data.probe(some, max_pixels)
+        found, bad = probe(some, max_pixels)
         readable, refused = readable + found, refused + bad
     return sorted(readable, key=lambda source: source.key), refused
 
 
-def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS, out=None):
+def find_inputs(inputs, number=0, seed=0, max_pixels=MAX_PIXELS, out=None):
     """([video and image sources], [latent and token files], [(path, reason)] refused in folders, [notes]). InputError
-    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see data.py.
+    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see video_files.py.
     out: the folder that is written to; its videos and pictures are left out of folders that are searched."""
     sources, latents, refused, notes, folders = [], [], [], [], 0
     for path in inputs:
@@ -45,7 +46,7 @@ def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS, out=None):
                 raise InputError(f"{path!r} {'is not a regular file' if os.path.exists(path) else 'does not exist'}")
             latents.append(path)
             continue
-        found = data.find_sources(path)
+        found = find_sources(path)
         if out and os.path.isdir(path):
             there, found = len(found), without_outputs(found, out)
             if not found:
@@ -59,7 +60,7 @@ def find_inputs(inputs, number=0, seed=0, max_pixels=data.MAX_PIXELS, out=None):
                 f"no more can be read, and --num-samples is {number}"
             notes.append(f"{path}: {len(found)} of {there} files, {how}")
         else:
-            found, bad = data.probe(found, max_pixels)
+            found, bad = probe(found, max_pixels)
         if bad and not os.path.isdir(path):
             raise InputError(f"{bad[0][0]}: {bad[0][1]}")
         sources += found
@@ -111,6 +112,6 @@ class Failures:
             self.unexpected += 1
             with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{path}\n{''.join(traceback.format_exception(error))}\n")
-        if not isinstance(error, (OSError, data.DataError)):  # not merely a file that cannot be read or written
+        if not isinstance(error, (OSError, DataError)):  # not merely a file that cannot be read or written
             self.code = 1
         return dict(name=name, source=path, failed=reason)

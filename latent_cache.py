@@ -32,7 +32,7 @@ import file_index
 from cache_files import (ARRAYS, FORMAT, MAX_INDEX, MAX_ORIGINS, NO_TEACHER, STORED, ShardWriter, file_crc,
                          shard_is_done, shard_path, write_index)
 from check_config import ConfigError, check_workers
-from data import DataError
+from data_files import find_sources
 from device import (DeviceError, cores_per_rank, default_workers, describe, host_memory, is_out_of_memory, pick_device,
                     pick_precision, tune)
 from lock import NAME as LOCK, InUse, locked
@@ -41,6 +41,7 @@ from ranks import from_rank_0, gather, start_ranks
 from screen import ended_by_sigterm, guard_screen, one_line, progress_bar
 from teachers import KINDS, TeacherError, load_teacher
 from untrusted import read_json
+from video_files import MAX_PIXELS, DataError
 
 UNFINISHED = re.compile(r"(shard_\d+\.(clips\.npy|latents\.npy|json)|index\.json)\.\d+\.tmp")
 NO_STUDENT = ("no student here speaks latents of this shape: a TAEHV joins 8, 16, 24 ... pixels and 1, 2, 4 or 8 "
@@ -124,7 +125,7 @@ def build_in(options, at_end):
     if learns:
         teacher.check_frames(options.frames)
     sources, refused, notes = from_rank_0(control, lambda: file_index.probe(
-        datasets.find_sources(options.data, options.data_root), options.max_pixels, options.data, options.data_root))
+        find_sources(options.data, options.data_root), options.max_pixels, options.data, options.data_root))
     for line in [*notes, *(f"refused: {path}: {reason}" for path, reason in refused)]:
         say(line)
     clips = datasets.TrainClips(sources, options.seed, options.min_frame_delta, options.max_frame_delta,
@@ -288,7 +289,7 @@ def parse(arguments=None):
     parser.add_argument("--batch-size", type=int, default=4, help="clips that the teacher sees at once (%(default)s)")
     parser.add_argument("--shard-clips", type=int, default=256, help="clips per shard, made whole (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the clips (%(default)s)")
-    parser.add_argument("--max-pixels", type=int, default=datasets.MAX_PIXELS, metavar="N",
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
                         help="files whose frames have more are passed over (%(default)s)")
     parser.add_argument("--workers", type=int, default=-1, help="data processes per rank; -1: by the number of cores")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

@@ -28,7 +28,6 @@ import shlex
 import sys
 import time
 
-import data
 import entries
 import report
 from codec import InputError
@@ -42,6 +41,7 @@ from rate import compare_rates
 from screen import ending_in_one_line, guard_screen, one_line
 from teachers import KINDS
 from untrusted import read_json
+from video_files import MAX_PIXELS
 
 FORMAT = 2  # of the rows; rows of another one are measured again
 SETTINGS = dict(height=256, width=256, frames=17)  # without a protocol: 17 frames are what causal video VAEs take
@@ -262,7 +262,7 @@ def parse(arguments=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
                         help="auto: bf16 where the hardware has it")
-    parser.add_argument("--max-pixels", type=int, default=data.MAX_PIXELS, metavar="N",
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
                         help="videos whose frames have more are refused (default: %(default)s)")
     options = parser.parse_args(arguments)
     for name, least, most in (("clips", 0, 10 ** 6), ("frames", 1, 1000), ("show", 0, 10 ** 6),

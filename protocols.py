@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
-from data import DataError
+from data_files import Source, find_sources, probe
+from video_files import MAX_PIXELS, DataError, VideoReader, fit_clip, read_frames, read_image
 
 
 class Protocol(NamedTuple):
@@ -52,19 +52,19 @@ PROTOCOLS = {"mcl-jcv": Protocol(256, 256, 17, True, 30, 30),
 class Video(NamedTuple):
     """One video of a data set, in a file or as a folder of images."""
     name: str
-    source: data.Source
+    source: Source
     images: tuple = ()  # the paths of its frames, where it is a folder of images
 
 
-def find_videos(path, max_pixels=data.MAX_PIXELS, what="--data"):
+def find_videos(path, max_pixels=MAX_PIXELS, what="--data"):
     """([Video], [(path, why not)]) of a folder, a list of files or a file, by their names. DataError, about the option
     `what`, for none that can be read."""
-    sources = data.find_sources(path)
+    sources = find_sources(path)
     folders = {}
     for source in sources:
         if source.is_image:
             folders.setdefault(os.path.dirname(source.path), []).append(source)
-    videos, refused = data.probe([source for source in sources if not source.is_image], max_pixels)
+    videos, refused = probe([source for source in sources if not source.is_image], max_pixels)
     found = [Video(os.path.splitext(source.key)[0], source) for source in videos]
     for folder, images in folders.items():
         if len(images) > 1:
@@ -90,9 +90,9 @@ def all_frames(video, max_pixels):
     """All frames of a Video, H W 3 BGR."""
     if video.images:
         for path in video.images:
-            yield data.read_image(path, max_pixels)
+            yield read_image(path, max_pixels)
     else:
-        for frame in data.VideoReader(video.source.path, max_pixels):
+        for frame in VideoReader(video.source.path, max_pixels):
             yield cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
 
 
@@ -113,7 +113,7 @@ class Clips:
     """
 
     def __init__(self, path, out, height, width, frames, whole=False, fps=0, clips=0, protocol="",
-                 max_pixels=data.MAX_PIXELS, what="--data"):
+                 max_pixels=MAX_PIXELS, what="--data"):
         self.height, self.width, self.frames = height, width, frames
         videos, refused = find_videos(path, max_pixels, what)
         self.notes = [f"{path}: {reason}" for path, reason in refused]
@@ -161,7 +161,7 @@ class Clips:
 
     def fps_of(self, video, most, max_pixels):
         """(frames a second of its clips, every how manieth frame they take)"""
-        fps = 25.0 if video.images else data.VideoReader(video.source.path, max_pixels).fps
+        fps = 25.0 if video.images else VideoReader(video.source.path, max_pixels).fps
         step = max(1, round(fps / most)) if most else 1
         return fps / step, step
 
@@ -173,14 +173,14 @@ class Clips:
         for k in range(per_video):
             place = (k + 0.5) / per_video
             if video.images:
-                first, step = data.fit_clip(len(video.images), place, self.frames, step)
+                first, step = fit_clip(len(video.images), place, self.frames, step)
                 paths = video.images[first::step][:self.frames]
-                clip, notes = [data.read_image(path, max_pixels) for path in paths], []
+                clip, notes = [read_image(path, max_pixels) for path in paths], []
                 if len(clip) < self.frames:
                     notes = [f"only {len(clip)} frames, {self.frames} wanted: the last is repeated"]
                     clip += clip[-1:] * (self.frames - len(clip))
             else:
-                clip, _, _, notes = data.read_frames(video.source.path, place, self.frames, step, max_pixels)
+                clip, _, _, notes = read_frames(video.source.path, place, self.frames, step, max_pixels)
             self.notes += [f"{video.source.path}: {note}" for note in notes]
             yield clip
 

@@ -24,6 +24,7 @@ import data
 import models
 from checkpoint import CheckpointError, first_line, write_atomically
 from clip_cache import ValCuts
+from data_files import find_sources, probe, split_sources
 from device import DeviceError, pick_device
 from evaluate import evaluate
 from cache_files import CachedClips, LatentCache
@@ -32,11 +33,12 @@ from model_taehv import TAEHV, recognise
 from prune_taehv import LEAST, PARTS, by_chance, by_magnitude, by_taylor, compensate, cut, layers_of, plan
 from prune_taehv import smallest
 from screen import ending_in_one_line, guard_screen, one_line
+from video_files import DataError
 from weights_file import ExportError, as_pth, as_safetensors, folder_for
 
 HELD_OUT = 0.1       # fraction of the files of --data that are held out, without --val-data
 TIMED = 1, 12, 3, 128, 128  # shape of the video whose encoding and decoding is timed
-MISTAKES = (CheckpointError, DeviceError, ExportError, OSError, data.DataError)
+MISTAKES = (CheckpointError, DeviceError, ExportError, OSError, DataError)
 
 
 class PruneError(Exception):
@@ -55,7 +57,7 @@ def find_samples(options, model):
     if options.val_data:
         held_out = readable(options.val_data)
     else:
-        sources, held_out = data.split_sources(sources, HELD_OUT)
+        sources, held_out = split_sources(sources, HELD_OUT)
         if not held_out:
             raise PruneError(f"--data {options.data} holds one file that can be read, and PSNR wants others: set "
                              "--val-data")
@@ -84,7 +86,7 @@ def check_frames(model, frames):
 
 def readable(path):
     """The sources under `path` that can be read. PruneError if none can."""
-    sources, refused = data.probe(data.find_sources(path))
+    sources, refused = probe(find_sources(path))
     if not sources:
         raise PruneError(f"none of the {len(refused)} files of {path} can be read; the first: {refused[0][1]}")
     return sources

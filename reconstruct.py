@@ -24,6 +24,7 @@ from pictures import latent_picture, side_by_side
 from pipeline import Pipeline
 from screen import progress_bar
 from token_file import TokenWriter
+from video_files import DataError, VideoReader, count_frames
 from video_writer import VideoWriter, check_video_size
 
 
@@ -40,7 +41,7 @@ def encode(reader, name, job, write):
                 count += len(stack)
                 last = stack[-1:]
         if not count:
-            raise data.DataError("no frame could be read")
+            raise DataError("no frame could be read")
         more = count == most and next(frames, None) is not None
         for _ in range(count, padded_length(codec.model, count)):
             write(codec.encode(np.stack(last)))
@@ -57,14 +58,14 @@ def paired_frames(codec, pieces, originals, reader, frames, length):
         while number < min(wanted, frames - 1):
             original, number = next(originals, None), number + 1
             if original is None:
-                raise data.DataError(f"only {number} of {frames} frames could be read a second time")
+                raise DataError(f"only {number} of {frames} frames could be read a second time")
         if number == wanted:
             yield number, original, output
 
 
 def open_reader(source, options):
-    """A data.VideoReader; OSError for a size that no video can be written in, where some are to be."""
-    reader = data.VideoReader(source.path, options.max_pixels)
+    """A VideoReader; OSError for a size that no video can be written in, where some are to be."""
+    reader = VideoReader(source.path, options.max_pixels)
     if options.videos != "none":
         check_video_size(reader.width, reader.height, source.path)
     return reader
@@ -72,7 +73,7 @@ def open_reader(source, options):
 
 def frames_to_take(source, options):
     """(how many, whether there are more), found by decoding all: for teachers, who want to know it before."""
-    frames = 1 if source.is_image else data.count_frames(source.path, options.max_pixels)
+    frames = 1 if source.is_image else count_frames(source.path, options.max_pixels)
     most = options.max_frames or frames
     return min(frames, most), frames > most
 

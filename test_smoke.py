@@ -17,9 +17,11 @@ import torch
 
 import checkpoint
 import data
+import data_files
 import infer
 import models
 import train
+import video_files
 from conftest import NARROW, PLAIN, ROOT, mistake, run, shapeless, write_clip
 from model_taehv import TAEHV
 
@@ -99,8 +101,8 @@ def test_training_leaves_what_it_promises(trained):
 
 def test_validation_is_the_same_on_one_rank(trained, clips):
     folder, run_folder, _ = trained
-    sources, _ = data.probe(data.find_sources(clips))
-    _, val = data.split_sources(sources, 0.3)
+    sources, _ = data_files.probe(data_files.find_sources(clips))
+    _, val = data_files.split_sources(sources, 0.3)
     val_clips = data.ValClips(val, 16, 4, 2, 3).share(0, 1, print)
     assert len(val_clips) == 3
     model = TAEHV()
@@ -170,7 +172,7 @@ class Bomb:
 
 
 def read_all(path):
-    return list(data.VideoReader(str(path)))
+    return list(video_files.VideoReader(str(path)))
 
 
 def test_reconstruct_report_and_latents(trained, tmp_path):

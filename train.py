@@ -42,6 +42,7 @@ from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistic
 from saving import NotSaved, Saver, check_start, find_resume, restore, take_folder, where_to_go_on
 from screen import guard_screen, one_line
 from step_taehv import speed_up
+from video_files import DataError
 from watch import Meter, Trend, describe_figures, describe_step, describe_trend
 
 
@@ -240,7 +241,7 @@ class Trainer:
                 batch = next(self.batches)
                 self.log.notes(batch.pop("notes"))
                 micro_batches.append(batch)
-        except data.DataError as error:
+        except DataError as error:
             return micro_batches, str(error)
         return micro_batches, ""
 
@@ -385,7 +386,7 @@ def main():
     sys.excepthook = end_at_once
     try:
         code = train(load_config(sys.argv[1:]))
-    except (ConfigError, DeviceError, data.DataError, checkpoint.CheckpointError, InUse, NotSaved) as error:
+    except (ConfigError, DeviceError, DataError, checkpoint.CheckpointError, InUse, NotSaved) as error:
         # All ranks raise these together; before they have met, those of one machine.
         if int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0)) == 0:
             print(f"train.py: {one_line(str(error))}", file=sys.stderr)

@@ -20,6 +20,7 @@ import config
 import data
 import latent_cache
 import train
+import video_files
 from conftest import CACHE, COMMON, NARROW, ROOT, SCRATCH, log_of, mistake, run, shapeless
 
 TRAIN = os.path.join(ROOT, "train.py")
@@ -51,13 +52,13 @@ def test_the_cache_holds_clips_alone_several_of_each_opening(stored, clips, tmp_
     assert cache.files[0] == cache.files[3] != cache.files[4] == cache.files[7] != cache.files[8]
     for i, origin in enumerate(cache.origins):  # what stands there is where the clip is from
         top, left, edge = origin["crop"]
-        frames = list(data.VideoReader(os.path.join(clips, origin["file"])))
+        frames = list(video_files.VideoReader(os.path.join(clips, origin["file"])))
         frame = frames[origin["first"] + 5 * origin["spacing"]][top:top + edge, left:left + edge]
         how = cv2.INTER_AREA if edge > 40 else cv2.INTER_CUBIC
         frame = cv2.resize(frame, (40, 40), interpolation=how) if edge != 40 else frame
         assert np.abs((frame[:, ::-1] if origin["flip"] else frame).astype(int) - cache.clip(i)[5]).max() <= 1
-    opened, original = [], data.open_video
-    monkeypatch.setattr(data, "open_video", lambda path, **how: opened.append(path) or original(path, **how))
+    opened, original = [], video_files.open_video
+    monkeypatch.setattr(video_files, "open_video", lambda path, **how: opened.append(path) or original(path, **how))
     asked = [*ASKED, "--data", clips, "--out", str(tmp_path / "c"), "--batch-size", "4"]
     latent_cache.build(latent_cache.parse(asked))
     assert len(opened) == 6 + 3, "each of six files to look at it, and three for ten clips"
@@ -101,7 +102,7 @@ def test_an_interrupted_build_of_clips_goes_on_and_grows(stored, clips, tmp_path
     assert len(grown) == 13 and all(np.array_equal(grown.clip(i), cache_files.LatentCache(stored, True).clip(i))
                                     for i in range(10))
     for other in (["--clips-per-open", "2"], ["--size", "32"], ["--teacher", "taehv:none.pth", "--precision", "fp32"]):
-        with pytest.raises((data.DataError, checkpoint.CheckpointError, latent_cache.TeacherError)):
+        with pytest.raises((video_files.DataError, checkpoint.CheckpointError, latent_cache.TeacherError)):
             latent_cache.build(latent_cache.parse([*asked, *other]))
 
 

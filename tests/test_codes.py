@@ -14,8 +14,10 @@ import check_config
 import checkpoint
 import config
 import data
+import data_files
 import infer
 import models
+import video_files
 from conftest import BATCH_NORM, FRAMES, NEEDS, ROOT, mistake, run
 from objective import Objective
 from optimizer import average_weights
@@ -136,7 +138,7 @@ def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, 
     run(INFER, folder / "runs" / "two", video, "--save-tokens", "--lpips", "none", "--out", "a", cwd=tmp_path)
     tokens = tmp_path / "a" / "tokens" / "clip0.tokens"
     run(INFER, folder / "runs" / "two", tokens, "--out", "b", cwd=tmp_path)
-    direct, restored = (np.stack(list(data.VideoReader(str(tmp_path / out / "comparison_videos" /
+    direct, restored = (np.stack(list(video_files.VideoReader(str(tmp_path / out / "comparison_videos" /
                                                            "clip0_reconstructed.webm")))) for out in "ab")
     assert np.array_equal(direct, restored) and len(direct) == 24
     page = open(tmp_path / "a" / "summary_report.html", encoding="utf-8").read()
@@ -165,8 +167,8 @@ def test_a_video_is_compressed_and_restored(tokenizer, clips, tmp_path, capsys, 
 def test_images_train_as_videos_do(clips, tmp_path, capsys, monkeypatch):
     """A folder with videos and images: use_images takes the images, as clips of one frame."""
     shutil.copytree(clips, tmp_path / "mixed")
-    for i, source in enumerate(data.find_sources(clips)):
-        frame = next(iter(data.VideoReader(source.path)))
+    for i, source in enumerate(data_files.find_sources(clips)):
+        frame = next(iter(video_files.VideoReader(source.path)))
         data.cv2.imwrite(str(tmp_path / "mixed" / f"{i}.png"), frame[..., ::-1])
     common = [TRAIN, "vqgan", *COMMON, *SMALL_NETS["vqgan"], "data=mixed", "use_images=true", "max_steps=2"]
     common.remove("frames=2")

@@ -17,12 +17,14 @@ import checkpoint
 import compare
 import config
 import data
+import data_files
 import infer
 import latent_cache
 import models
 import objective
 import optimizer
 import train
+import video_files
 from clips import find_cached_clips
 from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, shapeless, write_clip
 from model_taehv import TAEHV
@@ -105,7 +107,7 @@ def test_the_cache_holds_clips_latents_and_where_they_are_from(cache, clips, tea
     assert (latents - batch["latents"].float()).abs().max() < 2e-3 * latents.abs().max()
     for i, clip in zip((1, 9), batch["video"]):
         origin = kept.origins[i]
-        frames = list(data.VideoReader(os.path.join(clips, origin["file"])))
+        frames = list(video_files.VideoReader(os.path.join(clips, origin["file"])))
         top, left, edge = origin["crop"]
         for t in (0, 11):
             frame = frames[origin["first"] + t * origin["spacing"]][top : top + edge, left : left + edge]
@@ -516,7 +518,7 @@ def test_counts_that_cogvideox_does_not_take_are_refused_before_any_work(clips, 
         cache_files.LatentCache(folder).check_alignment(model)
     assert "stand for other frames than those of variant taehv: set variant=taecvx" in refused(
         even, monkeypatch, capsys, "frames=16")
-    with pytest.raises(data.DataError, match="say 9 or 16, not 12: build another"):
+    with pytest.raises(video_files.DataError, match="say 9 or 16, not 12: build another"):
         cache_files.LatentCache(silent).check_alignment(cogvideox)
     index = json.load(open(silent / "index.json"))  # as caches were made before they told
     index["teacher"] = {**index["teacher"], "name": "diffusers AutoencoderKLCogVideoX"}
@@ -527,7 +529,7 @@ def test_counts_that_cogvideox_does_not_take_are_refused_before_any_work(clips, 
 
 def test_a_teacher_that_pools_pairs_gets_frames_that_it_takes(tmp_path):
     (tmp_path / "pairs.py").write_text(PAIRS)
-    source = data.Source(write_clip(str(tmp_path / "a.mp4"), frames=12, height=32, width=32), "a.mp4")
+    source = data_files.Source(write_clip(str(tmp_path / "a.mp4"), frames=12, height=32, width=32), "a.mp4")
     pairs = load_teacher(f"python:{tmp_path / 'pairs.py'}:make")
     whole = compare.TeacherPass(pairs, source, 12, 4, 8)
     assert (whole.encoded, whole.count, len(whole.latents)) == (16, 12, 4)
@@ -537,7 +539,7 @@ def test_a_teacher_that_pools_pairs_gets_frames_that_it_takes(tmp_path):
     parts = compare.TeacherPass(pairs, source, 12, 4, 8, chunk=4)
     assert (parts.encoded, parts.count) == (3 * 8, 12) and parts.notes[0].startswith("teacher: the last of 4 frames")
     assert len(parts.notes) == 2
-    source = data.Source(write_clip(str(tmp_path / "b.mp4"), frames=41, height=32, width=32), "b.mp4")
+    source = data_files.Source(write_clip(str(tmp_path / "b.mp4"), frames=41, height=32, width=32), "b.mp4")
     for frames, latents in ((40, 8), (41, 9)):  # in pieces of 32 and of 33
         parts = compare.TeacherPass(pairs, source, frames, 4, 8, chunk=None)
         assert (parts.encoded, parts.count, len(parts.latents)) == (frames, frames, latents)
@@ -929,7 +931,7 @@ def test_distilling_brings_the_latents_nearer(cache, teacher, tmp_path, monkeypa
     assert "ours vs teacher" in page and row["frames"] == 10 and row["latent_error"] > 0
     assert {"psnr", "ssim", "mse"} <= {k for k, v in row["teacher"]["metrics"].items() if v is not None}
     assert row["teacher"]["encode_seconds"] > 0 and row["teacher"]["peak_memory_mb"] > 0
-    reader = data.VideoReader("inference_results/comparison_videos/clip_comparison.webm")
+    reader = video_files.VideoReader("inference_results/comparison_videos/clip_comparison.webm")
     assert reader.width >= 3 * 64 or reader.height >= 2 * 48
     monkeypatch.setattr(sys, "argv", ["infer.py", teacher, "clip.mp4", "--teacher", f"taehv:{teacher}", "--lpips",
                                       "none", "--precision", "fp32", "--out", "same"])

@@ -55,7 +55,7 @@ def test_each_diff_applies_alone_and_touches_as_few_files_as_the_page_says(copy)
     assert touched == {"model": ["config.py", "model_patches.py", "models.py"],
                        "loss": ["config.py", "losses.py", "objective.py"],
                        "metric": ["metrics.py"], "quantizer": ["quantize.py", "quantize_binary.py"],
-                       "dataset": ["data.py"]}
+                       "dataset": ["data_files.py"]}
 
 
 def test_what_the_diffs_add_runs(copy):

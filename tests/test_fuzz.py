@@ -22,12 +22,13 @@ import cache_files
 import check_config
 import checkpoint
 import config
-import data
 import fuzz
+import data_files
 import infer
 import latent_file
 import models
 import train
+import video_files
 from conftest import BATCH_NORM, COMMON, FRAMES, NARROW, SCRATCH, SERAENA, log_of, mistake, state_of, write_clip
 from model_taehv import TAEHV
 from screen import one_line
@@ -147,7 +148,7 @@ def test_scrambled_annotations_are_refused_in_one_line(tmp_path):
     for i in range(600):
         path.write_bytes(json.dumps(with_something_odd(tree, rng)).encode() if i % 2 else
                          scrambled(json.dumps(tree).encode(), rng))
-        seen.append(answers(lambda: data.probe(data.find_sources(str(path))), data.DataError))
+        seen.append(answers(lambda: data_files.probe(data_files.find_sources(str(path))), video_files.DataError))
     assert min(seen.count("read"), seen.count("refused")) > 50
 
 
@@ -217,7 +218,7 @@ def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
         found = cache_files.LatentCache(str(tmp_path / "cache"))
         train_clips, _, _ = found.split(0.3, 0, 4)
         if found.problem():
-            raise data.DataError(found.problem())
+            raise video_files.DataError(found.problem())
         train_clips.sample(3)
 
     for i in range(300):
@@ -231,9 +232,9 @@ def test_scrambled_caches_are_refused_in_one_line(cache, tmp_path):
             small[name].write_text(json.dumps(odd))
         else:
             small[name].write_bytes(scrambled(before, rng))
-        seen.append(answers(read, data.DataError))
+        seen.append(answers(read, video_files.DataError))
         small[name].write_bytes(before)
-    assert seen.count("refused") > 150 and answers(read, data.DataError) == "read"
+    assert seen.count("refused") > 150 and answers(read, video_files.DataError) == "read"
 
 
 # ---- everything that can be set: each in a process of its own --------------------------------------------------------

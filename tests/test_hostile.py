@@ -27,6 +27,7 @@ import checkpoint
 import codec
 import config
 import data
+import data_files
 import infer
 import inputs
 import latent_cache
@@ -37,6 +38,7 @@ import pictures
 import teachers
 import token_file
 import train
+import video_files
 import video_writer
 from conftest import COMMON, FRAMES, log_of, mistake, write_clip
 from model_taehv import TAEHV
@@ -73,8 +75,8 @@ def no_decoder(monkeypatch):
 
 
 def test_the_limit_is_the_same_everywhere():
-    assert config.Config().max_pixels == data.MAX_PIXELS == infer.parse(["a", "b"]).max_pixels
-    assert latent_cache.parse("--teacher a --data b --out c --clips 1".split()).max_pixels == data.MAX_PIXELS
+    assert config.Config().max_pixels == video_files.MAX_PIXELS == infer.parse(["a", "b"]).max_pixels
+    assert latent_cache.parse("--teacher a --data b --out c --clips 1".split()).max_pixels == video_files.MAX_PIXELS
 
 
 def test_huge_images_are_refused_undecoded(tmp_path, monkeypatch):
@@ -99,7 +101,7 @@ def test_huge_images_are_refused_undecoded(tmp_path, monkeypatch):
     (tmp_path / "long.jpg").write_bytes(b"\xff\xd8" + bytes(10 ** 6))
     (tmp_path / "cut.jpg").write_bytes(jpeg[:at])
     no_decoder(monkeypatch)
-    sources, refused = data.probe(data.find_sources(str(tmp_path)))
+    sources, refused = data_files.probe(data_files.find_sources(str(tmp_path)))
     reasons = {os.path.basename(path): reason for path, reason in refused}
     assert not sources and len(reasons) == len(huge) + 4
     for name in ("a.png", "a.jpg", "a.jpeg", "a.webp"):
@@ -118,17 +120,17 @@ def test_honest_images_have_the_size_in_their_headers(tmp_path):
     for channels in (3, 4):
         for suffix, how in kinds:
             cv2.imencode(suffix, image[:, :, :channels], how)[1].tofile(path)
-            assert data.image_size(path) == (34, 21) and data.read_image(path).shape == (21, 34, 3), (suffix, channels)
+            assert video_files.image_size(path) == (34, 21) and video_files.read_image(path).shape == (21, 34, 3), (suffix, channels)
 
 
 def test_huge_videos_are_refused_undecoded(tmp_path, monkeypatch):
     path = write_clip(str(tmp_path / "a.mp4"), frames=2)
-    assert data.probe([data.Source(path, "a")], 96 * 72)[1] == []
+    assert data_files.probe([data_files.Source(path, "a")], 96 * 72)[1] == []
     no_decoder(monkeypatch)
     reason = "96x72 pixels, and max_pixels is 6911: raise it, or scale the file down"
-    assert data.probe([data.Source(path, "a")], 96 * 72 - 1) == ([], [(path, reason)])
-    for read in (data.VideoReader, lambda *limit: data.read_frames(path, 0.5, 2, 1, *limit[1:]), data.count_frames):
-        with pytest.raises(data.DataError, match=reason):
+    assert data_files.probe([data_files.Source(path, "a")], 96 * 72 - 1) == ([], [(path, reason)])
+    for read in (video_files.VideoReader, lambda *limit: video_files.read_frames(path, 0.5, 2, 1, *limit[1:]), video_files.count_frames):
+        with pytest.raises(video_files.DataError, match=reason):
             read(path, 96 * 72 - 1)
 
 
@@ -140,7 +142,7 @@ def test_every_command_passes_huge_files_over(here, tmp_path, monkeypatch, capsy
     settings = [*FRAMES, f"data={folder}", "frames=1", "max_steps=1"]
     log = log_of(here(*settings))
     assert "training: 1 files" in log and "huge.png: 30000x30000 pixels, and max_pixels is 100000000" in log
-    with pytest.raises(data.DataError, match="32x32 pixels, and max_pixels is 1023"):
+    with pytest.raises(video_files.DataError, match="32x32 pixels, and max_pixels is 1023"):
         here(*settings, "max_pixels=1023", "name=small")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -157,7 +159,7 @@ def test_long_thin_pictures_work_as_far_as_a_video_can_hold_them(tmp_path, monke
     sizes = [(8191, 4), (4, 8191), (16383, 4), (2, 7)]
     for width, height in sizes:
         cv2.imwrite(f"{width}x{height}.png", np.zeros((height, width, 3), np.uint8))
-    sources, _ = data.probe(data.find_sources("."))
+    sources, _ = data_files.probe(data_files.find_sources("."))
     clips = data.TrainClips(sources)
     assert {clips[data.Key(0, i, 16, 1)]["origin"]["file"] for i in range(4)} == {f"{w}x{h}.png" for w, h in sizes}
     options = "--precision fp32 --lpips none --device cpu --out".split()
@@ -268,7 +270,7 @@ def test_playlists_open_no_other_file(tmp_path):
     write_clip(str(tmp_path / "good.mp4"), frames=3)
     for name, content in PLAYLISTS.items():
         (tmp_path / f"{name}.mp4").write_text(content)
-    sources, refused = data.probe(data.find_sources(str(tmp_path)))
+    sources, refused = data_files.probe(data_files.find_sources(str(tmp_path)))
     assert [source.key for source in sources] == ["good.avi", "good.mp4"]
     assert [reason for _, reason in refused] == ["not a video"] * len(PLAYLISTS)
 
@@ -284,8 +286,8 @@ def test_a_name_is_no_pattern_and_no_address(tmp_path, monkeypatch):
     shutil.copy(other, "a02.avi")
     (tmp_path / "a.csv").write_text("path\n" + "\n".join([*names, "http://127.0.0.1:1/x.avi"]))
     for given in (".", "a.csv"):
-        sources, refused = data.probe(data.find_sources(given))
-        frames = {source.key: len(list(data.VideoReader(source.path))) for source in sources}
+        sources, refused = data_files.probe(data_files.find_sources(given))
+        frames = {source.key: len(list(video_files.VideoReader(source.path))) for source in sources}
         assert not refused and {frames[name] for name in names} == {3} and len(frames) >= 8, frames
 
 
@@ -524,7 +526,7 @@ READERS = {
     "step_00000001.pt": lambda path: models.load_model(os.path.dirname(path)), "resume.pt": checkpoint.read,
     "t.pt": lambda path: teachers.load_teacher(f"torchscript:{path}"),
     "t.py": lambda path: teachers.load_teacher(f"python:{path}:f"),
-    "a.json": data.find_sources, "a.csv": data.find_sources, "config.json": lambda path: config.load_config([path]),
+    "a.json": data_files.find_sources, "a.csv": data_files.find_sources, "config.json": lambda path: config.load_config([path]),
     "tasks.json": launch.read_tasks, "a.latents.npz": lambda path: inputs.find_inputs([path]),
     "a.tokens": lambda path: inputs.find_inputs([path]), "a.mp4": lambda path: inputs.find_inputs([path]),
     "index.json": lambda path: latent_cache.prepare_folder(os.path.dirname(path), {}),
@@ -561,9 +563,9 @@ def forged(cache, tmp_path):
 
 
 def cache_refusal(folder):
-    with little(), pytest.raises(data.DataError) as caught:
+    with little(), pytest.raises(video_files.DataError) as caught:
         if problem := cache_files.LatentCache(str(folder)).problem():
-            raise data.DataError(problem)
+            raise video_files.DataError(problem)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
     return str(caught.value)
 
@@ -614,12 +616,12 @@ def test_shards_with_forged_headers_are_refused_at_once(forged):
 
 
 def test_lists_that_are_too_long_or_deep_are_refused_at_once(tmp_path, forged):
-    for name, most in (("a.json", data.MAX_LIST), ("config.json", 1 << 20), ("tasks.json", 1 << 20)):
+    for name, most in (("a.json", data_files.MAX_LIST), ("config.json", 1 << 20), ("tasks.json", 1 << 20)):
         for deep in (True, False):
             (tmp_path / name).write_text("[" * 10 ** 5 if deep else "")
             if not deep:
                 os.truncate(tmp_path / name, most + 1)
-            with little(), pytest.raises((data.DataError, config.ConfigError)) as caught:
+            with little(), pytest.raises((video_files.DataError, config.ConfigError)) as caught:
                 READERS[name](str(tmp_path / name))
             assert ("maximum recursion" if deep else f"more than {most >> 20} MiB") in str(caught.value)
     for name, most in (("shard_00000.json", 2 ** 20 + os.path.getsize(forged.folder / "shard_00000.clips.npy")),

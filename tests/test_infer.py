@@ -14,10 +14,12 @@ import torch
 import codec
 import compare
 import data
+import data_files
 import infer
 import inputs
 import pictures
 import reconstruct
+import video_files
 from conftest import mistake, write_clip
 from model_taehv import TAEHV
 from model_vqgan import VQGAN
@@ -45,7 +47,7 @@ def command(tmp_path, monkeypatch):
     return infer_py
 
 
-def three_clips():  # absolute paths: data.py remembers by path how many frames there are
+def three_clips():  # absolute paths: video_files.py remembers by path how many frames there are
     return [write_clip(os.path.abspath(f"{name}.mp4"), frames=4, height=32, width=32, seed=ord(name)) for name in "abc"]
 
 
@@ -207,8 +209,8 @@ def test_a_long_video_is_never_held(command, monkeypatch, tokenizer):
         watch(piece[0] if self.tokens else piece)
         return piece
 
-    read, to_uint8 = data.VideoReader.__iter__, codec.to_uint8
-    monkeypatch.setattr(data.VideoReader, "__iter__", lambda self: map(watch, read(self)))
+    read, to_uint8 = video_files.VideoReader.__iter__, codec.to_uint8
+    monkeypatch.setattr(video_files.VideoReader, "__iter__", lambda self: map(watch, read(self)))
     monkeypatch.setattr(codec.Codec, "encode", encode)
     for module in (codec, reconstruct):
         monkeypatch.setattr(module, "to_uint8", lambda *arguments: watch(to_uint8(*arguments)))
@@ -263,7 +265,7 @@ def test_any_teacher_takes_the_models_place(command, capsys):
     (row,) = found["rows"]
     assert code == 0 and row["frames"] == 12 and row["latent_shape"] == [3 + 2, 16, 4, 5]
     assert row["seconds"] > 0 and row["peak_memory_mb"] > 0 and "9 frames at a time" in row["notes"][-1]
-    original, output = (np.stack(list(data.VideoReader(f"inference_results/{row['videos'][kind]}")))
+    original, output = (np.stack(list(video_files.VideoReader(f"inference_results/{row['videos'][kind]}")))
                         for kind in ("original", "reconstructed"))
     assert len(original) == len(output) == 12
     assert cv2.imread(f"inference_results/{row['latent_picture']}") is not None
@@ -307,8 +309,8 @@ def test_a_sample_of_a_folder_is_the_same_each_time(tmp_path, monkeypatch):
     assert len(chosen) == 4 and chosen == sorted(chosen) and names(2) != names(2, seed=1)
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: [(f, d, files[::-1]) for f, d, files in walk(*a, **k)])
-    monkeypatch.setattr(data, "sorted", list, raising=False)
-    assert [s.key for s in data.find_sources(folder)] != sorted(map(str, os.listdir(folder)))
+    monkeypatch.setattr(data_files, "sorted", list, raising=False)
+    assert [s.key for s in data_files.find_sources(folder)] != sorted(map(str, os.listdir(folder)))
     assert names(4) == chosen, "in whatever order the folder is listed"
     assert set(names(2)) < set(chosen)
     (tmp_path / chosen[0]).write_text("x")

@@ -1,4 +1,4 @@
-"""Videos of odd kinds, made by PyAV: data.py gives their frames in their order, upright; and files that change."""
+"""Videos of odd kinds, made by PyAV: video_files.py gives their frames in their order, upright; and files that change."""
 import json
 import os
 import shutil
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import data_files
 import infer
 import reconstruct
+import video_files
 from conftest import mistake
 from model_taehv import TAEHV
 
@@ -98,18 +99,18 @@ def test_frames_of_odd_videos_are_those_of_the_file_whole_or_in_clips(kind, tmp_
 
     with av.open(path) as file:
         theirs = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    [source], refused = data.probe([data.Source(path, name)])
-    reader = data.VideoReader(path)
+    [source], refused = data_files.probe([data_files.Source(path, name)])
+    reader = video_files.VideoReader(path)
     whole = list(reader)
     first = 10 if kind == "an_edit_list_leaves_ten_out" else 0
     assert not refused and numbers(whole) == list(range(first, 30))
-    assert data.count_frames(path) == len(whole) == len(theirs)
+    assert video_files.count_frames(path) == len(whole) == len(theirs)
     assert (reader.height, reader.width) == whole[0].shape[:2]
     if kind not in TURNS:  # PyAV gives them as they are stored
         assert all(np.abs(a.astype(int) - b).mean() < 3 for a, b in zip(whole, theirs))
     for place in (0.0, 0.5, 0.99):
         for frames, delta in ((1, 1), (8, 1), (8, 2)):
-            clip, start, spacing, notes = data.read_frames(path, place, frames, delta)
+            clip, start, spacing, notes = video_files.read_frames(path, place, frames, delta)
             seen = numbers(frame[..., ::-1] for frame in clip)
             begin = seen[0] - first
             assert begin == start or kind in SOUGHT_BY_TIME and 0 <= begin - start < 4
@@ -122,13 +123,13 @@ def test_frames_of_odd_videos_are_those_of_the_file_whole_or_in_clips(kind, tmp_
     ("a.avi", dict(codec="mpeg4", options={"flags": "+ildct+ilme"}))])
 def test_interlaced_videos_are_read_or_refused_but_never_what_memory_held(name, how, tmp_path, monkeypatch, capsys):
     path = write(tmp_path / name, **how)
-    readable, refused = data.probe([data.Source(path, name)])
+    readable, refused = data_files.probe([data_files.Source(path, name)])
     if readable:  # by an OpenCV that converts them
-        assert [number(frame) for frame in data.VideoReader(path)] == list(range(FRAMES))
+        assert [number(frame) for frame in video_files.VideoReader(path)] == list(range(FRAMES))
         return
     assert "interlaced" in refused[0][1]
-    with pytest.raises(data.DataError, match="interlaced"):
-        data.read_frames(path, 0.5, 4, 1)
+    with pytest.raises(video_files.DataError, match="interlaced"):
+        video_files.read_frames(path, 0.5, 4, 1)
     assert "interlaced" in mistake(capsys, monkeypatch, infer, "none.pt", path, "--precision", "fp32", "--out",
                                    tmp_path / "results")
 
@@ -151,16 +152,16 @@ def test_sound_is_no_video_and_a_cover_is_not_taken_for_the_video(tmp_path):
                 frame.pts, frame.time_base = t, Fraction(1, 25)
                 file.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
         file.mux(video.encode())
-    [cover], [(sound, why)] = data.probe(data.find_sources(str(tmp_path)))
-    assert cover.frames == FRAMES and [number(f) for f in data.VideoReader(cover.path)] == list(range(FRAMES))
+    [cover], [(sound, why)] = data_files.probe(data_files.find_sources(str(tmp_path)))
+    assert cover.frames == FRAMES and [number(f) for f in video_files.VideoReader(cover.path)] == list(range(FRAMES))
     assert sound.endswith("sound.mp4") and why == "not a video"
 
 
 def test_a_grey_video_is_not_taken_for_one_without_pictures(tmp_path, monkeypatch):
-    grey = np.full((HEIGHT, WIDTH, 3), data.FILL, np.uint8)
+    grey = np.full((HEIGHT, WIDTH, 3), video_files.FILL, np.uint8)
     monkeypatch.setattr("test_odd_videos.picture", lambda *_: grey)
     path = write(tmp_path / "a.mkv", codec="ffv1", pixels="bgr0")
-    assert np.array_equal(next(iter(data.VideoReader(path))), grey)
+    assert np.array_equal(next(iter(video_files.VideoReader(path))), grey)
 
 
 # ---- files that change while they are read ---------------------------------------------------------------------------
@@ -226,7 +227,7 @@ def test_a_folder_is_searched_through_links_and_without_reports(tmp_path):
         (tmp_path / "mine" / report / folder).mkdir(parents=True)
         (tmp_path / "mine" / report / report).write_text("")
         (tmp_path / "mine" / report / folder / "a_reconstructed.mp4").write_bytes(b"0")
-    found = [source.key for source in data.find_sources(str(tmp_path / "mine"))]
+    found = [source.key for source in data_files.find_sources(str(tmp_path / "mine"))]
     assert found == ["a.mp4", "clips/c.mp4", "sub/b.mp4"]
-    alone = data.find_sources(str(tmp_path / "mine/summary_report.html/comparison_videos"))
+    alone = data_files.find_sources(str(tmp_path / "mine/summary_report.html/comparison_videos"))
     assert [source.key for source in alone] == ["a_reconstructed.mp4"], "asked for by name, they are taken"

@@ -27,12 +27,14 @@ import check_config
 import checkpoint
 import config
 import data
+import data_files
 import evaluate
 import metrics
 import model_taehv
 import models
 import synthetic
 import train
+import video_files
 from bench import published
 from clips import find_files
 from conftest import NEEDS, ROOT, mistake, write_clip
@@ -261,7 +263,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_samples_depend_on_seed_epoch_and_index_only(clips):
-    sources, refused = data.probe(data.find_sources(clips))
+    sources, refused = data_files.probe(data_files.find_sources(clips))
     assert len(sources) == 6 and not refused and all(s.frames == 24 for s in sources)
     make = lambda seed=0: data.TrainClips(sources, seed, 1, 3, data.Augment(color_jitter=0.2, blur=0.5))
     a, b = make(), make()
@@ -282,7 +284,7 @@ def test_samples_depend_on_seed_epoch_and_index_only(clips):
 
 
 def test_schedule_gives_each_step_the_same_samples_for_any_spread(clips):
-    dataset = data.TrainClips(data.probe(data.find_sources(clips))[0])
+    dataset = data.TrainClips(data_files.probe(data_files.find_sources(clips))[0])
     buckets = [data.Bucket(32, 4, 0.7, 2), data.Bucket(64, 1, 0.3, 3)]
 
     def steps(world, accumulation, count=30, **kw):
@@ -304,7 +306,7 @@ def test_schedule_gives_each_step_the_same_samples_for_any_spread(clips):
 
 def test_other_ranks_go_on_with_the_clips_that_come_next(clips):
     """2 ranks, 1, 3 and 2, stopped within an epoch, whose data processes had read on: none is lost or comes twice."""
-    dataset = data.TrainClips(data.probe(data.find_sources(clips))[0][:5])
+    dataset = data.TrainClips(data_files.probe(data_files.find_sources(clips))[0][:5])
     buckets = [data.Bucket(16, 4, 0.7, 1), data.Bucket(32, 1, 0.3, 2)]
     whole, step, sample, sizes = iter(data.TrainSchedule(dataset, buckets, 4, accumulation=6)), 0, 0, set()
     for world, steps in ((2, 3), (1, 2), (3, 2), (2, 2)):
@@ -325,13 +327,13 @@ def test_other_ranks_go_on_with_the_clips_that_come_next(clips):
 
 
 def test_split_is_by_file_and_survives_additions():
-    sources = [data.Source(f"/x/{i}.mp4", f"{i}.mp4") for i in range(300)]
-    train, val = data.split_sources(sources[:200], 0.1)
-    more_train, more_val = data.split_sources(sources, 0.1)
+    sources = [data_files.Source(f"/x/{i}.mp4", f"{i}.mp4") for i in range(300)]
+    train, val = data_files.split_sources(sources[:200], 0.1)
+    more_train, more_val = data_files.split_sources(sources, 0.1)
     assert set(train) | set(val) == set(sources[:200]) and not set(train) & set(val)
     assert set(train) <= set(more_train) and set(val) <= set(more_val) and 8 <= len(val) <= 35
-    assert all(data.split_sources(sources[:n], 0.01)[1] for n in (2, 3, 5)), "a few files: one is held out all the same"
-    assert data.split_sources(sources[:1], 0.5) == (sources[:1], []) and data.split_sources(sources, 0)[1] == []
+    assert all(data_files.split_sources(sources[:n], 0.01)[1] for n in (2, 3, 5)), "a few files: one is held out all the same"
+    assert data_files.split_sources(sources[:1], 0.5) == (sources[:1], []) and data_files.split_sources(sources, 0)[1] == []
 
 
 def test_damaged_and_odd_files_are_refused_padded_or_replaced(tmp_path):
@@ -347,25 +349,25 @@ def test_damaged_and_odd_files_are_refused_padded_or_replaced(tmp_path):
     with open(good, "rb") as file:
         whole = file.read()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    sources, refused = data.probe(data.find_sources(str(tmp_path)))
+    sources, refused = data_files.probe(data_files.find_sources(str(tmp_path)))
     assert sorted(s.key for s in sources) == ["good.mp4", "short.mp4"]
     reasons = {os.path.basename(path): reason for path, reason in refused}
     not_utf8 = os.fsdecode(b"bad\xff.mp4")
     assert reasons.keys() == {"empty.mp4", "text.mp4", "pipe.mp4", "text.png", "cut.mp4", not_utf8}
     assert reasons[not_utf8] == "its name is not UTF-8"  # OpenCV would crash
-    with pytest.raises(data.DataError, match="no video or image"):
-        data.find_sources(str(tmp_path / "notes.txt"))
+    with pytest.raises(video_files.DataError, match="no video or image"):
+        data_files.find_sources(str(tmp_path / "notes.txt"))
     assert reasons["empty.mp4"] == "empty file" and reasons["pipe.mp4"] == "not a regular file"
-    frames, _, _, notes = data.read_frames(short, 0.5, 5, 2)
+    frames, _, _, notes = video_files.read_frames(short, 0.5, 5, 2)
     assert len(frames) == 5 and np.array_equal(frames[2], frames[4]) and "only 3 frames" in notes[0]
     # a file that disappears or breaks after the start is replaced, by the same one each time, and named
-    dataset = data.TrainClips([*sources, data.Source(str(tmp_path / "gone.mp4"), "gone.mp4")])
+    dataset = data.TrainClips([*sources, data_files.Source(str(tmp_path / "gone.mp4"), "gone.mp4")])
     samples = [dataset[data.Key(0, i, 32, 4)] for i in range(3)]
     notes = [note for s in samples for note in s["notes"]]
     assert all(s["video"].shape == (4, 3, 32, 32) for s in samples)
     assert [os.path.basename(path) for path, note in notes if "took its place" in note] == ["gone.mp4"]
-    with pytest.raises(data.DataError, match="in a row could not be read"):
-        data.TrainClips([data.Source(str(tmp_path / "gone.mp4"), "gone.mp4")])[data.Key(0, 0, 32, 4)]
+    with pytest.raises(video_files.DataError, match="in a row could not be read"):
+        data.TrainClips([data_files.Source(str(tmp_path / "gone.mp4"), "gone.mp4")])[data.Key(0, 0, 32, 4)]
 
 
 def claim(monkeypatch, count):
@@ -388,7 +390,7 @@ def claim(monkeypatch, count):
 def test_a_container_that_lies_about_its_length(tmp_path, monkeypatch):
     path = write_clip(str(tmp_path / "a.mp4"), frames=10)
     claim(monkeypatch, 100.0)
-    frames, first, delta, notes = data.read_frames(path, 0.9, 4, 2)
+    frames, first, delta, notes = video_files.read_frames(path, 0.9, 4, 2)
     assert len(frames) == 4 and first + 3 * delta < 10 and delta == 2
     assert notes == ["the container says 100 frames, 10 can be read"]
 
@@ -396,7 +398,7 @@ def test_a_container_that_lies_about_its_length(tmp_path, monkeypatch):
 def test_a_recording_that_was_never_closed(tmp_path, monkeypatch):
     path = write_clip(str(tmp_path / "a.avi"), frames=20)
     claim(monkeypatch, -2.3e17)
-    frames, first, delta, notes = data.read_frames(path, 0.9, 4, 3)
+    frames, first, delta, notes = video_files.read_frames(path, 0.9, 4, 3)
     assert (len(frames), first, delta) == (4, 9, 3) and "20 can be read" in notes[0]
 
 
@@ -406,12 +408,12 @@ def test_frames_are_the_right_ones_upright_and_rgb(tmp_path):
     for t in range(20):
         writer.write(np.full((48, 64, 3), (0, 0, 10 * t), np.uint8))  # red, brighter with time
     writer.release()
-    frames, first, delta, _ = data.read_frames(path, 0.5, 4, 3)
+    frames, first, delta, _ = video_files.read_frames(path, 0.5, 4, 3)
     assert first == int(0.5 * 11) and delta == 3
     assert [round(f[..., 2].mean() / 10) for f in frames] == [first, first + 3, first + 6, first + 9]
-    clip = data.TrainClips([data.Source(path, "a", 20)])[data.Key(0, 0, 32, 2)]["video"]
+    clip = data.TrainClips([data_files.Source(path, "a", 20)])[data.Key(0, 0, 32, 2)]["video"]
     assert clip[:, 0].float().mean() > 10 * clip[:, 2].float().mean(), "red comes first"
-    val = data.ValClips([data.Source(path, "a", 20)], 32, 4, per_video=2)
+    val = data.ValClips([data_files.Source(path, "a", 20)], 32, 4, per_video=2)
     assert len(val) == 2 and torch.equal(val[1]["video"], val[1]["video"])
     assert val[1]["video"].float().mean() > val[0]["video"].float().mean()
 
@@ -425,23 +427,23 @@ def test_annotations_images_and_sequences(tmp_path):
     (tmp_path / "list.json").write_text(
         json.dumps({"list": [{"path": "a.mp4"}, {"path": "0.png", "caption": "x"}, {"path": "no.mp4"}]})
     )
-    sources, refused = data.probe(data.find_sources(str(tmp_path / "list.json"), str(tmp_path / "v")))
+    sources, refused = data_files.probe(data_files.find_sources(str(tmp_path / "list.json"), str(tmp_path / "v")))
     assert [s.key for s in sources] == ["a.mp4", "0.png"] and refused[0][1] == "no such file or directory"
-    images, _ = data.probe([s for s in data.find_sources(str(tmp_path / "v")) if s.is_image])
+    images, _ = data_files.probe([s for s in data_files.find_sources(str(tmp_path / "v")) if s.is_image])
     assert len(images) == 4 and data.TrainClips(images)[data.Key(0, 0, 32, 1)]["video"].shape == (1, 3, 32, 32)
     sequence = data.TrainClips(images, image_sequences=True)[data.Key(0, 1, 32, 4)]["video"]
     assert len({round(float(f.float().mean())) for f in sequence}) >= 2, "unrelated images"
-    with pytest.raises(data.DataError, match="only images"):
+    with pytest.raises(video_files.DataError, match="only images"):
         data.TrainClips(images).check(data.Bucket(32, 4, 1.0, 1))
     for text in ("", "[]", '{"list": []}', '{"list": [{"path": 3}]}', '{"list": [{"file": "a"}]}', "{" * 100000):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(data.DataError, match="bad.json"):
-            data.find_sources(str(tmp_path / "bad.json"))
+        with pytest.raises(video_files.DataError, match="bad.json"):
+            data_files.find_sources(str(tmp_path / "bad.json"))
 
 
 def test_demo_set(tmp_path):
     synthetic.make_demo(str(tmp_path / "demo"), videos=4, frames=6, size=32)
-    train, refused = data.probe(data.find_sources(str(tmp_path / "demo" / "train")))
+    train, refused = data_files.probe(data_files.find_sources(str(tmp_path / "demo" / "train")))
     assert len(train) == 4 and not refused and train[0].frames == 6
     a = synthetic.demo_clip("sea", 3, 32, np.random.default_rng(1))
     assert all(np.array_equal(x, y) for x, y in zip(a, synthetic.demo_clip("sea", 3, 32, np.random.default_rng(1))))
@@ -799,8 +801,9 @@ def test_no_files_import_each_other_in_a_circle():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", ["model_taehv", "data", "losses", "metrics", "report", "pictures", "video_writer", "device", "config check_config", "synthetic",
-              "quantize_base", "ranks", "adversary", "seraena"]
+    "names", ["model_taehv", "data data_files video_files", "video_files", "losses", "metrics", "report", "pictures",
+              "video_writer", "device", "config check_config", "synthetic", "quantize_base", "ranks", "adversary",
+              "seraena"]
 )
 def test_leaf_files_work_when_copied_alone(names, tmp_path):
     names = set(names.split())

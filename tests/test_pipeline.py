@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import codec
-import data
 import infer
 import metrics
 import reconstruct
+import video_files
 import video_writer
 from conftest import ROOT, write_clip
 from model_taehv import TAEHV
@@ -193,25 +193,25 @@ def after(calls, error):
 
 
 def reader_fails(monkeypatch):
-    def read(self, original=data.VideoReader.__iter__):
+    def read(self, original=video_files.VideoReader.__iter__):
         for number, frame in enumerate(original(self)):
             if self.path.endswith("b.mp4") and number == 10:
-                raise data.DataError("damaged in the middle")
+                raise video_files.DataError("damaged in the middle")
             yield frame
-    monkeypatch.setattr(data.VideoReader, "__iter__", read)
+    monkeypatch.setattr(video_files.VideoReader, "__iter__", read)
     return 0, "damaged in the middle"
 
 
 def reader_fails_the_second_time(monkeypatch):
     taken = []
 
-    def read(self, original=data.VideoReader.__iter__):
+    def read(self, original=video_files.VideoReader.__iter__):
         taken.append(os.path.basename(self.path))
         for number, frame in enumerate(original(self)):
             if taken.count("b.mp4") == 2 and number == 10 and self.path.endswith("b.mp4"):
-                raise data.DataError("damaged in the middle")
+                raise video_files.DataError("damaged in the middle")
             yield frame
-    monkeypatch.setattr(data.VideoReader, "__iter__", read)
+    monkeypatch.setattr(video_files.VideoReader, "__iter__", read)
     return 0, "damaged in the middle"
 
 

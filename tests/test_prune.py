@@ -7,6 +7,7 @@ import torch
 
 import config
 import data
+import data_files
 import models
 import prune
 from conftest import mistake
@@ -89,7 +90,7 @@ def test_dead_channels_go_first_and_nobody_misses_them(one_thread):
 def fitted(clips, tmp_path_factory):
     """Weights of a TAEHV that reconstructs the clips, and these clips."""
     torch.manual_seed(0)
-    found = data.ValClips(data.find_sources(clips), 32, 12, per_video=2).share(0, 1, lambda notes: None)
+    found = data.ValClips(data_files.find_sources(clips), 32, 12, per_video=2).share(0, 1, lambda notes: None)
     video = torch.stack([sample["video"] for sample in found]).float().div_(255)
     model = fit(TAEHV(encoder_widths=(32, 32, 32, 32), decoder_widths=(64, 32, 32, 32)), video).eval()
     path = tmp_path_factory.mktemp("fitted") / "fitted.pth"

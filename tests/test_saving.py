@@ -23,6 +23,7 @@ import logbook
 import objective
 import saving
 import train
+import video_files
 from conftest import FRAMES, ROOT, SERAENA, different, log_of, metrics_of, mistake, run, spoilt, state_of
 from test_faults import run_state
 
@@ -122,7 +123,7 @@ def test_a_run_ends_saved_where_a_checkpoint_less_makes_room(here, at, disk, tmp
 
 def no_data(monkeypatch):
     def read(*_):
-        raise data.DataError("injected")
+        raise video_files.DataError("injected")
 
     monkeypatch.setattr(data.TrainClips, "read", read)
 

@@ -12,7 +12,9 @@ import torch
 
 import checkpoint
 import data
+import data_files
 import file_index
+import video_files
 from conftest import COMMON, NARROW, ROOT, SCRATCH, run, write_clip
 
 TRAIN = os.path.join(ROOT, "train.py")
@@ -22,7 +24,7 @@ SMALL = [*SCRATCH, "size=16", "frames=4", "batch_size=2", *COMMON, *NARROW]
 @pytest.fixture
 def many(tmp_path, monkeypatch):
     """A folder of more files than are looked at without an index, some of them broken, and the index's folder."""
-    monkeypatch.setattr(data, "MANY", 5)
+    monkeypatch.setattr(data_files, "MANY", 5)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for i in range(6):
         write_clip(str(tmp_path / "v" / f"{i}.mp4"), frames=8 + i, height=24, width=32, seed=i)
@@ -34,13 +36,13 @@ def many(tmp_path, monkeypatch):
 @pytest.fixture
 def looked_at(monkeypatch):
     """The names of the files that were looked at, since it was emptied."""
-    names, original = [], data.look_at
+    names, original = [], data_files.look_at
 
     def look_at(sources, *arguments):
         names.extend(source.key for source in sources)
         return original(sources, *arguments)
 
-    monkeypatch.setattr(data, "look_at", look_at)
+    monkeypatch.setattr(data_files, "look_at", look_at)
     return names
 
 
@@ -48,9 +50,9 @@ def looked_at(monkeypatch):
 
 
 def test_files_that_are_as_they_were_are_not_looked_at_again(many, looked_at):
-    find = lambda: file_index.probe(data.find_sources(str(many)), data.MAX_PIXELS, str(many))
+    find = lambda: file_index.probe(data_files.find_sources(str(many)), video_files.MAX_PIXELS, str(many))
     first, refused, notes = find()
-    assert (first, refused) == data.probe(data.find_sources(str(many))) and notes == []
+    assert (first, refused) == data_files.probe(data_files.find_sources(str(many))) and notes == []
     assert [s.frames for s in first] == [8, 9, 10, 11, 12, 13] and len(refused) == 2
     looked_at.clear()
     again, refused_again, notes = find()
@@ -73,7 +75,7 @@ def test_files_that_are_as_they_were_are_not_looked_at_again(many, looked_at):
     write_clip(str(many / "9.mp4"), frames=11, height=24, width=32)
     find()
     looked_at.clear()
-    file_index.probe(data.find_sources(str(many)), 24 * 32 - 1, str(many))  # another limit: other answers
+    file_index.probe(data_files.find_sources(str(many)), 24 * 32 - 1, str(many))  # another limit: other answers
     assert len(looked_at) == 7
 
     times = os.stat(many / "0.mp4")
@@ -87,13 +89,13 @@ def test_files_that_are_as_they_were_are_not_looked_at_again(many, looked_at):
 
 
 def test_few_files_have_no_index(many, monkeypatch):
-    monkeypatch.setattr(data, "MANY", 8)
-    assert file_index.probe(data.find_sources(str(many)), data.MAX_PIXELS, str(many))[2] == []
+    monkeypatch.setattr(data_files, "MANY", 8)
+    assert file_index.probe(data_files.find_sources(str(many)), video_files.MAX_PIXELS, str(many))[2] == []
     assert not os.path.exists(os.environ["XDG_CACHE_HOME"])
 
 
 def test_an_index_that_cannot_be_used_is_named_and_made_again(many, looked_at):
-    find = lambda: file_index.probe(data.find_sources(str(many)), data.MAX_PIXELS, str(many))
+    find = lambda: file_index.probe(data_files.find_sources(str(many)), video_files.MAX_PIXELS, str(many))
     whole, path = find()[:2], file_index.index_path(str(many))
     content = open(path, "rb").read()
     head, _, lines = content.partition(b"\n")
@@ -122,13 +124,13 @@ def test_an_index_that_cannot_be_used_is_named_and_made_again(many, looked_at):
 def test_an_index_that_cannot_be_written_costs_a_line(many, monkeypatch):
     (many / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(many / "file"))
-    *found, notes = file_index.probe(data.find_sources(str(many)), data.MAX_PIXELS, str(many))
-    assert tuple(found) == data.probe(data.find_sources(str(many)))
+    *found, notes = file_index.probe(data_files.find_sources(str(many)), video_files.MAX_PIXELS, str(many))
+    assert tuple(found) == data_files.probe(data_files.find_sources(str(many)))
     assert len(notes) == 2 and "cannot be written (Not a directory): each start looks at all files" in notes[1]
 
 
 def test_what_was_found_before_ctrl_c_is_kept(many, monkeypatch):
-    original = data.look_at
+    original = data_files.look_at
 
     def interrupted(*arguments):
         for n, found in enumerate(original(*arguments)):
@@ -137,9 +139,9 @@ def test_what_was_found_before_ctrl_c_is_kept(many, monkeypatch):
             yield found
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "look_at", interrupted)
-        file_index.probe(data.find_sources(str(many)), data.MAX_PIXELS, str(many))
-    assert "3 of 8 files" in file_index.probe(data.find_sources(str(many)), data.MAX_PIXELS, str(many))[2][0]
+        patch.setattr(data_files, "look_at", interrupted)
+        file_index.probe(data_files.find_sources(str(many)), video_files.MAX_PIXELS, str(many))
+    assert "3 of 8 files" in file_index.probe(data_files.find_sources(str(many)), video_files.MAX_PIXELS, str(many))[2][0]
 
 
 def test_ctrl_c_does_not_wait_for_all_files(tmp_path, monkeypatch):
@@ -150,8 +152,8 @@ def test_ctrl_c_does_not_wait_for_all_files(tmp_path, monkeypatch):
         time.sleep(0.01)
         return 1, 0.0, None
 
-    monkeypatch.setattr(data, "open_source", slow)
-    looking = data.look_at([data.Source(f"{i}.mp4", f"{i}.mp4") for i in range(150)], workers=2)
+    monkeypatch.setattr(data_files, "open_source", slow)
+    looking = data_files.look_at([data_files.Source(f"{i}.mp4", f"{i}.mp4") for i in range(150)], workers=2)
     next(looking)
     looking.close()
     assert len(seen) < 100
@@ -161,7 +163,7 @@ def test_ctrl_c_does_not_wait_for_all_files(tmp_path, monkeypatch):
 def test_ranks_share_the_index(many, tmp_path):
     """Rank 0 looks; what it finds, and what is wrong, reaches the other."""
     start = tmp_path / "start.py"
-    start.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport data, train\ndata.MANY = 5\ntrain.main()\n")
+    start.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport data_files, train\ndata_files.MANY = 5\ntrain.main()\n")
     asked = [start, *SMALL, f"data={many}", "max_steps=1"]
     run(*asked, "name=a", ranks=2, cwd=tmp_path)
     output = run(*asked, "name=b", ranks=2, cwd=tmp_path)
@@ -176,20 +178,20 @@ def test_ranks_share_the_index(many, tmp_path):
 
 
 def test_sources_in_few_arrays_are_the_same_and_small():
-    odd = [data.Source("/x/a.mp4", "a.mp4", 7), data.Source("/x/\udcff.mp4", "\udcff.mp4"),
-           data.Source("/x/b.mp4", "a"), data.Source("/x/ü/雪.png", "ü/雪.png", 1),
-           data.Source("c.mp4", "c.mp4", 10 ** 8)]
-    assert list(data.Sources(odd)) == odd and len(data.Sources([])) == 0
+    odd = [data_files.Source("/x/a.mp4", "a.mp4", 7), data_files.Source("/x/\udcff.mp4", "\udcff.mp4"),
+           data_files.Source("/x/b.mp4", "a"), data_files.Source("/x/ü/雪.png", "ü/雪.png", 1),
+           data_files.Source("c.mp4", "c.mp4", 10 ** 8)]
+    assert list(data_files.Sources(odd)) == odd and len(data_files.Sources([])) == 0
     names = [f"{i % 100}/clip_{i:06d}.mp4" for i in range(5000)]
-    many = [data.Source(f"/data/videos/{name}", name, i) for i, name in enumerate(names)]
+    many = [data_files.Source(f"/data/videos/{name}", name, i) for i, name in enumerate(names)]
     clips = pickle.dumps(data.TrainClips(many))
     assert len(clips) < 100 * len(many) and pickle.loads(clips).sources[4321] == many[4321]
 
 
 def test_the_split_of_many_files_takes_no_time_squared():
-    sources = [data.Source(f"/x/{i}.mp4", f"{i}.mp4") for i in range(40000)]
+    sources = [data_files.Source(f"/x/{i}.mp4", f"{i}.mp4") for i in range(40000)]
     start = time.process_time()
-    train_sources, val = data.split_sources(sources, 0.1)
+    train_sources, val = data_files.split_sources(sources, 0.1)
     assert time.process_time() - start < 5  # it takes 0.2 s; 10 s and more when each file was looked for in a new set
     assert len(train_sources) + len(val) == 40000
 
@@ -207,7 +209,7 @@ def counted(tmp_path_factory):
         for t in range(30):
             writer.write(np.full((32, 32, 3), (8 * t, 8 * t, 50 * i), np.uint8))
         writer.release()
-    return data.probe(data.find_sources(str(folder)))[0]
+    return data_files.probe(data_files.find_sources(str(folder)))[0]
 
 
 def frames_of(video):
@@ -217,8 +219,8 @@ def frames_of(video):
 
 
 def test_clips_of_one_opening_are_those_that_they_say(counted, monkeypatch):
-    opened, original = [], data.open_video
-    monkeypatch.setattr(data, "open_video", lambda path, **how: opened.append(path) or original(path, **how))
+    opened, original = [], video_files.open_video
+    monkeypatch.setattr(video_files, "open_video", lambda path, **how: opened.append(path) or original(path, **how))
     clips = data.TrainClips(counted, 3, 1, 3, data.Augment(color_jitter=0), clips_per_open=4)
     keys = [data.Key(0, index, 16, 3, part) for part in range(4) for index in range(5)]
     samples = clips.__getitems__(keys)
@@ -239,21 +241,21 @@ def test_clips_of_one_opening_are_those_that_they_say(counted, monkeypatch):
 
 
 def test_clips_of_one_opening_of_short_and_lying_videos(tmp_path, monkeypatch):
-    short = data.Source(write_clip(str(tmp_path / "short.mp4"), frames=6), "short.mp4", 6)
+    short = data_files.Source(write_clip(str(tmp_path / "short.mp4"), frames=6), "short.mp4", 6)
     clips = data.TrainClips([short], 0, 1, 3, clips_per_open=3)
     samples = clips.__getitems__([data.Key(0, 0, 16, 5, part) for part in range(3)])
     assert all(s["video"].shape == (5, 3, 16, 16) and s["origin"]["spacing"] == 1 and not s["notes"] for s in samples)
-    tiny = data.Source(write_clip(str(tmp_path / "tiny.mp4"), frames=2), "tiny.mp4", 2)
+    tiny = data_files.Source(write_clip(str(tmp_path / "tiny.mp4"), frames=2), "tiny.mp4", 2)
     sample = data.TrainClips([tiny], clips_per_open=3)[data.Key(0, 0, 16, 5, 2)]
     assert sample["video"].shape == (5, 3, 16, 16) and "only 2 frames" in sample["notes"][0][1]
-    gone = data.Source(str(tmp_path / "gone.mp4"), "gone.mp4", 9)
+    gone = data_files.Source(str(tmp_path / "gone.mp4"), "gone.mp4", 9)
     clips = data.TrainClips([short, gone], clips_per_open=2)
     samples = clips.__getitems__([data.Key(0, i, 16, 5, part) for part in range(2) for i in range(2)])
     assert sum(bool(s["notes"]) for s in samples) == 1, "named once for all parts"
     assert {s["origin"]["file"] for s in samples} == {"short.mp4"}
     from test_parts import claim
     claim(monkeypatch, 1000.0)
-    long = data.Source(write_clip(str(tmp_path / "long.mp4"), frames=30), "long.mp4", 1000)
+    long = data_files.Source(write_clip(str(tmp_path / "long.mp4"), frames=30), "long.mp4", 1000)
     samples = data.TrainClips([long], clips_per_open=3).__getitems__([data.Key(0, 0, 16, 5, p) for p in range(3)])
     assert all("the container says 1000 frames, 30 can be read" in s["notes"][0][1] for s in samples)
 

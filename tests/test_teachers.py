@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cache_files
-import data
+import data_files
 import latent_cache
 import train
 from compare import TeacherPass
@@ -114,7 +114,7 @@ DECODES = {  # what decode gives: what is said of it
 
 
 def test_what_a_teacher_decodes_is_looked_at_too(faulty, tmp_path):
-    source = data.Source(write_clip(str(tmp_path / "a.mp4"), frames=12, height=32, width=32), "a.mp4")
+    source = data_files.Source(write_clip(str(tmp_path / "a.mp4"), frames=12, height=32, width=32), "a.mp4")
     for fault, said in DECODES.items():
         (tmp_path / "DECODES").write_text(fault)
         with pytest.raises(TeacherError, match="^teacher python:.*: decode, given latents of shape .1, 3, 3, 4, 4., "
@@ -123,7 +123,7 @@ def test_what_a_teacher_decodes_is_looked_at_too(faulty, tmp_path):
 
 
 def test_latents_are_kept_from_a_teacher_that_writes_to_them_again(faulty, tmp_path):
-    source = data.Source(write_clip(str(tmp_path / "a.mp4"), frames=24, height=32, width=32), "a.mp4")
+    source = data_files.Source(write_clip(str(tmp_path / "a.mp4"), frames=24, height=32, width=32), "a.mp4")
     expected = TeacherPass(load_teacher(faulty), source, 24, 4, 8, chunk=12)
     (tmp_path / "FAULT").write_text("self.buffer[:1].copy_(z)")
     (tmp_path / "DECODES").write_text("(v, z.zero_())[0]")

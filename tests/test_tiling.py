@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 import infer
+import video_files
 from conftest import ROOT, mistake, write_clip
 from golden.fill import fill_, make_input
 from model_dcae import DCAE
@@ -328,7 +328,7 @@ def test_infer_tiles_the_dcae_and_decodes_its_latents_to_the_same(tmp_path, caps
     with open("inference_results/metrics.json") as file:
         (row,) = json.load(file)["rows"]
     assert (row["frames"], row["height"], row["width"], row["latent_shape"]) == (13, 40, 70, [4, 32, 2, 3])
-    video = torch.from_numpy(np.stack([*data.VideoReader("a.mp4")])).permute(0, 3, 1, 2)[None] / 255
+    video = torch.from_numpy(np.stack([*video_files.VideoReader("a.mp4")])).permute(0, 3, 1, 2)[None] / 255
     tiled = Tiled(small_dcae(), spatial_tile_size=64, temporal_tile_size=8, tile_overlap_factor=0.5)
     expected, info = tiled(video)
     assert expected.shape == video.shape == (1, 13, 3, 40, 70)

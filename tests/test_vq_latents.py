@@ -8,10 +8,10 @@ import torch
 
 import checkpoint
 import config
-import data
 import models
 import step_taehv
 import train
+import video_files
 from conftest import ROOT, mistake, run
 from model_taehv import load_taehv
 from model_vq_latents import VQLatents
@@ -156,7 +156,7 @@ def test_tokens_in_a_file(tokenizer, clips, tmp_path):
     run_folder, video = tokenizer[0] / "runs" / "a", os.path.join(clips, "sub0", "clip0.mp4")
     run(INFER, run_folder, video, "--save-tokens", "--lpips", "none", "--out", "a", cwd=tmp_path)
     run(INFER, run_folder, tmp_path / "a" / "tokens" / "clip0.tokens", "--out", "b", cwd=tmp_path)
-    direct, restored = (np.stack(list(data.VideoReader(str(tmp_path / out / "comparison_videos" /
+    direct, restored = (np.stack(list(video_files.VideoReader(str(tmp_path / out / "comparison_videos" /
                                                            "clip0_reconstructed.webm")))) for out in "ab")
     assert np.array_equal(direct, restored) and len(direct) == 24
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import config
-import data
+import data_files
 import evaluate
 import launch
 import logbook
@@ -264,7 +264,7 @@ def test_a_table_of_files_is_data(here, tmp_path, clips):
                   f"data_root={clips}")
     log = (folder / "train.log").read_text()
     assert "training: 2 files" in log and "none.mp4: no such file or directory" in log
-    own = data.find_sources(str(tmp_path / "list.csv"))
+    own = data_files.find_sources(str(tmp_path / "list.csv"))
     assert [(s.path, s.key) for s in own][:1] == [(str(tmp_path / "sub0" / "clip0.mp4"), "sub0/clip0.mp4")]
 
 

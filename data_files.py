@@ -1,0 +1,196 @@
+"""The files of a dataset: found in folders and lists, looked at, split into training and validation.
+
+    sources, refused = probe(find_sources("videos/"))
+    train, val = split_sources(sources, val_fraction=0.1)
+
+Works with video_files.py beside it, and tqdm where many files are looked at.
+"""
+import collections.abc
+import csv
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from video_files import IMAGE_SUFFIXES, MAX_PIXELS, VIDEO_SUFFIXES, DataError, check_regular, open_source
+
+MAX_LIST = 1 << 28  # bytes of an annotation, which may hold captions
+MANY = 200  # files: more take long enough to look at to show it
+
+
+class Source(NamedTuple):
+    """A video or an image that clips are cut from."""
+    path: str
+    key: str         # path relative to the data folder: what the split is made by
+    frames: int = 0  # as the container says; 1 for an image
+
+    @property
+    def is_image(self):
+        return self.path.lower().endswith(IMAGE_SUFFIXES)
+
+
+class Sources(collections.abc.Sequence):
+    """Many Sources in few arrays: as objects, 100 000 take 37 MB in each data process, like this 7."""
+
+    def __init__(self, sources):
+        texts = [source.path if source.path.endswith(source.key) else f"{source.path}\0{source.key}"
+                 for source in sources]
+        texts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self.texts, self.ends = b"".join(texts), np.cumsum([0, *map(len, texts)])
+        self.frames = np.array([source.frames for source in sources], np.int64)
+        self.key_lengths = np.array([len(source.key) for source in sources], np.int32)
+
+    def __len__(self):
+        return len(self.frames)
+
+    def __getitem__(self, i):
+        text = self.texts[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
+        path, _, key = text.partition("\0")
+        return Source(path, key or path[len(path) - self.key_lengths[i]:], int(self.frames[i]))
+
+
+def find_sources(data, data_root="", only_images=False):
+    """Sources of a folder (recursive), of a single file, or of a list of files: an annotation {"list": [{"path":
+    "a.mp4"}, ...]} or a table .csv with a column "path". Their paths are relative to `data_root` (default: the list's
+    folder). Nothing is opened. DataError for none.
+    """
+    if only_images:
+        images = [source for source in find_sources(data, data_root) if source.is_image]
+        if not images:
+            raise DataError(f"data: no image ({' '.join(IMAGE_SUFFIXES)}) in {data!r}, and use_images=true")
+        return images
+    if not data:
+        raise DataError("no data given: set data= to a folder, a file, an annotation .json or a table .csv")
+    if not os.path.exists(data):
+        raise DataError(f"data: {data!r} does not exist")
+    if os.path.isdir(data):
+        sources = []
+        for folder, files in walk(data):
+            inner = os.path.relpath(folder, data).replace(os.sep, "/")
+            for file in sorted(files):
+                if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("."):
+                    sources.append(Source(os.path.join(folder, file), file if inner == "." else f"{inner}/{file}"))
+        if not sources:
+            raise DataError(f"data: no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}) under {data!r}")
+        return sources
+    if read := LISTS.get(os.path.splitext(data)[1].lower()):
+        root = data_root or os.path.dirname(data)
+        return [Source(os.path.join(root, path), path) for path in read(data)]
+    if not data.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):  # FFmpeg would render a text file as video
+        raise DataError(f"data: {data!r} is no video or image: its name ends in none of "
+                        f"{' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
+    return [Source(data, os.path.basename(data))]
+
+
+OUTPUTS = {"summary_report.html": ("comparison_videos", "latent_visualizations"),  # infer.py's
+           "leaderboard.html": ("videos",)}
+
+
+def walk(top):
+    """Yields (folder, names of its files) for a folder and those in it, in the order of their names. Links to folders
+    are followed, each folder is visited once, and the videos and pictures that stand beside a report are left out."""
+    parts = os.path.realpath(top).split(os.sep)
+    # Those above, too: a link there would lead back here.
+    seen = {os.sep.join(parts[:count]) or os.sep for count in range(1, len(parts) + 1)}
+    for folder, folders, files in os.walk(top, followlinks=True):
+        outputs = {name for report, names in OUTPUTS.items() if report in files for name in names}
+        wanted, folders[:] = sorted(set(folders) - outputs), []
+        for name in wanted:
+            if (real := os.path.realpath(os.path.join(folder, name))) not in seen:
+                seen.add(real)
+                folders.append(name)
+        yield folder, files
+
+
+def check_list(path):
+    """DataError for a list that is no regular file, or too long to be held in memory many times over, as JSON is."""
+    try:
+        size = check_regular(path)
+    except DataError as error:
+        raise DataError(f"data: {path!r}: {error}") from None
+    if size > MAX_LIST and not path.lower().endswith(".csv"):
+        raise DataError(f"data: {path!r} has more than {MAX_LIST >> 20} MiB: a table .csv takes less memory")
+
+
+def read_annotation(path):
+    """The paths in an annotation file, each once, in order."""
+    try:
+        check_list(path)
+        with open(path, encoding="utf-8") as file:
+            entries = json.load(file)["list"]
+        paths = [entry["path"] for entry in entries]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        raise DataError(f"data: {path!r} is no annotation like {{\"list\": [{{\"path\": \"a.mp4\"}}]}} "
+                        f"({type(error).__name__}: {error})") from None
+    if not paths or not all(isinstance(p, str) and p and "\0" not in p for p in paths):
+        raise DataError(f"data: {path!r} must list at least one entry, and every \"path\" must be a file name")
+    return list(dict.fromkeys(paths))
+
+
+def read_table(path):
+    """The paths in the column "path" of a CSV file (commas, UTF-8), each once, in order; other columns are ignored."""
+    try:
+        check_list(path)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            columns = rows.fieldnames or []
+            if "path" not in columns:
+                raise DataError(f"data: {path!r} has no column \"path\" in its first line"
+                                + (f", but {', '.join(columns)[:80]}" if columns else ": it is empty"))
+            paths = [row["path"] for row in rows]
+    except (ValueError, csv.Error, OSError) as error:
+        raise DataError(f"data: {path!r} cannot be read as a CSV file in UTF-8 ({type(error).__name__}: "
+                        f"{error})") from None
+    if not paths or not all(p and "\0" not in p for p in paths):
+        raise DataError(f"data: {path!r} must list at least one file, and have a file name in each row's \"path\"")
+    return list(dict.fromkeys(paths))
+
+
+# What reads the lists of files: {suffix: function of the list's path that returns the paths in it}.
+LISTS = {".json": read_annotation, ".csv": read_table}
+
+
+def probe(sources, max_pixels=MAX_PIXELS, workers=0):
+    """Open every source and read its first frame. Returns (readable sources, with frame counts, [(path, why not)])."""
+    results = list(look_at(sources, max_pixels, workers))
+    readable = [source for source, problem in results if problem is None]
+    return readable, [(source.path, problem) for source, problem in results if problem is not None]
+
+
+def look_at(sources, max_pixels=MAX_PIXELS, workers=0):
+    """Yields for every source, in order, (the source with its number of frames, None) or (the source, why it cannot be
+    read). `workers` are opened at once; 0: as many as there are cores, but 8 to 64."""
+    def look(source):
+        try:
+            return source._replace(frames=open_source(source.path, max_pixels)[0]), None
+        except DataError as error:
+            return source, str(error)
+    pool = ThreadPoolExecutor(workers or min(64, max(8, os.cpu_count() or 1)))
+    try:  # piece by piece: what waits takes a kilobyte each
+        results = (result for start in range(0, len(sources), 4096)
+                   for result in pool.map(look, sources[start:start + 4096]))
+        if len(sources) > MANY:
+            from tqdm import tqdm
+            results = tqdm(results, total=len(sources), desc="looking at the data", unit="file")
+        yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C
+
+
+def split_sources(sources, val_fraction):
+    """(train, validation). A file's side follows from its key alone, so adding files moves none of the others.
+
+    The one exception: if no file falls into the validation share, the one nearest to it is taken.
+    """
+    if val_fraction <= 0 or len(sources) < 2:
+        return list(sources), []
+    places = [int.from_bytes(hashlib.sha256(s.key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2 ** 64
+              for s in sources]
+    limit, last = max(val_fraction, min(places)), max(places)
+    held_out = [place < val_fraction or place == limit for place in places]
+    if all(held_out):  # a handful of files and a large share: keep something to train on
+        held_out = [place < last for place in places]
+    return ([s for s, out in zip(sources, held_out) if not out], [s for s, out in zip(sources, held_out) if out])
