@@ -211,27 +211,24 @@ class CachedClips:
             raise DataError(f"size={bucket.size} frames={bucket.frames}, but the latent cache {self.cache.path} holds "
                             f"clips of size={self.cache.size} frames={self.cache.frames}: set these, or build another")
 
-    def batches(self, schedule, _, pin_memory=False):
-        """Batches for a TrainSchedule, without end, as `LatentCache.read` gives them."""
+    def batches(self, schedule, workers, pin_memory=False):
+        """Batches for a TrainSchedule, without end, as `LatentCache.read` gives them. `workers` threads (1 to 8) read
+        one each: a file system over a network answers many at once."""
         def make(keys):
             places = [datasets.epoch_order(self.seed, key.epoch, len(self))[key.index] for key in keys]
             batch = self.cache.read(self.indices[places])
             return {k: v.pin_memory() if pin_memory and torch.is_tensor(v) else v for k, v in batch.items()}
-        return read_ahead(make, schedule)
+        return read_ahead(make, schedule, threads=min(8, max(1, workers)))
 
     def share(self, rank, world, _):
         """This rank's part of up to `limit` clips, evenly spread: [{"video": uint8 T 3 H W, "latents": T' C h w}]."""
-        batches = [self.cache.read([i]) for i in evenly_spread(self.indices, self.limit)[rank::world]]
+        chosen = self.indices[datasets.evenly_spread(len(self), self.limit)]
+        batches = [self.cache.read([i]) for i in chosen[rank::world]]
         return [{"video": b["video"][0], "latents": b["latents"][0]} for b in batches]
 
     def sample(self, limit):
         """The latents of up to `limit` clips, evenly spread: N T' C h w, float32."""
-        return self.cache.read_latents(evenly_spread(self.indices, limit)).float()
-
-
-def evenly_spread(indices, limit):
-    """Up to `limit` of an array's entries, from its first to its last."""
-    return indices[np.linspace(0, len(indices) - 1, min(limit, len(indices))).round().astype(int)]
+        return self.cache.read_latents(self.indices[datasets.evenly_spread(len(self), limit)]).float()
 
 
 def read_ahead(make, schedule, threads=1):

@@ -167,9 +167,6 @@ def check_learning(config):
 def check_losses(config):
     """What the terms of the loss need of clips and layers."""
     shapes = parse_buckets(config)
-    if config.temporal_weight > 0 and max(frames for _, frames, *_ in shapes) == 1:
-        raise ConfigError(f"temporal_weight={config.temporal_weight} with clips of one frame: nothing changes in them; "
-                          "set it to 0, or frames=2 or more")
     smallest = min(size for size, *_ in shapes)
     if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
         raise ConfigError(f"wavelet_levels={config.wavelet_levels}: clips of {smallest} pixels have "
@@ -182,8 +179,6 @@ def check_losses(config):
                                   f"from latents alone; set {key}=0")
     if config.gan_weight == 0 or not from_pixels:
         return
-    if config.gan_dims == 2 and smallest < 24:
-        raise ConfigError(f"gan_weight={config.gan_weight}: its discriminator needs 24 pixels, size is {smallest}")
     for size, frames, _, batch in shapes:
         if config.gan_dims == 3 and config.gan_norm == "batch" and size <= 32 and frames <= 4 and batch == 1:
             raise ConfigError(f"gan_norm=batch with gan_dims=3: one clip of {frames} frames of {size}x{size} leaves "

@@ -6,7 +6,6 @@ best), model.pth (the newest averaged weights as a plain state_dict, for other p
 are built and loaded from such files are models.py's matter.
 """
 import errno
-import io
 import os
 import pickle
 import re
@@ -124,7 +123,8 @@ def problem_of(path):
 
 
 def write_atomically(path, data):
-    """Write bytes under a temporary name, flush them to the disk, rename. An error leaves nothing behind."""
+    """Write bytes, or what the function data(file) writes, under a temporary name, flush them to the disk, rename. An
+    error leaves nothing behind."""
     write_all([data], [path])
 
 
@@ -134,7 +134,7 @@ def write_all(contents, paths):
     try:
         for name, content in zip(temporary, contents):
             with open(name, "wb") as file:
-                file.write(content)
+                content(file) if callable(content) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for name, path in zip(temporary, paths):
@@ -165,14 +165,37 @@ def save(state, path, make_room=lambda: False):
 
 
 def try_to_save(state, path):
-    """Returns the OSError that prevents it, or None; what was to be written is out of memory by then."""
-    buffer = io.BytesIO()  # written by plain file calls, which fail with a plain OSError when the disk is full
-    torch.save(state, buffer)
+    """Returns the OSError that prevents it, or None."""
+    def write(file):
+        sink = Sink(file)
+        torch.save(state, sink)
+        if sink.error:
+            raise sink.error
     try:
-        write_atomically(path, buffer.getbuffer())
+        write_atomically(path, write)
     except OSError as error:
         return error.with_traceback(None)
     return None
+
+
+class Sink:
+    """A file for torch.save, written piece by piece: through a buffer in memory, 400 MB took another 400 MB and three
+    times as long. A full disk is told when all is done, as `error`: raised inside of PyTorch's writer, it would come out
+    as another one."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, content):
+        if self.error is None:
+            try:
+                self.file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self):
+        """Done by `write_all`."""
 
 
 def drop_oldest(folder, step, log=print, sound=None):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import data
-from cache_files import evenly_spread, read_ahead
+from cache_files import read_ahead
 from video_files import DataError
 
 
@@ -75,7 +75,7 @@ class ValCuts:
     def __init__(self, cache, indices, size, frames, limit, setting="val_size"):
         check_shape(cache, setting, size, frames)
         self.cache, self.size, self.frames = cache, size, frames
-        self.indices = evenly_spread(np.asarray(indices, np.int64), limit)
+        self.indices = np.asarray(indices, np.int64)[data.evenly_spread(len(indices), limit)]
 
     def __len__(self):
         return len(self.indices)

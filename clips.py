@@ -3,7 +3,6 @@
 All kinds of training clips have `check(bucket)` and `batches(schedule, workers, pin_memory)`, all kinds of validation
 clips `share(rank, world, note)` and a length.
 """
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -112,10 +111,16 @@ def open_cache(path, rank, world, control, clips_only=False):
     """A LatentCache, its checksums compared; each rank opens it for itself. What one finds wrong is raised on all."""
     def opened():
         cache = LatentCache(path, clips_only)
-        if problem := cache.problem(rank, world, MOST_COMPARED if clips_only else math.inf):
+        if problem := cache.problem(rank, world, MOST_COMPARED):
             raise DataError(problem)
         return cache
     return everywhere(control, opened)
+
+
+def uncompared(cache):
+    """What the log says of a cache that is too large to compare all checksums, or ""."""
+    size = sum(array.nbytes for array in cache.clips)
+    return f"; too large ({size / 1e9:.0f} GB) to compare checksums" if size > MOST_COMPARED else ""
 
 
 def find_cuts(cfg, bucket, rank, world, control):
@@ -131,9 +136,8 @@ def find_cuts(cfg, bucket, rank, world, control):
             raise DataError(f"val_data has to be a second clip cache: {error}") from None
     val = ValCuts(other, np.arange(len(other)) if cfg.val_data else held_back, size, bucket.frames, limit,
                   "val_size" if cfg.val_size else "size")
-    size = sum(array.nbytes for array in cache.clips)
     lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
-             + f"; too large ({size / 1e9:.0f} GB) to compare checksums" * (size > MOST_COMPARED),
+             + uncompared(cache),
              f"training: {len(mine)} clips, validation: {len(val)}"]
     lines += describe_held_out(held_out)
     return Clips(TrainCuts(cache, mine, cfg.seed, augment_of(cfg)), val, "", lines)
@@ -157,7 +161,8 @@ def find_cached_clips(cfg, model, rank, world, control):
         val_clips = caches[1].all(cfg.seed, limit)
     if cfg.model == "vq_latents" and not model.scale:
         model.calibrate(clips.sample(256))
-    lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}",
+    lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}"
+             + uncompared(caches[0]),
              f"training: {len(clips)} clips, validation: {len(val_clips)}"]
     if cfg.model == "taehv":
         lines += suit_to_teacher(cfg, model, clips.sample(256))

@@ -254,8 +254,9 @@ PRESETS = {
     # seraena_pairs=true seraena_lr=1e-3 seraena_weight=0.2 do within 300 steps of 4 clips (docs/results.md).
     "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, pixel_loss="l2",
                           seraena_weight=1.0),
-    # A published decoder on your own domain: add init_from=taew2_1 (or a file). The encoder stays as it is, so the
-    # latents are still the diffusion model's; train_encoder=true gives them up.
+    # A published decoder on your own domain: add init_from=taew2_1 (or a file) and latent_cache=FOLDER, the big VAE's
+    # latents of your videos, which it is to decode. With data=FOLDER in its place the decoder learns from its own
+    # encoder's latents, which are near them. The encoder stays as it is; train_encoder=true gives up the VAE's latents.
     "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200, pixel_loss="l2",
                            train_encoder=False),
     # Tokenizers of single frames (f16, 1024 codes), of videos or of images. LPIPS from the start, the PatchGAN later.
@@ -313,6 +314,8 @@ def load_config(arguments):
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
     drop_unsuited(values, given)
+    if preset == "taehv_finetune" and values.get("latent_cache"):
+        values.setdefault("decoder_input", "teacher")
     config = Config(**values)
     config.name = config.name or preset
     if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):

@@ -27,7 +27,7 @@ from video_files import MAX_PIXELS, DataError, read_clips, read_frames, read_ima
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data_files import Sources
 
@@ -212,13 +212,20 @@ class TrainClips(Dataset):
         return [read_image(image.path, self.max_pixels) for image in images], 0, 1, []
 
 
+def evenly_spread(count, limit):
+    """Up to `limit` of the numbers 0 ... count - 1, from the first to the last."""
+    return np.linspace(0, count - 1, min(limit, count)).round().astype(int)
+
+
 class ValClips(Dataset):
-    """Fixed clips: of each video `per_video`, evenly spread, consecutive frames, the largest centred square. Images as
-    in TrainClips; their sequences are of neighbours in the list."""
+    """Fixed clips: of each video `per_video`, evenly spread, consecutive frames, the largest centred square. With a
+    limit, of as many of the files, evenly spread over the list. Images as in TrainClips; their sequences are of
+    neighbours in the list."""
 
     def __init__(self, sources, size, frames, per_video=1, limit=0, image_sequences=False,
                  max_pixels=MAX_PIXELS):
         usable = [s for s in sources if frames == 1 or image_sequences or not s.is_image]
+        usable = [usable[i] for i in evenly_spread(len(usable), limit or len(usable))]
         items = ((s, (k + 0.5) / per_video) for k in range(per_video) for s in usable if k == 0 or not s.is_image)
         self.items = list(itertools.islice(items, limit or None))
         images = [s.path for s in sources if s.is_image]
@@ -320,8 +327,16 @@ class TrainSchedule(Sampler):
 
 def collate(samples):
     """-> {"video": uint8 N T 3 H W (memory order N T H W 3), "notes": [...]}"""
-    video = torch.stack([s["video"].permute(0, 2, 3, 1) for s in samples]).permute(0, 1, 4, 2, 3)
-    return {"video": video, "notes": [note for s in samples for note in s["notes"]]}
+    clips = [s["video"].permute(0, 2, 3, 1) for s in samples]
+    video = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)
+    if get_worker_info():  # here, where an error is told: as a batch is sent, it would be lost, and waited for for ever
+        try:
+            video.share_memory_()
+        except RuntimeError as error:
+            raise DataError(f"no shared memory for a batch of {video.nbytes / 1e6:.1f} MB ({error}): set workers lower, "
+                            "or give the container more (docker run --shm-size=8g, or --ipc=host)") from None
+    torch.stack(clips, out=video)
+    return {"video": video.permute(0, 1, 4, 2, 3), "notes": [note for s in samples for note in s["notes"]]}
 
 
 def endless(loader):

@@ -258,10 +258,20 @@ def decoded_size(model, size):
     return size * getattr(model, "space_upscale", model.space_factor) // model.space_factor
 
 
+def decoded_frames(model, frames):
+    """The number of frames that come back of a clip."""
+    taehv = getattr(model, "taehv", model)
+    return len(taehv.frame_index(frames)) if hasattr(taehv, "frame_index") else frames
+
+
 def check_sizes(cfg, model, from_pixels):
-    """ConfigError where decoded frames are too small for a term of the loss, or for the metric that chooses best.pt.
-    from_pixels: whether what is decoded is compared with the clips."""
-    sizes = [size for size, *_ in parse_buckets(cfg)]
+    """ConfigError where decoded frames are too small or too few for a term of the loss, or too small for the metric
+    that chooses best.pt. from_pixels: whether what is decoded is compared with the clips."""
+    shapes = parse_buckets(cfg)
+    sizes = [size for size, *_ in shapes]
+    if from_pixels and cfg.temporal_weight > 0 and max(decoded_frames(model, frames) for _, frames, *_ in shapes) < 2:
+        raise ConfigError(f"temporal_weight={cfg.temporal_weight}: of {shapes[0][1]} frames the model decodes one, in "
+                          "which nothing changes: set more frames, or temporal_weight=0")
     smallest, judged = decoded_size(model, min(sizes)), decoded_size(model, cfg.val_size or sizes[0])
     for setting, least, weight in (
             (f"gan_weight={cfg.gan_weight}", 24, cfg.gan_weight if cfg.gan_dims == 2 else 0),

@@ -123,10 +123,11 @@ class Clips:
                             "read: give the whole set, or --clips N for a part of the protocol")
         self.names, self.fps, self.sources = [], [], []
         self.file, digest = tempfile.TemporaryFile(dir=out), hashlib.sha256()
-        per_video = max(1, -(-clips // len(videos)))
         if clips and clips < len(videos):
             videos = [videos[i] for i in np.linspace(0, len(videos) - 1, clips).round().astype(int)]
-        for video in tqdm(videos, desc="reading the clips", unit="video", dynamic_ncols=True, disable=None):
+        counts = np.diff(np.arange(len(videos) + 1) * (clips or len(videos)) // len(videos))  # clips of each video
+        for video, per_video in zip(tqdm(videos, desc="reading the clips", unit="video", dynamic_ncols=True,
+                                         disable=None), counts):
             try:
                 rate, step = self.fps_of(video, fps, max_pixels)
                 found = list(self.clips_of(video, whole and not clips, step, per_video, max_pixels))
@@ -134,8 +135,6 @@ class Clips:
                 self.notes.append(f"{video.source.path}: {error}")
                 continue
             for number, clip in enumerate(found):
-                if clips and len(self.names) == clips:
-                    break
                 clip = np.stack([fit(frame, height, width) for frame in clip])
                 digest.update(clip.data)
                 self.write(clip, out)

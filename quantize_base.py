@@ -363,5 +363,7 @@ class StartingQuantizer(Quantizer):
         for name, default in {"started": torch.tensor(True), "usage_count": self._buffers.get("usage_count")}.items():
             if name in self._buffers:  # weights saved without the option
                 state_dict.setdefault(prefix + name, default)
+            else:  # or with it
+                state_dict.pop(prefix + name, None)
         self.is_started = False  # ask the loaded flag
         super()._load_from_state_dict(state_dict, prefix, *rest)

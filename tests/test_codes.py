@@ -18,7 +18,7 @@ import data_files
 import infer
 import models
 import video_files
-from conftest import BATCH_NORM, FRAMES, NEEDS, ROOT, mistake, run
+from conftest import BATCH_NORM, FRAMES, NEEDS, ROOT, log_of, mistake, run
 from objective import Objective
 from optimizer import average_weights
 
@@ -98,6 +98,11 @@ def test_a_step_that_is_not_finite_teaches_no_codebook(kind, clips):
     objective(torch.rand(2, 2, 3, 32, 32), None, 1.0)
     objective.step(torch.tensor(0.0))
     assert not torch.equal(model.quantize.state_dict()["embedding.weight"], before["embedding.weight"])
+
+
+def test_a_run_that_began_from_k_means_goes_on_without_asking_for_it(here):
+    here(*FRAMES, "net.kmeans_init=true", "max_steps=2", "name=k")
+    assert "resumed from" in log_of(here(*FRAMES, "net.kmeans_init=false", "max_steps=3", "name=k"))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import resource
+import resource
 import shutil
 import signal
 import subprocess
@@ -146,7 +147,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     def killed(path, content):
         if "step_00000004.pt" in path:
             with open(path + ".1.tmp", "wb") as file:
-                file.write(content[:12345])
+                file.write(bytes(12345))
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
     checkpoint.write_atomically = killed
@@ -339,6 +340,20 @@ def test_killed_data_workers_are_replaced_and_no_sample_is_lost(here, at, monkey
     monkeypatch.setattr(data, "start_loader", dead_at_once)
     with pytest.raises(config.ConfigError, match="no data .the data processes died three times .* is saved"):
         here(*FRAMES, "max_steps=20", "workers=1", "name=killed")
+
+
+class GreedyClips(data.TrainClips):
+    """Its process may make no file of more than a kilobyte, as where shared memory is full."""
+
+    def __getitem__(self, key):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        return super().__getitem__(key)
+
+
+def test_full_shared_memory_ends_a_run_in_one_line(here, monkeypatch):
+    monkeypatch.setattr(data, "TrainClips", GreedyClips)
+    with pytest.raises(config.ConfigError, match="no shared memory for a batch of 0.0 MB .*--shm-size"):
+        here(*FRAMES, "max_steps=2", "workers=1", "name=greedy")
 
 
 class WaitingClips(data.TrainClips):

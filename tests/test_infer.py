@@ -13,7 +13,6 @@ import torch
 
 import codec
 import compare
-import data
 import data_files
 import infer
 import inputs

@@ -1,4 +1,5 @@
 """leaderboard.py: what its figures mean, what it measures again, and what it makes of mistakes."""
+import collections
 import copy
 import json
 import math
@@ -211,6 +212,12 @@ def test_a_protocol_takes_videos_whole_and_folders_of_images(tmp_path, monkeypat
     assert found.pixels[4, :, 16, 16, 1].tolist() == [150, 160, 160, 160, 160], "filled up with the last"
     part = protocols.Clips(str(tmp_path / "data"), tmp_path, **shape, protocol="davis", clips=1)
     assert len(part) == 1 and part.fingerprint != found.fingerprint
+
+
+def test_more_clips_than_videos_are_spread_over_all_of_them(clips, tmp_path):
+    found = protocols.Clips(clips, str(tmp_path), 16, 16, 4, clips=8)
+    assert len(found) == 8 and set(collections.Counter(found.sources).values()) == {1, 2}
+    assert len(set(found.sources)) == len(protocols.Clips(clips, str(tmp_path), 16, 16, 4, clips=6)) == 6
 
 
 def test_principal_components_are_of_other_clips_and_exact_where_they_can_be():

@@ -288,7 +288,7 @@ def held(monkeypatch):
         assert ".pt" not in path or threading.current_thread() is not threading.main_thread()
         if "step_00000002" in path:
             with open(f"{path}.1.tmp", "wb") as file:
-                file.write(content[:999])
+                file.write(bytes(999))
             assert held.release.wait(60)
         write(path, content)
 
@@ -376,7 +376,7 @@ in_the_middle, later = threading.Event(), threading.Event()
 def killed(path, content):
     if "step_00000004.pt" in path:
         with open(f"{{path}}.{{os.getpid()}}.tmp", "wb") as file:
-            file.write(content[:12345])
+            file.write(bytes(12345))
         in_the_middle.set()
         later.wait(60)
         os.kill(os.getpid(), signal.SIGKILL)
