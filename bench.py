@@ -12,8 +12,9 @@ clips; see bench_loader.py), quantizer (against full distances and one-hot matri
 scratch after so many minutes, and how much sooner our preset for minutes, taehv_small, has the PSNR that the published
 notebook's network, optimizer and crops end with, on pixels only). The rows of a comparison take turns within one
 process of their own; medians. Speed-ups are over the row that has 1.00x. "of peak" is the share of the multiplication
-rate that a matrix product reaches here in the same type (for reading, of the rate at which memory is copied); memory is
-the process's peak over what was held.
+rate that a matrix product reaches here in the same type (for reading, of the rate at which memory is copied), measured
+once at the start: above 100 % means that the machine was busy then. memory is the process's peak over what was held,
+where a part measures it.
 """
 import argparse
 import json

@@ -64,6 +64,7 @@ class LatentCache:
             self.frames, self.size, self.teacher = int(index["frames"]), int(index["size"]), dict(index["teacher"])
             self.latent_shape = tuple(int(n) for n in index["latents"])
             self.dtype = index["latent_dtype"]
+            self.made_from = dict(index.get("sampling") or {}).get("data")  # a hash of its files' names and lengths
             if self.teacher.get("spec") == NO_TEACHER and not clips_only:
                 raise DataError(f"{self.what} {path}: holds clips without latents: set clip_cache={path}")
             self.checksums = [(int(s["clips"]), dict(s["crc32"])) for s in index["shards"]]

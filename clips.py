@@ -3,17 +3,18 @@
 All kinds of training clips have `check(bucket)` and `batches(schedule, workers, pin_memory)`, all kinds of validation
 clips `share(rank, world, note)` and a length.
 """
+import os
 from typing import NamedTuple
 
 import numpy as np
 
 import data
 import file_index
+from cache_files import LatentCache
 from check_config import ConfigError
 from clip_cache import TrainCuts, ValCuts
 from data_files import find_sources, split_sources
 from init_taehv import fits_teacher, scale_to_teacher
-from cache_files import LatentCache
 from ranks import everywhere, from_rank_0
 from synthetic import make_demo
 from video_files import DataError
@@ -81,9 +82,14 @@ def find_files(cfg, frames):
     if val_path and not val:
         raise DataError(f"val_data: none of the files of {val_path!r} can be read")
     lines = notes
+    if val_path and (both := {os.path.realpath(s.path) for s in train} & {os.path.realpath(s.path) for s in val}):
+        lines.append(f"warning: {len(both)} of the {len(val)} files of val_data are training files too: validation and "
+                     "best.pt say nothing of other videos")
     for name, sources in (("training", train), ("validation", val)):
-        clips = sum(max(1, s.frames // frames) for s in sources)
-        lines.append(f"{name}: {len(sources)} files, {clips} separate clips of {frames} frames")
+        usable = [s for s in sources if frames == 1 or cfg.image_sequences or not s.is_image]
+        clips, images = sum(max(1, s.frames // frames) for s in usable), len(sources) - len(usable)
+        lines.append(f"{name}: {len(usable)} files, {clips} separate clips of {frames} frames"
+                     + f"; {images} images are left out (image_sequences=true joins them to clips)" * (images > 0))
     lines += [f"refused: {name}: {reason}" for name, reason in refused]
     if not val:
         lines.append("no validation: for one, set val_data=FOLDER, or val_fraction (and have two files or more)")
@@ -101,6 +107,13 @@ def look_through(cfg, path):
 def describe_held_out(names):
     """[a line that names the files held out for validation], without any: []."""
     return ["held out: " + ", ".join(names[:20]) + " ..." * (len(names) > 20)] if names else []
+
+
+def describe_overlap(*caches):
+    """[a warning] if two caches were made from the same files."""
+    same = len(caches) == 2 and caches[0].made_from == caches[1].made_from is not None
+    return ["warning: val_data was made from the same files as the training's cache: validation and best.pt say "
+            "nothing of other videos"] * same
 
 
 def augment_of(cfg):
@@ -139,7 +152,7 @@ def find_cuts(cfg, bucket, rank, world, control):
     lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
              + uncompared(cache),
              f"training: {len(mine)} clips, validation: {len(val)}"]
-    lines += describe_held_out(held_out)
+    lines += describe_held_out(held_out) + describe_overlap(*{cache, other})
     return Clips(TrainCuts(cache, mine, cfg.seed, augment_of(cfg)), val, "", lines)
 
 
@@ -166,7 +179,7 @@ def find_cached_clips(cfg, model, rank, world, control):
              f"training: {len(clips)} clips, validation: {len(val_clips)}"]
     if cfg.model == "taehv":
         lines += suit_to_teacher(cfg, model, clips.sample(256))
-    lines += describe_held_out(held_out)
+    lines += describe_held_out(held_out) + describe_overlap(*caches)
     return Clips(clips, val_clips, caches[0].fingerprint, lines)
 
 

@@ -307,6 +307,11 @@ class FastTAEHV(TAEHV):
 
     @torch.no_grad()
     def _frames(self, blocks, x, memory):
+        own = next(self.parameters()).dtype
+        if x.dtype != own or torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"fast(model) computes in the model's {own}, got {x.dtype}"
+                             + " under torch.autocast" * torch.is_autocast_enabled(x.device.type)
+                             + ": convert one to the other, as in fast(model.bfloat16()), and leave autocast out")
         frames = (frame.contiguous(memory_format=torch.channels_last) for frame in x.unbind(1))
         memory.setdefault("kept", self.kept or x.dtype)
         for step in self.steps["encoder" if blocks is self.encoder else "decoder"]:
@@ -316,6 +321,8 @@ class FastTAEHV(TAEHV):
             del frame
 
     def _run(self, blocks, x, memory=None, progress=None):
+        if not x.shape[1]:
+            return super()._run(blocks, x, memory, progress)
         frames = self._frames(blocks, x, {} if memory is None else memory)
         return torch.cat(list(frames if progress is None else progress(frames)), 1)
 
@@ -323,9 +330,12 @@ class FastTAEHV(TAEHV):
 @torch.no_grad()
 def fast(model):
     """A derived, inference-only copy of a TAEHV in eval mode, or of a tokenizer of its latents (model_vq_latents.py).
-    ValueError in training mode."""
+    ValueError in training mode, and of a model in float64. NaN in its input may come out as numbers: oneDNN's ReLU
+    makes 0 of it."""
     if model.training:
         raise ValueError("fast() is for inference: call model.eval() before")
+    if next(model.parameters()).dtype == torch.float64:
+        raise ValueError("fast() computes in float32, bfloat16 or float16, not in float64")
     quick = copy.copy(model)  # shares the weights
     if hasattr(model, "taehv"):
         quick._modules = {**model._modules, "taehv": fast(model.taehv)}

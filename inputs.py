@@ -9,7 +9,7 @@ import traceback
 
 import checkpoint
 from codec import TOKENS, InputError
-from data_files import find_sources, probe
+from data_files import find_sources, probe, walk
 from device import DeviceError
 from latent_file import LATENTS, LatentFileError
 from lock import InUse
@@ -37,8 +37,8 @@ def sample(sources, number, seed, max_pixels):
 
 def find_inputs(inputs, number=0, seed=0, max_pixels=MAX_PIXELS, out=None):
     """([video and image sources], [latent and token files], [(path, reason)] refused in folders, [notes]). InputError
-    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see video_files.py.
-    out: the folder that is written to; its videos and pictures are left out of folders that are searched."""
+    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see
+    video_files.py. out: the folder that is written to; its videos and pictures are left out of folders that are searched."""
     sources, latents, refused, notes, folders = [], [], [], [], 0
     for path in inputs:
         if path.endswith((LATENTS, TOKENS)):
@@ -46,7 +46,15 @@ def find_inputs(inputs, number=0, seed=0, max_pixels=MAX_PIXELS, out=None):
                 raise InputError(f"{path!r} {'is not a regular file' if os.path.exists(path) else 'does not exist'}")
             latents.append(path)
             continue
-        found = find_sources(path)
+        try:
+            found = find_sources(path)
+        except DataError:
+            stored = [os.path.join(folder, name) for folder, names in walk(path) for name in sorted(names)
+                      if name.endswith((LATENTS, TOKENS))] if os.path.isdir(path) else []
+            if not stored:
+                raise
+            latents += stored
+            continue
         if out and os.path.isdir(path):
             there, found = len(found), without_outputs(found, out)
             if not found:

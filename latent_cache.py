@@ -80,10 +80,13 @@ def prepare_folder(out, plan):
         if os.path.exists(path):
             old = read_json(path, MAX_INDEX)
             free = ("complete", "clips", "shards", "teacher")
-            pairs = [(k, old.get(k), plan[k]) for k in plan if k not in free]
+            pairs = [(k, old.get(k), plan[k]) for k in plan if k not in (*free, "sampling")]
+            pairs += [(k, old["sampling"].get(k), v) for k, v in plan["sampling"].items() if k != "data"]
             for k in ("fingerprint", "precision"):
                 pairs.append((f"teacher's {k}", old["teacher"].get(k), plan["teacher"][k]))
             different = [f"{k} {a} there, {b} asked for" for k, a, b in pairs if a != b]
+            if not different and old["sampling"] != plan["sampling"]:
+                different = ["it was made from other files, or these have changed"]
             if different:
                 raise DataError(f"--out {out}: holds a cache of another kind ({different[0]}): use another folder")
             plan["clips"] = max(plan["clips"], int(old["clips"]))
@@ -143,7 +146,8 @@ def build_in(options, at_end):
     missing = from_rank_0(control, lambda: [i for i, n in enumerate(counts)
                                             if not shard_is_done(options.out, i, n, kinds)])
     kept = plan["clips"] - sum(counts[i] for i in missing)
-    say(f"{plan['clips']} clips in {len(counts)} shards" + (f", {kept} of them from before" if kept else ""))
+    say(f"{plan['clips']} clips in {len(counts)} shards" + (f", {kept} of them from before" if kept else "")
+        + f" (--clips {options.clips}: the cache was begun for more)" * (plan["clips"] > options.clips))
     if learns and not settings:
         say(f"warning: {NO_STUDENT}")
     if missing[rank::world]:

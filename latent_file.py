@@ -105,8 +105,11 @@ class LatentReader:
         made_by = made_by if isinstance(made_by, dict) else {}
         if dtype != np.float32 or len(self.shape) != 4 or self.shape[1:] != (model.latent_channels, *needed) \
                 or made_by.get("encoder_time_downscale") != model.config.get("encoder_time_downscale"):
-            raise LatentFileError(f"{path}: latents {self.shape} of a {self.height}x{self.width} video by "
-                                  f"{made_by} are not this model's ({model.config})")
+            keys = sorted({*made_by, *model.config})
+            other = [f"{key} {made_by.get(key)}, here {model.config.get(key)}" for key in keys
+                     if made_by.get(key) != model.config.get(key)]
+            raise LatentFileError(f"{path}: latents {self.shape} of a {self.height}x{self.width} video are not this "
+                                  f"model's: {'; '.join(other)[:300] or 'another shape'}")
         self.note, self.total = "", self.shape[0]
         if made_by.get("variant") != model.config.get("variant"):
             self.note = f"{path}: made by variant {made_by.get('variant')}, decoded by {model.config.get('variant')}"

@@ -243,8 +243,9 @@ class TAEHV(nn.Module):
 
     def encode(self, video):
         """Video N T 3 H W in [0, 1] -> latents N T' C H/s W/s. ValueError if H or W is no multiple of s."""
-        if video.ndim != 5 or video.shape[2] != 3:
+        if video.ndim != 5 or video.shape[2] != 3 or 0 in (video.shape[0], *video.shape[3:]):
             raise ValueError(f"expected video as N T 3 H W, got shape {tuple(video.shape)}")
+        check_floats(video)
         if any(size % self.space_factor for size in video.shape[-2:]):
             raise ValueError(f"height and width must be multiples of {self.space_factor}, got "
                              f"{video.shape[-2]}x{video.shape[-1]}: crop, or pad with torch.nn.functional.pad")
@@ -254,6 +255,7 @@ class TAEHV(nn.Module):
         """Latents N T C h w -> video N T' 3 s*h s*w, clamped to [0, 1] except in training mode."""
         if latents.ndim != 5 or latents.shape[2] != self.latent_channels:
             raise ValueError(f"expected latents as N T {self.latent_channels} H W, got shape {tuple(latents.shape)}")
+        check_floats(latents)
         video = self._decode(latents)
         return video if self.training else video.clamp(0, 1)
 
@@ -423,6 +425,11 @@ class TAEHV(nn.Module):
         return torch.cat([*pieces, flush(stream)], 1)
 
 
+def check_floats(x):
+    if not x.is_floating_point():
+        raise ValueError(f"expected floats, video in [0, 1], got {x.dtype}: divide the bytes of a video by 255")
+
+
 def running_order(blocks):
     """[(number, block)]: growing time before enlarging space gives the same numbers for less work."""
     order = list(enumerate(blocks))
@@ -533,6 +540,7 @@ class TAEHVStream:
         if frames.ndim != 5 or frames.shape[2] != 3 or before is not None and frames[:, :1].shape != before.shape:
             raise ValueError(f"expected frames as N T 3 H W{'' if before is None else ', of the size before'}, got "
                              f"{tuple(frames.shape)}")
+        check_floats(frames)
         if self._empty_latents is None:
             n, _, _, height, width = frames.shape
             for _ in range(3):  # as the stride-2 convolutions round; multiples of space_factor come out exact

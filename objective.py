@@ -253,6 +253,21 @@ class Objective:
         return sum(-10 * math.log10(max(error, 1e-10)) for error in errors)
 
 
+def remarks(cfg, model, device, dtype):
+    """[lines for the log on what may not go as one thinks]"""
+    lines, most = [], max(frames for _, frames, *_ in parse_buckets(cfg))
+    if dtype == torch.bfloat16 and device.type == "cpu" and cfg.model == "dcae":
+        lines.append("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips: leave "
+                     "precision=auto")
+    if cfg.model == "taehv" and 1 < most < 3 * model.time_factor > 3:  # 1: images
+        lines.append(f"note: the model is trained on {most} frames ({model.latent_frames(most)} latents), and is worse "
+                     f"later in longer videos: set frames={3 * model.time_factor} or more")
+    if cfg.gan_weight > 0 and cfg.gan_start >= cfg.max_steps:
+        lines.append(f"note: the PatchGAN starts at step {cfg.gan_start} (gan_start), and the run ends at "
+                     f"{cfg.max_steps}: it has no part in it")
+    return lines
+
+
 def decoded_size(model, size):
     """Height and width of what the model decodes from clips of `size` pixels: less where it makes previews."""
     return size * getattr(model, "space_upscale", model.space_factor) // model.space_factor

@@ -35,7 +35,7 @@ def encode(reader, name, job, write):
     most, count, codec = job.options.max_frames or None, 0, Codec(job, None, reader)
     with Pipeline(queue_depth(reader), job.busy) as pipeline:
         frames = pipeline.ahead("reading", reader)
-        with progress(frames, most, most or reader.frames, f"{name[:30]} encode") as taken:
+        with progress(frames, most, min(most or reader.frames, reader.frames), f"{name[:30]} encode") as taken:
             while stack := list(itertools.islice(taken, codec.at_once)):
                 write(codec.encode(np.stack(stack)))
                 count += len(stack)

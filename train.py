@@ -35,7 +35,7 @@ from evaluate import describe_validation, evaluate, load_judges, spread
 from fit_taehv import start_from_clips
 from lock import InUse
 from logbook import Clock, Logbook, count, summarize
-from objective import Objective
+from objective import Objective, remarks
 from optimizer import average_weights, learning_rate, make_optimizer
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    everywhere, from_rank_0, gather, start_ranks)
@@ -202,17 +202,11 @@ class Trainer:
         title = " ".join(filter(None, [cfg.model, model.config.get("variant")]))
         log(f"{title}: {count(model) / 1e6:.1f} M parameters, {self.origin}; {describe(self.device)}, "
             f"{str(self.dtype).removeprefix('torch.')}, {self.world} rank{'s' * (self.world > 1)}")
-        if self.dtype == torch.bfloat16 and self.device.type == "cpu" and cfg.model == "dcae":
-            log("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips: leave precision=auto")
-        if cfg.model == "taehv" and model.time_factor > 1:
-            most, enough = max(bucket.frames for bucket in self.buckets), 3 * model.time_factor
-            if 1 < most < enough:  # 1: images
-                log(f"note: the model is trained on {most} frames ({model.latent_frames(most)} latents), and is worse "
-                    f"later in longer videos: set frames={enough} or more")
         lack = self.saver.lack_of_room(
             model.state_dict(), self.average.state_dict(), self.average.state_dict(), self.objective.state(),
             self.parameters, self.parameters)  # the average is in two files; AdamW has two means of each parameter
-        for line in filter(None, [*self.clips.lines, self.unlocked and f"warning: {self.unlocked}", lack]):
+        for line in filter(None, [*remarks(cfg, model, self.device, self.dtype), *self.clips.lines,
+                                  self.unlocked and f"warning: {self.unlocked}", lack]):
             log(line)
         if self.resumed_from:
             log.event("resumed", run.step, f"resumed from {self.resumed_from} at step {run.step}"

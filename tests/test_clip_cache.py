@@ -293,3 +293,11 @@ def test_what_is_wrong_with_one_ranks_cache_ends_all(stored, tmp_path):
         file.write(b"other")
     output = run(TRAIN, *SMALL, f"clip_cache={tmp_path / 'c'}", "max_steps=1", ranks=2, cwd=tmp_path, expect=1)
     assert output.count("is damaged (its checksum does not match)") == 1 and "exitcode  : 2" in output
+
+
+def test_validation_on_what_is_trained_on_is_said(stored, clips, here):
+    quick = [*shapeless(SMALL), "size=16", "frames=4", "max_steps=1"]
+    assert "warning: val_data was made from the same files" in log_of(
+        here(*quick, f"clip_cache={stored}", f"val_data={stored}", "name=caches"))
+    assert "warning: 6 of the 6 files of val_data are training files too" in log_of(
+        here(*quick, f"data={clips}", f"val_data={clips}", "name=files"))

@@ -847,7 +847,7 @@ def test_terms_that_need_what_is_not_there(tmp_path, monkeypatch):
         values_of("perceptual_weight=1", "perceptual_net=alex")
     with pytest.raises(config.ConfigError, match="set latent_cache=FOLDER"):
         values_of("latent_cache=")
-    with pytest.raises(config.ConfigError, match="buckets with latent_cache"):
+    with pytest.raises(config.ConfigError, match="buckets=32x12:1:1 with latent_cache"):
         config.load_config([*shapeless(DISTILL), "latent_cache=somewhere", "buckets=32x12:1:1"])
 
 

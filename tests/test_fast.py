@@ -234,3 +234,22 @@ def test_bench_compares_recipes_by_training(clips, tmp_path):
     assert notebook["ratio"] == 1
     assert ours["value"] > notebook["value"] and ours["ratio"] > 0, "ours starts with the colours"
     assert [psnr for _, psnr in ours["curve"]][-1] == ours["value"] and len(notebook["curve"]) >= 1
+
+
+def test_what_fast_cannot_compute_is_refused_in_words():
+    model = TAEHV(encoder_widths=(8, 8, 8, 8), decoder_widths=(8, 8, 8, 8)).eval()
+    quick, video = fast(model), torch.rand(1, 5, 3, 16, 16)
+    for wrong in (video.half(), video.double()):
+        with pytest.raises(ValueError, match="computes in the model's torch.float32, got torch.float(16|64): convert"):
+            quick.encode(wrong)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="under torch.autocast"):
+        quick.encode(video)
+    for one in (model, quick, model.stream(), quick.stream()):
+        with pytest.raises(ValueError, match="got torch.uint8: divide"):
+            one.encode(video.mul(255).byte())
+    for one in (model, quick):
+        with pytest.raises(ValueError, match="expected video as N T 3 H W, got shape .0, 5, 3, 16, 16"):
+            one.encode(video[:0])
+        assert one.decode(torch.rand(1, 0, 16, 2, 2)).shape[1] == 0
+    with pytest.raises(ValueError, match="not in float64"):
+        fast(model.double())

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import re
 import resource
-import resource
 import shutil
 import signal
 import subprocess

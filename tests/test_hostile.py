@@ -205,7 +205,7 @@ def test_latents_with_forged_numbers_are_refused_at_once(taehv, tmp_path):
         (dict(frames=10 ** 9), "says it has 1000000000 frames"), (dict(frames=-1), "-1 frames"),
         (dict(frames=10), "10 frames, and holds 3 latents, which are too few"), (dict(frames=0), "0 frames"),
         (dict(number=0), r"latents \(0, 16, 2, 3\)"), (dict(header=dict(shape=(10 ** 15, 16, 2, 3))), "bytes for"),
-        (dict(height=10 ** 6, width=10 ** 6), "are not this model's"), (dict(header=dict(descr="<c8")), "bytes for"),
+        (dict(height=10 ** 6, width=10 ** 6), "are not this model's: "), (dict(header=dict(descr="<c8")), "bytes for"),
         (dict(header=dict(descr="|O")), "layout"), (dict(header=dict(fortran_order=True)), "layout"),
         (dict(number=9000, packed=zipfile.ZIP_DEFLATED), "these are no latents"),
         (dict(variant="x" * 2 ** 21), "these are no latents"), (dict(header=dict(shape=(1, 16, 2, 3))), "bytes for"),

@@ -326,3 +326,11 @@ def test_mistakes_in_samples(capsys, monkeypatch, tmp_path):
     assert "--num-samples -1" in mistake(capsys, monkeypatch, infer, "m.pth", path, "--num-samples", -1)
     assert "none of the inputs is a folder" in mistake(capsys, monkeypatch, infer, "m.pth", path, "--num-samples", 3)
     assert "invalid int value" in mistake(capsys, monkeypatch, infer, "m.pth", path, "--seed", "x")
+
+
+def test_a_folder_of_latents_stands_for_its_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.latents.npz", "sub/a.tokens", "notes.txt"):
+        (tmp_path / name).write_text("")
+    found = inputs.find_inputs([str(tmp_path)])
+    assert found[:2] == ([], [str(tmp_path / "b.latents.npz"), str(tmp_path / "sub" / "a.tokens")])
