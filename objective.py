@@ -5,12 +5,14 @@ term needs. To add a term that compares pixels: its function in losses.py, its w
 `pixel_terms`.
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from adversary import Adversary
 from check_config import ConfigError, parse_buckets, what_learns
+from device import cores_per_rank
 from evaluate import LATENT_FACTS
 from losses import PerceptualLoss, pixel_loss, temporal_loss, wavelet_loss
 from metrics import MEASURES
@@ -29,6 +31,15 @@ def pixel_terms(cfg, device):
         "wavelet_loss": (cfg.wavelet_weight, lambda: lambda *pair: wavelet_loss(*pair, cfg.wavelet_levels)),
         "perceptual_loss": (cfg.perceptual_weight, lambda: make_perceptual(cfg, device)),
     }
+
+
+class Done(NamedTuple):
+    """What a model has made of a micro-batch; None for what was not wanted."""
+    own: torch.Tensor      # the encoder's latents, N T' C h w
+    source: torch.Tensor   # the latents that were decoded
+    output: torch.Tensor   # the frames that came of them, N t 3 H W, float
+    target: torch.Tensor   # those that they stand for, in [0, 1]
+    vq_loss: torch.Tensor  # a tokenizer's codebook and commitment loss
 
 
 class Objective:
@@ -89,8 +100,26 @@ class Objective:
 
         video: N T 3 H W in [0, 1]; latents: the teacher's, N T' C h w, float, or None.
         """
-        cfg, model, values, pull = self.cfg, self.model, {}, 0.0
-        scaled = model.config.get("scaled_latents")  # whether a teacher's latents are far from deviation 1
+        done = self.run(video, latents)
+        values = {} if done.vq_loss is None else {"vq_loss": done.vq_loss}
+        values.update(self.of_latents(done.own, video, latents))
+        pull = 0.0
+        if self.pixels:
+            # The adaptive weight asks for these terms' gradient as well as the step. At a leaf it is made once: LPIPS's
+            # network would else be walked back through twice.
+            leaf = done.output.detach().requires_grad_() if self.adversary and self.adversary.weighs() else done.output
+            values.update(self.of_pixels(done, leaf, fraction))
+            if leaf is not done.output:
+                pull = self.pulled(values, leaf, done.output)
+        values["loss"] = pull + sum(weight * values[name] for name, weight in self.weights.items())
+        if self.adversary:
+            values["adversarial_loss"] = self.of_adversary(done, values["loss"], fraction)
+            values["loss"] = values["loss"] + values["adversarial_loss"]
+        return values
+
+    def run(self, video, latents):
+        """What the model makes of a micro-batch, a Done."""
+        cfg, model, own, output, vq_loss = self.cfg, self.model, None, None, None
         with self.autocast:
             if latents is None:
                 output, info = self.forward(video)
@@ -103,48 +132,57 @@ class Objective:
                 source = self.mixed(own, latents) if cfg.decoder_input == "teacher" else own
                 output = self.decode(source) if self.pixels else None
         if self.quantizers:
-            values["vq_loss"] = info["vq_loss"]
+            vq_loss = info["vq_loss"]
+        if not self.pixels:
+            return Done(own, source, None, None, vq_loss)
+        if latents is not None and (cfg.decoder_input == "teacher" or self.requantizes):
+            _, count = model.aligned(video.shape[1], latents.shape[1])
+            target = model.targets(video, latents.shape[1])[:, :count]
+            output = output[:, :count]
+        else:
+            target = model.targets(video)
+        return Done(own, source, output.float(), target, vq_loss)
+
+    def of_latents(self, own, video, latents):
+        """Their means and mean squares, and the encoder's loss."""
+        values = {}
         if latents is not None:
-            latents_count, frames_count = model.aligned(video.shape[1], latents.shape[1])
             values.update(teacher_mean=latents.mean(), teacher_square=latents.square().mean())
         if own is not None:
             own = own.float()
             values.update(latent_mean=own.detach().mean(), latent_square=own.detach().square().mean())
         if self.latents:
-            values["encoder_loss"] = F.mse_loss(own[:, :latents_count], latents[:, :latents_count])
-            if scaled:  # by the teacher's variance, which is about 1 for others
-                values["encoder_loss"] = values["encoder_loss"] * model.latents_scale.pow(-2).mean().reciprocal()
-        if self.pixels:
-            output = output.float()
-            if cfg.decoder_input == "teacher" and latents is not None or self.requantizes:
-                output = output[:, :frames_count]
-                target = model.targets(video, latents.shape[1])[:, :frames_count]
-            else:
-                target = model.targets(video)
-            values["squared_error"] = F.mse_loss(output.detach(), target)
-            # The adaptive weight asks for these terms' gradient as well as the step. At a leaf it is made once: LPIPS's
-            # network would else be walked back through twice.
-            leaf = output.detach().requires_grad_() if self.adversary and self.adversary.weighs() else output
-            with self.autocast:
-                for name, term in self.pixel_terms.items():
-                    values[name] = term(leaf, target)
-            if self.seraena:
-                with self.autocast:
-                    context = model._own(source) if scaled else source
-                    corrected = self.seraena.targets(target, output.detach(), context.detach().float(), fraction)
-                values["seraena_loss"] = F.mse_loss(leaf, corrected)
-            if leaf is not output:
-                pull = self.pulled(values, leaf, output)
-        values["loss"] = pull + sum(weight * values[name] for name, weight in self.weights.items())
-        if self.adversary:
-            with self.autocast:
-                # A compiled graph can be walked once only: there the gradients are weighed at the pixels instead.
-                last = output if cfg.compile else self.last_layer()
-                term = self.adversary.generator_term(target, output, values["loss"], last, fraction)
-            # Before gan_start the term is the number 0.0, which torch.as_tensor would have the GPU waited for.
-            values["adversarial_loss"] = term if torch.is_tensor(term) else video.new_zeros(())
-            values["loss"] = values["loss"] + term
+            count, _ = self.model.aligned(video.shape[1], latents.shape[1])
+            values["encoder_loss"] = F.mse_loss(own[:, :count], latents[:, :count])
+            if self.scaled():  # by the teacher's variance, which is about 1 for others
+                values["encoder_loss"] = values["encoder_loss"] * self.model.latents_scale.pow(-2).mean().reciprocal()
         return values
+
+    def of_pixels(self, done, output, fraction):
+        """The terms that compare the output, at which their gradients begin, with its target."""
+        values = {"squared_error": F.mse_loss(output.detach(), done.target)}
+        with self.autocast:
+            for name, term in self.pixel_terms.items():
+                values[name] = term(output, done.target)
+        if self.seraena:
+            with self.autocast:
+                context = self.model._own(done.source) if self.scaled() else done.source
+                corrected = self.seraena.targets(done.target, output.detach(), context.detach().float(), fraction)
+            values["seraena_loss"] = F.mse_loss(output, corrected)
+        return values
+
+    def of_adversary(self, done, loss, fraction):
+        """The PatchGAN's term. loss: that of the other terms."""
+        with self.autocast:
+            # A compiled graph can be walked once only: there the gradients are weighed at the pixels instead.
+            last = done.output if self.cfg.compile else self.last_layer()
+            term = self.adversary.generator_term(done.target, done.output, loss, last, fraction)
+        # Before gan_start the term is the number 0.0, which torch.as_tensor would have the GPU waited for.
+        return term if torch.is_tensor(term) else done.output.new_zeros(())
+
+    def scaled(self):
+        """Whether the teacher's latents are far from a deviation of 1: known when the clips are."""
+        return self.model.config.get("scaled_latents")
 
     def mixed(self, own, latents):
         """The teacher's latents, in `own_share` of the clips the encoder's own, which does not learn from it."""
@@ -262,6 +300,9 @@ def remarks(cfg, model, device, dtype):
     if cfg.model == "taehv" and 1 < most < 3 * model.time_factor > 3:  # 1: images
         lines.append(f"note: the model is trained on {most} frames ({model.latent_frames(most)} latents), and is worse "
                      f"later in longer videos: set frames={3 * model.time_factor} or more")
+    if device.type == "cuda" and (cores := cores_per_rank()) < 4 and not (cfg.latent_cache or cfg.clip_cache):
+        lines.append(f"warning: {cores} CPU core{'s' * (cores > 1)} for each rank: the GPU will wait for clips. Give the "
+                     "job more cores (docs/cluster.md), or train from a cache of clips (docs/training.md)")
     if cfg.gan_weight > 0 and cfg.gan_start >= cfg.max_steps:
         lines.append(f"note: the PatchGAN starts at step {cfg.gan_start} (gan_start), and the run ends at "
                      f"{cfg.max_steps}: it has no part in it")
