@@ -180,8 +180,8 @@ def try_to_save(state, path):
 
 class Sink:
     """A file for torch.save, written piece by piece: through a buffer in memory, 400 MB took another 400 MB and three
-    times as long. A full disk is told when all is done, as `error`: raised inside of PyTorch's writer, it would come out
-    as another one."""
+    times as long. A full disk is told when all is done, as `error`: raised inside of PyTorch's writer, it would come
+    out as another one."""
 
     def __init__(self, file):
         self.file, self.error = file, None

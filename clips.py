@@ -163,8 +163,9 @@ def find_cached_clips(cfg, model, rank, world, control):
         latents, channels, height, width = cache.latent_shape
         if channels != model.latent_channels or height * model.space_factor != cache.size \
                 or width * model.space_factor != cache.size:
+            variant = getattr(model, "taehv", model).variant
             raise ConfigError(f"latent_cache={cache.path}: latents {cache.latent_shape} of {cache.size} pixels do not "
-                              f"fit variant={cfg.variant} ({model.latent_channels} channels, 1/{model.space_factor})")
+                              f"fit variant={variant} ({model.latent_channels} channels, 1/{model.space_factor})")
         cache.check_alignment(model)
         if cache.fingerprint != caches[0].fingerprint:
             raise ConfigError(f"val_data={cache.path} holds latents of another teacher than {cfg.latent_cache}")

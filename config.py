@@ -414,7 +414,8 @@ def parse_literal(key, text):
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         if re.fullmatch(r"[A-Za-z_]\w*", text):
             return text
-        raise ConfigError(f"{key}={text}: a number, true, false, a word, or several like 1,2,4 ([]: none) are wanted") from None
+        raise ConfigError(f"{key}={text}: a number, true, false, a word, or several like 1,2,4 are wanted ([]: none)"
+                          ) from None
 
 
 DEFAULTS = vars(Config())

@@ -333,8 +333,8 @@ def collate(samples):
         try:
             video.share_memory_()
         except RuntimeError as error:
-            raise DataError(f"no shared memory for a batch of {video.nbytes / 1e6:.1f} MB ({error}): set workers lower, "
-                            "or give the container more (docker run --shm-size=8g, or --ipc=host)") from None
+            raise DataError(f"no shared memory for a batch of {video.nbytes / 1e6:.1f} MB ({error}): set workers "
+                            "lower, or give the container more (docker run --shm-size=8g, or --ipc=host)") from None
     torch.stack(clips, out=video)
     return {"video": video.permute(0, 1, 4, 2, 3), "notes": [note for s in samples for note in s["notes"]]}
 

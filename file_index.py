@@ -27,8 +27,8 @@ SAVED_EVERY = 300  # seconds: what a first start has found by then is not lost i
 
 
 def probe(sources, max_pixels, name, *details):
-    """`data_files.probe` with an index. name: what the sources were found in, a run's `data`; details: how else they were
-    chosen from it. Returns (readable sources, [(path, why not)], [lines about the index])."""
+    """`data_files.probe` with an index. name: what the sources were found in, a run's `data`; details: how else they
+    were chosen from it. Returns (readable sources, [(path, why not)], [lines about the index])."""
     if len(sources) <= data_files.MANY:
         return *data_files.probe(sources, max_pixels), []
     path, notes, trouble = index_path(name, *details), [], []

@@ -248,7 +248,8 @@ def parse(arguments=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"),
                         help="auto: bf16 where the hardware has it; fp16: as published TAEHVs are often run, for GPUs")
-    parser.add_argument("--max-frames", type=int, default=0, metavar="N", help="only the first N frames of each input; 0: all")
+    parser.add_argument("--max-frames", type=int, default=0, metavar="N",
+                        help="only the first N frames of each input; 0: all")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, metavar="N",
                         help="inputs whose frames have more are refused (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=0, metavar="N",

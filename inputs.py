@@ -38,7 +38,8 @@ def sample(sources, number, seed, max_pixels):
 def find_inputs(inputs, number=0, seed=0, max_pixels=MAX_PIXELS, out=None):
     """([video and image sources], [latent and token files], [(path, reason)] refused in folders, [notes]). InputError
     for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see
-    video_files.py. out: the folder that is written to; its videos and pictures are left out of folders that are searched."""
+    video_files.py. out: the folder that is written to; its videos and pictures are left out of folders that are
+    searched."""
     sources, latents, refused, notes, folders = [], [], [], [], 0
     for path in inputs:
         if path.endswith((LATENTS, TOKENS)):

@@ -301,8 +301,8 @@ def remarks(cfg, model, device, dtype):
         lines.append(f"note: the model is trained on {most} frames ({model.latent_frames(most)} latents), and is worse "
                      f"later in longer videos: set frames={3 * model.time_factor} or more")
     if device.type == "cuda" and (cores := cores_per_rank()) < 4 and not (cfg.latent_cache or cfg.clip_cache):
-        lines.append(f"warning: {cores} CPU core{'s' * (cores > 1)} for each rank: the GPU will wait for clips. Give the "
-                     "job more cores (docs/cluster.md), or train from a cache of clips (docs/training.md)")
+        lines.append(f"warning: {cores} CPU core{'s' * (cores > 1)} for each rank: the GPU will wait for clips. Give "
+                     "the job more cores (docs/cluster.md), or train from a cache of clips (docs/training.md)")
     if cfg.gan_weight > 0 and cfg.gan_start >= cfg.max_steps:
         lines.append(f"note: the PatchGAN starts at step {cfg.gan_start} (gan_start), and the run ends at "
                      f"{cfg.max_steps}: it has no part in it")

@@ -39,7 +39,8 @@ from objective import Objective, remarks
 from optimizer import average_weights, learning_rate, make_optimizer
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    everywhere, from_rank_0, gather, start_ranks)
-from saving import NotSaved, Saver, check_start, find_resume, restore, take_folder, where_to_go_on
+from resuming import check_start, find_resume, restore, take_folder, where_to_go_on
+from saving import NotSaved, Saver
 from screen import guard_screen, one_line
 from step_taehv import speed_up
 from video_files import DataError
@@ -113,14 +114,14 @@ class Trainer:
         self.buckets = [data.Bucket(*bucket) for bucket in parse_buckets(cfg)]
         torch.manual_seed(cfg.seed)
         self.model, self.origin = everywhere(self.control, lambda: models.make_model(cfg, self.buckets))
-        self.cfg = cfg = models.with_shape(cfg, self.model)  # what init_from settled is a setting of the run
         self.objective = everywhere(self.control, lambda: Objective(cfg, self.model, self.device, self.autocast,
                                                                     self.control))
         self.judges = everywhere(self.control, lambda: load_judges(cfg, self.device))
         restarted, = agree(self.control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         self.resumed_from = from_rank_0(self.control, lambda: find_resume(cfg, self.folder, restarted, self.log))
         self.clips = clips.find(cfg, self.buckets, self.model, self.rank, self.world, self.control)
-        self.cfg = cfg = models.with_shape(cfg, self.model)  # and the scale of the latents that the clips have
+        # What init_from settled is a setting of the run, and the scale of the latents that the clips have.
+        self.cfg = cfg = models.with_shape(cfg, self.model)
         self.validates = len(self.clips.val) > 0
         self.workers = cfg.workers if cfg.workers >= 0 else default_workers(self.device)
         if cfg.model == "taehv" and cfg.init == "clips" and not cfg.init_from and not self.resumed_from:
