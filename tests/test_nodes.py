@@ -159,6 +159,8 @@ def test_with_one_machine_allowed_the_other_goes_on_alone(agents, tmp_path):
 TOOLS = {
     "srun": """
         export BATCH=$PPID
+        [ "$1" = --cpus-per-task=128 ] || exit 9
+        shift
         for node in 1 2; do "$@" & tasks+=" $!"; done
         echo $tasks > tasks
         trap 'kill -KILL $tasks' TERM
@@ -200,7 +202,7 @@ def test_the_slurm_script_saves_before_its_time_is_up_queues_itself_again_and_go
     for name, lines in TOOLS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "128",
                    "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
     codes = []
     for _ in range(2):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import cv2
@@ -265,6 +266,7 @@ def test_a_cosine_schedule_ends_with_the_minutes_of_the_run(here, monkeypatch, c
     seconds, take = [0.0], train.Trainer.take_clips
     monkeypatch.setattr(train.Clock, "total", lambda self: seconds[0])
     monkeypatch.setattr(train.Trainer, "take_clips", lambda self: (seconds.append(seconds.pop() + 6), take(self))[1])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # else there is no bar
     settings = [*FRAMES, "schedule=cosine", "lr=1e-3", "lr_final=0.1", "warmup_steps=2", "log_every=1"]
     folder = here(*settings, "max_steps=1000", "max_minutes=1", "name=minute")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
