@@ -299,7 +299,8 @@ def remarks(cfg, model, device, dtype):
                      "precision=auto")
     if cfg.model == "taehv" and 1 < most < 3 * model.time_factor > 3:  # 1: images
         lines.append(f"note: the model is trained on {most} frames ({model.latent_frames(most)} latents), and is worse "
-                     f"later in longer videos: set frames={3 * model.time_factor} or more")
+                     f"later in longer videos: set frames={3 * model.time_factor} or more, or end with "
+                     f"frames={7 * model.time_factor} (docs/training.md)")
     if device.type == "cuda" and (cores := cores_per_rank()) < 4 and not (cfg.latent_cache or cfg.clip_cache):
         lines.append(f"warning: {cores} CPU core{'s' * (cores > 1)} for each rank: the GPU will wait for clips. Give "
                      "the job more cores (docs/cluster.md), or train from a cache of clips (docs/training.md)")
