@@ -113,6 +113,10 @@ class LatentCache:
     def files(self):
         return [self.names[n] for n in self.file_of]
 
+    @property
+    def clip_bytes(self):
+        return sum(array.nbytes for array in self.clips)
+
     def place(self, i):
         """(shard, row in it) of clip i."""
         shard = np.searchsorted(self.starts, i, side="right") - 1
@@ -126,11 +130,11 @@ class LatentCache:
     def problem(self, rank=0, world=1, most=math.inf):
         """Compare the checksums of this rank's share of the shards: "", or one line that names the damaged file. Clips
         of more than `most` bytes in all are left out."""
-        parts = {"json"} | ({"clips.npy"} if sum(array.nbytes for array in self.clips) <= most else set())
+        parts = {"json"} | ({"clips.npy"} if self.clip_bytes <= most else set())
         parts |= {"latents.npy"} if self.latents else set()
         share = [(i, kind, crcs[kind]) for i, (_, crcs) in enumerate(self.checksums) for kind in sorted(crcs)
                  if kind in parts]
-        size = sum(array.nbytes for array in self.clips + self.latents)
+        size = self.clip_bytes + sum(array.nbytes for array in self.latents)
         for i, kind, crc in tqdm(share[rank::world], desc=f"checking the {self.what}", unit="file", leave=False,
                                  disable=rank > 0 or size < 4e9):
             name = shard_path(self.path, i, kind)
@@ -161,8 +165,7 @@ class LatentCache:
         """{"video": uint8 N T 3 H W (memory order N T H W 3), "latents": N T' C h w, as stored, "notes": []}"""
         clips = np.empty((len(indices), *self.clips[0].shape[1:]), np.uint8)
         for n, i in enumerate(indices):
-            shard, row = self.place(i)
-            clips[n] = self.clips[shard][row]
+            clips[n] = self.clip(i)
         return {"video": torch.from_numpy(clips).permute(0, 1, 4, 2, 3), "notes": [],
                 "latents": self.read_latents(indices)}
 

@@ -109,9 +109,9 @@ def describe_held_out(names):
     return ["held out: " + ", ".join(names[:20]) + " ..." * (len(names) > 20)] if names else []
 
 
-def describe_overlap(*caches):
-    """[a warning] if two caches were made from the same files."""
-    same = len(caches) == 2 and caches[0].made_from == caches[1].made_from is not None
+def describe_overlap(cache, other):
+    """[a warning] if two caches were made from the same files. (Without val_data they are one cache.)"""
+    same = other is not cache and cache.made_from == other.made_from is not None
     return ["warning: val_data was made from the same files as the training's cache: validation and best.pt say "
             "nothing of other videos"] * same
 
@@ -132,7 +132,7 @@ def open_cache(path, rank, world, control, clips_only=False):
 
 def uncompared(cache):
     """What the log says of a cache that is too large to compare all checksums, or ""."""
-    size = sum(array.nbytes for array in cache.clips)
+    size = cache.clip_bytes
     return f"; too large ({size / 1e9:.0f} GB) to compare checksums" if size > MOST_COMPARED else ""
 
 
@@ -152,7 +152,7 @@ def find_cuts(cfg, bucket, rank, world, control):
     lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
              + uncompared(cache),
              f"training: {len(mine)} clips, validation: {len(val)}"]
-    lines += describe_held_out(held_out) + describe_overlap(*{cache, other})
+    lines += describe_held_out(held_out) + describe_overlap(cache, other)
     return Clips(TrainCuts(cache, mine, cfg.seed, augment_of(cfg)), val, "", lines)
 
 
@@ -180,7 +180,7 @@ def find_cached_clips(cfg, model, rank, world, control):
              f"training: {len(clips)} clips, validation: {len(val_clips)}"]
     if cfg.model == "taehv":
         lines += suit_to_teacher(cfg, model, clips.sample(256))
-    lines += describe_held_out(held_out) + describe_overlap(*caches)
+    lines += describe_held_out(held_out) + describe_overlap(caches[0], caches[-1])
     return Clips(clips, val_clips, caches[0].fingerprint, lines)
 
 

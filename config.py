@@ -314,13 +314,14 @@ def load_config(arguments):
             raise ConfigError(f"unknown key {key!r}{nearest(key, kinds)}; python train.py --help lists all")
         values[key] = parse(key, text, kinds[key])
     drop_unsuited(values, given)
-    if preset == "taehv_finetune" and values.get("latent_cache"):
-        values.setdefault("decoder_input", "teacher")
     config = Config(**values)
     config.name = config.name or preset
-    if preset == "taehv_finetune" and not config.init_from and config.resume in ("auto", "none"):
-        raise ConfigError("taehv_finetune needs init_from=FILE, the weights to go on from (published, or a run of "
-                          "yours); the preset taehv starts from scratch")
+    if preset == "taehv_finetune":
+        if not config.init_from and config.resume in ("auto", "none"):
+            raise ConfigError("taehv_finetune needs init_from=FILE, the weights to go on from (published, or a run of "
+                              "yours); the preset taehv starts from scratch")
+        if config.latent_cache and "decoder_input" not in values:
+            config.decoder_input = "teacher"
     for key, why in without_effect(config).items():  # of a preset, or a file
         if (value := getattr(config, key)) != DEFAULTS[key]:
             if key in given:
