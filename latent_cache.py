@@ -184,8 +184,8 @@ def student_settings(plan):
             return False
         return True
 
-    variants = [v for v, row in VARIANTS.items() if row[:2] == (patch, channels) and row[-1] is None
-                and v not in RELATIVES and (v == "taecvx") == bool(pairs)]
+    variants = [v for v, row in VARIANTS.items() if (row.patch_size, row.latent_channels) == (patch, channels)
+                and not row.arch_variant and v not in RELATIVES and (v == "taecvx") == bool(pairs)]
     if re.search("Wan|Qwen", plan["teacher"]["name"]):
         variants.sort(key=lambda v: v != "taew2_1")  # Hunyuan Video's variant, the first, has the same shape
     for variant in variants:

@@ -32,23 +32,32 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# name: (patch size, latent channels, encoder time pooling, decoder time growth, decoder architecture)
+
+class Variant(NamedTuple):
+    """The shape of a published model."""
+    patch_size: int            # side of the squares of pixels that are folded into channels
+    latent_channels: int
+    pooling: tuple             # frames that each of the encoder's three stages joins into one
+    growth: tuple              # frames that each of the decoder's three stages makes of one
+    arch_variant: str = None   # of the decoder: None, "super" or "wide"
+
+
 VARIANTS = {
-    "taehv":          (1, 16, (2, 2, 1), (1, 2, 2), None),     # Hunyuan Video
-    "taew2_1":        (1, 16, (2, 2, 1), (1, 2, 2), None),     # Wan 2.1, Qwen Image
-    "taeos1_3":       (1, 16, (2, 2, 1), (1, 2, 2), None),     # Open-Sora 1.3
-    "taecvx":         (1, 16, (2, 2, 1), (1, 2, 2), None),     # CogVideoX: even latent counts are not trimmed
-    "taew2_2":        (2, 48, (2, 2, 1), (1, 2, 2), None),     # Wan 2.2 5B
-    "taew2_2_super":  (2, 48, (2, 2, 1), (1, 2, 2), "super"),
-    "taehv1_5":       (2, 32, (2, 2, 1), (1, 2, 2), None),     # Hunyuan Video 1.5
-    "taehv1_5_super": (2, 32, (2, 2, 1), (1, 2, 2), "super"),
-    "taeltx_2":       (4, 128, (2, 2, 2), (2, 2, 2), None),    # LTX-2
-    "taeltx2_3":      (4, 128, (2, 2, 2), (2, 2, 2), None),    # LTX-2.3
-    "taeltx2_3_wide": (4, 128, (2, 2, 2), (2, 2, 2), "wide"),
-    "taeh3":          (2, 24, (2, 2, 1), (1, 2, 2), None),     # MiniMax H3: chunks of 17 frames <-> 5 latents
-    "lighttaew2_1":   (1, 16, (2, 2, 1), (1, 2, 2), None),     # LightX2V's: see RELATIVES
-    "lighttaew2_2":   (2, 48, (2, 2, 1), (1, 2, 2), None),
-    "lighttaehy1_5":  (2, 32, (2, 2, 1), (1, 2, 2), None),
+    "taehv":          Variant(1, 16, (2, 2, 1), (1, 2, 2)),          # Hunyuan Video
+    "taew2_1":        Variant(1, 16, (2, 2, 1), (1, 2, 2)),          # Wan 2.1, Qwen Image
+    "taeos1_3":       Variant(1, 16, (2, 2, 1), (1, 2, 2)),          # Open-Sora 1.3
+    "taecvx":         Variant(1, 16, (2, 2, 1), (1, 2, 2)),          # CogVideoX: even latent counts are not trimmed
+    "taew2_2":        Variant(2, 48, (2, 2, 1), (1, 2, 2)),          # Wan 2.2 5B
+    "taew2_2_super":  Variant(2, 48, (2, 2, 1), (1, 2, 2), "super"),
+    "taehv1_5":       Variant(2, 32, (2, 2, 1), (1, 2, 2)),          # Hunyuan Video 1.5
+    "taehv1_5_super": Variant(2, 32, (2, 2, 1), (1, 2, 2), "super"),
+    "taeltx_2":       Variant(4, 128, (2, 2, 2), (2, 2, 2)),         # LTX-2
+    "taeltx2_3":      Variant(4, 128, (2, 2, 2), (2, 2, 2)),         # LTX-2.3
+    "taeltx2_3_wide": Variant(4, 128, (2, 2, 2), (2, 2, 2), "wide"),
+    "taeh3":          Variant(2, 24, (2, 2, 1), (1, 2, 2)),          # MiniMax H3: chunks of 17 frames <-> 5 latents
+    "lighttaew2_1":   Variant(1, 16, (2, 2, 1), (1, 2, 2)),          # LightX2V's: see RELATIVES
+    "lighttaew2_2":   Variant(2, 48, (2, 2, 1), (1, 2, 2)),
+    "lighttaehy1_5":  Variant(2, 32, (2, 2, 1), (1, 2, 2)),
 }
 ENCODER_WIDTHS = (64, 64, 64, 64)
 DECODER_WIDTHS = {None: (256, 128, 64, 64), "super": (512, 256, 128, 64), "wide": (1024, 512, 256, 64)}
@@ -745,12 +754,12 @@ def join(empty, pieces):
 class Shape(NamedTuple):
     """What the arguments of a TAEHV come to: a row of VARIANTS, with what was given in the place of its own."""
     variant: str
-    patch_size: int         # side of the squares of pixels that are folded into channels
+    patch_size: int
     latent_channels: int
-    pooling: tuple          # frames that each of the encoder's three stages joins into one
-    growth: tuple           # frames that each of the decoder's three stages makes of one
-    space: tuple            # how often each of these makes a frame larger
-    arch_variant: str       # of the decoder: None, "super" or "wide"
+    pooling: tuple
+    growth: tuple
+    space: tuple            # how often each of the decoder's stages makes a frame larger
+    arch_variant: str
     encoder_widths: tuple   # channels, from the first layer to the last
     decoder_widths: tuple
     activation: str
@@ -767,16 +776,15 @@ def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder
     if variant not in VARIANTS:
         raise ValueError(f"unknown TAEHV variant or file {str(variant)!r}{nearest(variant, VARIANTS)}; there are "
                          f"{', '.join(VARIANTS)}, and paths of weights")
-    row_patch, row_channels, row_pooling, row_growth, row_arch = VARIANTS[variant]
-    relative = RELATIVES.get(variant, {})
-    patch_size, latent_channels = patch_size or row_patch, latent_channels or row_channels
+    row, relative = VARIANTS[variant], RELATIVES.get(variant, {})
+    patch_size, latent_channels = patch_size or row.patch_size, latent_channels or row.latent_channels
     for name, value in (("patch_size", patch_size), ("latent_channels", latent_channels)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}={value!r}: a whole number from 1 on is wanted")
-    pooling = strides(encoder_time_downscale, "encoder_time_downscale") or row_pooling
-    growth = strides(decoder_time_upscale, "decoder_time_upscale") or row_growth
+    pooling = strides(encoder_time_downscale, "encoder_time_downscale") or row.pooling
+    growth = strides(decoder_time_upscale, "decoder_time_upscale") or row.growth
     space = strides(decoder_space_upscale, "decoder_space_upscale") or (2, 2, 2)
-    arch_variant = arch_variant or row_arch
+    arch_variant = arch_variant or row.arch_variant
     if arch_variant not in DECODER_WIDTHS:
         raise ValueError(f"unknown arch_variant {arch_variant!r}; there are None, 'super' and 'wide'")
     encoder_widths = widths_of(encoder_widths, "encoder_widths") or ENCODER_WIDTHS
@@ -802,10 +810,10 @@ def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder
         scale, shift = [1.0] * latent_channels, [0.0] * latent_channels
     time_factor = math.prod(pooling)
     # A preview decoder switches some of `full` off, and gives the last frame of each group that it does not split.
-    full = growth if math.prod(growth) == time_factor else row_growth
+    full = growth if math.prod(growth) == time_factor else row.growth
     if math.prod(full) != time_factor or any(g > f for g, f in zip(growth, full)):
         raise ValueError(f"the encoder joins {time_factor} frames into a latent, which decoder_time_upscale {growth} "
-                         f"cannot undo: the strides must multiply to {time_factor}, or switch off some of {row_growth} "
+                         f"cannot undo: the strides must multiply to {time_factor}, or switch off some of {row.growth} "
                          "for a preview")
     frame_positions = [0]
     for g, f in zip(growth, full):

@@ -84,16 +84,17 @@ def with_shape(config, source):
         for key, own in (("patch_size", patch_size), ("latent_channels", channels)):
             if getattr(config, key) not in (0, own):
                 raise ValueError(f"{key}={getattr(config, key)}")
-        usual = dict(encoder_time_downscale=list(standard[2]), decoder_time_upscale=list(standard[3]),
-                     decoder_space_upscale=[True] * 3, arch_variant=standard[4])
+        usual = dict(encoder_time_downscale=list(standard.pooling), decoder_time_upscale=list(standard.growth),
+                     decoder_space_upscale=[True] * 3, arch_variant=standard.arch_variant)
         own = {key: value for key, value in shape.items() if usual.get(key) != value}
         if config.model == "taehv":
             net = {**own, **net}
         elif own:
             net["taehv"] = {**own, **net.get("taehv", {})}
         config = dataclasses.replace(
-            config, variant=config.variant or variant, latent_channels=0 if channels == standard[1] else channels,
-            patch_size=0 if patch_size == standard[0] else patch_size)
+            config, variant=config.variant or variant,
+            patch_size=0 if patch_size == standard.patch_size else patch_size,
+            latent_channels=0 if channels == standard.latent_channels else channels)
     if config.init_from and config.model != "taehv" and isinstance(source, MODELS[config.model]):
         takes = inspect.signature(MODELS[config.model]).parameters
         same = net.get("quantizer") in (None, source.config.get("quantizer"))  # another one has other options
