@@ -67,12 +67,9 @@ def find_files(cfg, frames):
             make_demo("demo_data")
         except OSError as error:
             raise DataError(f"data=demo: demo_data cannot be written here ({error})") from None
-    train, refused, notes = look_through(cfg, path)
+    train, refused, notes = look_through(cfg, "data", path)
     if val_path:
-        try:
-            val, more, more_notes = look_through(cfg, val_path)
-        except DataError as error:
-            raise DataError(str(error).replace("data:", "val_data:", 1)) from None
+        val, more, more_notes = look_through(cfg, "val_data", val_path)
         refused, notes = refused + more, notes + more_notes
     else:
         train, val = split_sources(train, cfg.val_fraction)
@@ -98,10 +95,13 @@ def find_files(cfg, frames):
     return train, val, lines
 
 
-def look_through(cfg, path):
+def look_through(cfg, setting, path):
     """(sources that can be read, [(path, why not)], [lines about the index of files])."""
-    return file_index.probe(find_sources(path, cfg.data_root, cfg.use_images), cfg.max_pixels, path, cfg.data_root,
-                            cfg.use_images)
+    try:
+        sources = find_sources(path, cfg.data_root, cfg.use_images)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from None
+    return file_index.probe(sources, cfg.max_pixels, path, cfg.data_root, cfg.use_images)
 
 
 def describe_held_out(names):

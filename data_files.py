@@ -55,17 +55,17 @@ class Sources(collections.abc.Sequence):
 def find_sources(data, data_root="", only_images=False):
     """Sources of a folder (recursive), of a single file, or of a list of files: an annotation {"list": [{"path":
     "a.mp4"}, ...]} or a table .csv with a column "path". Their paths are relative to `data_root` (default: the list's
-    folder). Nothing is opened. DataError for none.
+    folder). Nothing is opened. DataError for none, which names the path, not the setting that it comes from.
     """
     if only_images:
         images = [source for source in find_sources(data, data_root) if source.is_image]
         if not images:
-            raise DataError(f"data: no image ({' '.join(IMAGE_SUFFIXES)}) in {data!r}, and use_images=true")
+            raise DataError(f"no image ({' '.join(IMAGE_SUFFIXES)}) in {data!r}, and use_images=true")
         return images
     if not data:
-        raise DataError("no data given: set data= to a folder, a file, an annotation .json or a table .csv")
+        raise DataError("no data given: a folder, a file, an annotation .json or a table .csv is wanted")
     if not os.path.exists(data):
-        raise DataError(f"data: {data!r} does not exist")
+        raise DataError(f"{data!r} does not exist")
     if os.path.isdir(data):
         sources = []
         for folder, files in walk(data):
@@ -74,13 +74,13 @@ def find_sources(data, data_root="", only_images=False):
                 if file.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not file.startswith("."):
                     sources.append(Source(os.path.join(folder, file), file if inner == "." else f"{inner}/{file}"))
         if not sources:
-            raise DataError(f"data: no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}) under {data!r}")
+            raise DataError(f"no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}) under {data!r}")
         return sources
     if read := LISTS.get(os.path.splitext(data)[1].lower()):
         root = data_root or os.path.dirname(data)
         return [Source(os.path.join(root, path), path) for path in read(data)]
     if not data.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):  # FFmpeg would render a text file as video
-        raise DataError(f"data: {data!r} is no video or image: its name ends in none of "
+        raise DataError(f"{data!r} is no video or image: its name ends in none of "
                         f"{' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return [Source(data, os.path.basename(data))]
 
@@ -110,9 +110,9 @@ def check_list(path):
     try:
         size = check_regular(path)
     except DataError as error:
-        raise DataError(f"data: {path!r}: {error}") from None
+        raise DataError(f"{path!r}: {error}") from None
     if size > MAX_LIST and not path.lower().endswith(".csv"):
-        raise DataError(f"data: {path!r} has more than {MAX_LIST >> 20} MiB: a table .csv takes less memory")
+        raise DataError(f"{path!r} has more than {MAX_LIST >> 20} MiB: a table .csv takes less memory")
 
 
 def read_annotation(path):
@@ -123,10 +123,10 @@ def read_annotation(path):
             entries = json.load(file)["list"]
         paths = [entry["path"] for entry in entries]
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise DataError(f"data: {path!r} is no annotation like {{\"list\": [{{\"path\": \"a.mp4\"}}]}} "
+        raise DataError(f"{path!r} is no annotation like {{\"list\": [{{\"path\": \"a.mp4\"}}]}} "
                         f"({type(error).__name__}: {error})") from None
     if not paths or not all(isinstance(p, str) and p and "\0" not in p for p in paths):
-        raise DataError(f"data: {path!r} must list at least one entry, and every \"path\" must be a file name")
+        raise DataError(f"{path!r} must list at least one entry, and every \"path\" must be a file name")
     return list(dict.fromkeys(paths))
 
 
@@ -138,14 +138,14 @@ def read_table(path):
             rows = csv.DictReader(file)
             columns = rows.fieldnames or []
             if "path" not in columns:
-                raise DataError(f"data: {path!r} has no column \"path\" in its first line"
+                raise DataError(f"{path!r} has no column \"path\" in its first line"
                                 + (f", but {', '.join(columns)[:80]}" if columns else ": it is empty"))
             paths = [row["path"] for row in rows]
     except (ValueError, csv.Error, OSError) as error:
-        raise DataError(f"data: {path!r} cannot be read as a CSV file in UTF-8 ({type(error).__name__}: "
+        raise DataError(f"{path!r} cannot be read as a CSV file in UTF-8 ({type(error).__name__}: "
                         f"{error})") from None
     if not paths or not all(p and "\0" not in p for p in paths):
-        raise DataError(f"data: {path!r} must list at least one file, and have a file name in each row's \"path\"")
+        raise DataError(f"{path!r} must list at least one file, and have a file name in each row's \"path\"")
     return list(dict.fromkeys(paths))
 
 
