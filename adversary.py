@@ -3,12 +3,12 @@
     adversary = Adversary(dims=2, start=30000, ramp=1000, device=device)
     for step in range(steps):
         adversary.begin(step)                                    # again, if the step has to be done again
-        for video, share in micro_batches:                       # the shares of a step add up to 1
+        for video, fraction in micro_batches:                    # the fractions of a step add up to 1
             output = model(video)
             loss = (output - video).abs().mean()
             with autocast:
-                loss = loss + adversary.generator_term(video, output, loss, model.last.weight, share)
-            (loss * share).backward()
+                loss = loss + adversary.generator_term(video, output, loss, model.last.weight, fraction)
+            (loss * fraction).backward()
         figures = adversary.step(limit=1.0)                      # all ranks together; the model's own step beside it
 
 This file works alone: torch only. Only `begin` (once) and `step` talk to the other ranks: what may run out of memory on
@@ -155,6 +155,13 @@ class Adversary(nn.Module):
                                            fused=torch.device(device).type in ("cuda", "cpu"))
         self.now, self.make_gradients, self.gradients = -1, gradients, None
 
+    def prepare(self):
+        """With `gradients`: before the first step and after loading, on all ranks together, the discriminator becomes
+        rank 0's. Where it was not called, `begin` does, in the first step from `start` on."""
+        if self.make_gradients:
+            self.gradients = self.make_gradients(self.discriminator.parameters(), len(self.FIGURES),
+                                                 self.discriminator.buffers())
+
     # ---- one step: begin, generator_term for each micro-batch, step ------------------------------------------------
 
     def active(self):
@@ -180,20 +187,19 @@ class Adversary(nn.Module):
             self.totals = torch.zeros_like(self.figures)
             return
         if self.gradients is None:
-            self.gradients = self.make_gradients(self.discriminator.parameters(), len(self.FIGURES),
-                                                 self.discriminator.buffers())
+            self.prepare()
         self.gradients.begin()
         self.totals = self.gradients.totals
 
-    def generator_term(self, real, fake, reconstruction_loss=None, last_layer=None, share=1.0):
+    def generator_term(self, real, fake, reconstruction_loss=None, last_layer=None, fraction=1.0):
         """The weighted term to add to the loss, a scalar (0.0 before `start`); adds up the discriminator's gradient.
 
         real, fake: N T C H W in [0, 1], `fake` with its graph. reconstruction_loss, last_layer: as in adaptive_weight
-        (ignored if not adaptive). share: this micro-batch's part of the step. If the gradient that the term would give
-        is not finite, the term is left out (weight 0): the reconstruction goes on, `step` skips the discriminator's.
-        Call it within autocast to have the convolutions in bf16 (but for clips on a CPU, see `precision`); the losses
-        are float32 all the same. ValueError for shapes that differ or are too small, and for an adaptive weight without
-        a last layer that is trained.
+        (ignored if not adaptive). fraction: this micro-batch's part of the step. If the gradient that the term would
+        give is not finite, the term is left out (weight 0): the reconstruction goes on, `step` skips the
+        discriminator's. Call it within autocast to have the convolutions in bf16 (but for clips on a CPU, see
+        `precision`); the losses are float32 all the same. ValueError for shapes that differ or are too small, and for
+        an adaptive weight without a last layer that is trained.
         """
         if not self.active():
             return 0.0
@@ -218,7 +224,7 @@ class Adversary(nn.Module):
                 weight = torch.ones_like(value)
             weight = torch.where(torch.linalg.vector_norm(gradient).isfinite(), weight, 0.0)
             if self.learns():
-                self.learn(scores_real.float(), scores_fake, value.detach(), weight, share)
+                self.learn(scores_real.float(), scores_fake, value.detach(), weight, fraction)
             factor = weight * (self.weight * min(1.0, (self.now - self.start + 1) / max(1, self.ramp)))
             value, gradient = (torch.where(weight > 0, x.detach() * factor, 0.0) for x in (value, gradient))
             term = (fake * gradient).sum()  # the wanted gradient; and the wanted value:
@@ -232,15 +238,16 @@ class Adversary(nn.Module):
         wrong = kind == "cpu" and self.discriminator.dims == 3
         return torch.autocast(kind, enabled=False) if wrong else contextlib.nullcontext()
 
-    def learn(self, real, fake, value, weight, share):
+    def learn(self, real, fake, value, weight, fraction):
         loss = discriminator_loss(self.loss, real, fake)
         if self.lecam:
             mean_real, mean_fake, seen = self.lecam_means
             mean_real, mean_fake = mean_real / seen.clamp(min=1e-6), mean_fake / seen.clamp(min=1e-6)
             apart = F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
             loss = loss + self.lecam * torch.where(seen > 0, apart, 0.0)
-        (loss * share).backward(inputs=list(self.discriminator.parameters()))
-        self.totals += torch.stack([loss.detach(), value, real.detach().mean(), fake.detach().mean(), weight]) * share
+        (loss * fraction).backward(inputs=list(self.discriminator.parameters()))
+        figures = torch.stack([loss.detach(), value, real.detach().mean(), fake.detach().mean(), weight])
+        self.totals += figures * fraction
 
     def step(self, limit=0.0):
         """End the step; all ranks call it. The gradient's norm is held to `limit` if that is above 0.

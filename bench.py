@@ -28,13 +28,14 @@ import time
 import torch
 import torch.nn.functional as F
 
+import fast_cuda
 import models
 import progress
 from bench_loader import loader
 from bench_loop import loop
 from config import load_config
 from data_files import find_sources
-from device import DeviceError, describe, pick_device, pick_precision, place, stream_limit, tune
+from device import DeviceError, describe, pick_device, pick_precision, stream_limit, to_device, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 from screen import guard_screen, nobody_reads, one_line, text_is_lost
 from video_files import DataError
@@ -81,7 +82,7 @@ def codec_call(options, name, size, label, task):
     how, kind = label.rsplit(" ", 1)
     torch.manual_seed(0)
     model = families()[name]().eval()
-    model = model.to(device, TYPES[kind]) if how == "published" else place(model, device, TYPES[kind])
+    model = model.to(device, TYPES[kind]) if how == "published" else to_device(model, device, TYPES[kind])
     height, width = (-(-n // model.space_factor) * model.space_factor for n in size)
     if task == "encode":
         x = torch.rand(1, options.frames, 3, height, width, device=device)
@@ -94,10 +95,17 @@ def codec_call(options, name, size, label, task):
     if how == "at once":
         call = model.encode if task == "encode" else model.decode
         return torch.no_grad()(lambda: call(x)), model, x
-    runner = model if how == "plain" else models.fast(model, graph=how == "graph")
+    runner = model if how == "plain" else fast_copy(model, graph=how == "graph")
     if how == "graph":
         streamed(runner, task, x)  # graphs are recorded when a shape comes the second time: in the warm-up, after this
     return lambda: streamed(runner, task, x), model, x
+
+
+def fast_copy(model, graph=False):
+    """The model's copy for inference on its device; itself where there is none."""
+    if next(model.parameters()).device.type == "cuda" and type(model) is models.TAEHV:
+        return fast_cuda.fast(model, graph)
+    return models.fast(model)
 
 
 def codec_rows(options, name, size, labels, task):
@@ -121,7 +129,7 @@ def codec(options):
     device = pick_device(options.device)
     for name in options.families:
         model = families()[name]().eval().to(device)
-        has_fast = models.fast(model) is not model
+        has_fast = fast_copy(model) is not model
         ways = ["plain", *["fast"] * has_fast, *["graph"] * (has_fast and device.type == "cuda"),
                 *["at once"] * options.at_once]
         del model  # its memory is wanted
@@ -173,7 +181,7 @@ def train_call(options, size, batch, label):
     device = pick_device(options.device)
     tune(device)
     torch.manual_seed(0)
-    model = TAEHV().to(device) if label in ("plain fp32", "plain bf16") else speed_up(place(TAEHV(), device))
+    model = TAEHV().to(device) if label in ("plain fp32", "plain bf16") else speed_up(to_device(TAEHV(), device))
     ours = label.startswith("ours")
     optimizer = torch.optim.AdamW(model.parameters(), **dict(fused=device.type in ("cpu", "cuda")) if ours else {})
     video = torch.rand(batch, 12, 3, size, size, device=device)

@@ -117,14 +117,14 @@ class LatentCache:
     def clip_bytes(self):
         return sum(array.nbytes for array in self.clips)
 
-    def place(self, i):
+    def locate(self, i):
         """(shard, row in it) of clip i."""
         shard = np.searchsorted(self.starts, i, side="right") - 1
         return shard, i - self.starts[shard]
 
     def clip(self, i):
         """A stored clip, uint8 T H W 3, in place."""
-        shard, row = self.place(i)
+        shard, row = self.locate(i)
         return self.clips[shard][row]
 
     def problem(self, rank=0, world=1, most=math.inf):
@@ -173,7 +173,7 @@ class LatentCache:
         """N T' C h w, as stored."""
         latents = np.empty((len(indices), *self.latent_shape), STORED[self.dtype])
         for n, i in enumerate(indices):
-            shard, row = self.place(i)
+            shard, row = self.locate(i)
             latents[n] = self.latents[shard][row]
         if self.dtype == "bfloat16":
             return torch.from_numpy(latents.view(np.int16)).view(torch.bfloat16)

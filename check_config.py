@@ -13,11 +13,9 @@ import re
 from typing import NamedTuple, get_args
 
 AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
-               "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay pixel_weight encoder_weight "
-               "perceptual_weight perceptual_frames seraena_weight seraena_lr vq_weight val_size max_val_images "
-               "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor own_share "
-               "gan_weight gan_start gan_ramp gan_lr gan_lecam gan_max_weight gan_beta1 gan_beta2 gan_weight_decay "
-               "gan_clip",
+               "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay perceptual_frames seraena_lr val_size "
+               "encoder_lr_factor latents_lr_factor own_share gan_start gan_ramp gan_lr gan_lecam gan_beta1 gan_beta2 "
+               "gan_weight_decay gan_clip",
             1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
                "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every clips_per_open wavelet_levels",
@@ -29,8 +27,7 @@ AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur own_share lr_fina
            1000: "val_clips_per_video perceptual_frames seraena_frames patch_size", 2 ** 14: "size val_size",
            2 ** 16: "frames batch_size accumulation latent_channels",
            10 ** 6: "timeout_minutes val_clips keep_last min_frame_delta max_frame_delta seraena_replay_mb",
-           10 ** 11: "max_steps warmup_steps gan_start gan_ramp gan_every log_every val_every save_every max_bad_steps "
-                     "max_val_images",
+           10 ** 11: "max_steps warmup_steps gan_start gan_ramp gan_every log_every val_every save_every max_bad_steps",
            10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
                      "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes "
                      "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor",
@@ -58,6 +55,8 @@ def check(config):
             raise ConfigError(f"{key}={value}{nearest(str(value), texts)}: one of {', '.join(texts)} is wanted")
         if field.type is float and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: a finite number is wanted")
+        if key.endswith("_weight") and value < 0:
+            raise ConfigError(f"{key}={value}: at least 0 is wanted")
     for limits, word, fits in ((AT_LEAST, "least", float.__ge__), (AT_MOST, "most", float.__le__)):
         for limit, keys in limits.items():
             for key in keys.split():

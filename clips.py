@@ -15,7 +15,7 @@ from check_config import ConfigError
 from clip_cache import TrainCuts, ValCuts
 from data_files import find_sources, split_sources
 from init_taehv import fits_teacher, scale_to_teacher
-from ranks import everywhere, from_rank_0
+from ranks import everywhere, from_rank_0, gather
 from synthetic import make_demo
 from video_files import DataError
 
@@ -41,6 +41,15 @@ def find(cfg, buckets, model, rank, world, control):
     return found
 
 
+def share(val, rank, world, control, note):
+    """This rank's validation clips; note gets what was odd about them. DataError on all ranks if none can be read."""
+    mine = val.share(rank, world, note)
+    if len(val) and not any(gather(control, len(mine))):
+        raise DataError("none of the clips for validation can be read; train.log names their files: set val_data to "
+                        "others, or val_fraction=0")
+    return mine
+
+
 def first_batches(cfg, found, bucket, workers):
     """The first training batches of this bucket; training will see them too."""
     return found.train.batches(data.TrainSchedule(found.train, [bucket], cfg.seed), workers)
@@ -52,7 +61,7 @@ def find_clips(cfg, bucket, control):
     clips = data.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment_of(cfg),
                             cfg.image_sequences, cfg.max_pixels, cfg.clips_per_open)
     val_clips = data.ValClips(val, cfg.val_size or bucket.size, bucket.frames, cfg.val_clips_per_video,
-                              val_limit(cfg, bucket.frames), cfg.image_sequences, cfg.max_pixels)
+                              cfg.val_clips, cfg.image_sequences, cfg.max_pixels)
     if val and not len(val_clips):
         found.append(f"no validation: no held-out file gives clips of {bucket.frames} frames")
     return Clips(clips, val_clips, "", found)
@@ -139,7 +148,7 @@ def uncompared(cache):
 def find_cuts(cfg, bucket, rank, world, control):
     """Clips of a clip cache."""
     cache = open_cache(cfg.clip_cache, rank, world, control, clips_only=True)
-    limit, size = val_limit(cfg, bucket.frames), cfg.val_size or bucket.size
+    size = cfg.val_size or bucket.size
     mine, held_back, held_out = cache.split_by_file(0 if cfg.val_data else cfg.val_fraction)
     other = cache
     if cfg.val_data:
@@ -147,8 +156,8 @@ def find_cuts(cfg, bucket, rank, world, control):
             other = open_cache(cfg.val_data, rank, world, control, clips_only=True)
         except DataError as error:
             raise DataError(f"val_data has to be a second clip cache: {error}") from None
-    val = ValCuts(other, np.arange(len(other)) if cfg.val_data else held_back, size, bucket.frames, limit,
-                  "val_size" if cfg.val_size else "size")
+    val = ValCuts(other, np.arange(len(other)) if cfg.val_data else held_back, size, bucket.frames,
+                  cfg.val_clips, "val_size" if cfg.val_size else "size")
     lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
              + uncompared(cache),
              f"training: {len(mine)} clips, validation: {len(val)}"]
@@ -169,10 +178,9 @@ def find_cached_clips(cfg, model, rank, world, control):
         cache.check_alignment(model)
         if cache.fingerprint != caches[0].fingerprint:
             raise ConfigError(f"val_data={cache.path} holds latents of another teacher than {cfg.latent_cache}")
-    limit = val_limit(cfg, caches[0].frames)
-    clips, val_clips, held_out = caches[0].split(0 if cfg.val_data else cfg.val_fraction, cfg.seed, limit)
+    clips, val_clips, held_out = caches[0].split(0 if cfg.val_data else cfg.val_fraction, cfg.seed, cfg.val_clips)
     if cfg.val_data:
-        val_clips = caches[1].all(cfg.seed, limit)
+        val_clips = caches[1].all(cfg.seed, cfg.val_clips)
     if cfg.model == "vq_latents" and not model.scale:
         model.calibrate(clips.sample(256))
     lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}"
@@ -196,8 +204,3 @@ def suit_to_teacher(cfg, model, latents):
         return []
     scale_to_teacher(model, latents)
     return ["the teacher's latents come to the layers with mean 0 and deviation 1 in each channel (net.scaled_latents)"]
-
-
-def val_limit(cfg, frames):
-    """How many clips of `frames` frames validation may take."""
-    return min(cfg.val_clips, max(1, cfg.max_val_images // frames)) if cfg.max_val_images else cfg.val_clips

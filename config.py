@@ -49,7 +49,6 @@ class Config:
     val_fraction: float = 0.05      # fraction of the files held out for validation, chosen by their names; 0: none
     val_clips: int = 64             # number of validation clips at most
     val_size: int = 0               # height and width of validation clips, pixels; 0: size, or the first bucket's
-    max_val_images: int = 0         # number of frames in all validation clips at most; 0: no limit
     val_metrics: str = ""           # metrics that validation adds to MSE, PSNR, SSIM, sharpness and flicker: lpips (of
                                     # AlexNet), fid, or both as lpips,fid
     best_by: Literal["psnr", "ssim", "mse", "lpips"] = "psnr"
@@ -126,9 +125,6 @@ class Config:
                                     # tells apart much sooner in small batches; off, as published: each sample is either
                                     # an original or a fake
     seraena_replay_mb: int = 512    # memory for Seraena's replayed samples, MB per rank
-    seraena_replay_device: Literal["same", "pinned"] = "same"
-                                    # memory that holds Seraena's replayed samples: the same device's as the model, or
-                                    # pinned memory of the host
     seraena_save_replay: bool = True
                                     # whether checkpoints hold Seraena's replayed samples, in one file per rank; off:
                                     # they are collected anew after a resume
@@ -161,7 +157,7 @@ class Config:
     schedule: Literal["constant", "cosine", "exponential"] = "cosine"
                                     # course of the learning rate after the warm-up: cosine falls to lr_final at
                                     # max_steps or max_minutes, exponential falls by lr_decay
-    warmup_steps: int = 100         # steps in which the learning rate rises linearly from 0 to lr
+    warmup_steps: int = 100         # steps in which the learning rate rises linearly to lr
     lr_final: float = 0.05          # cosine: learning rate at the end, as a fraction of lr
     lr_decay: float = 0.99          # exponential: factor of the learning rate per 1000 steps
     beta1: float = 0.9              # decay per step of the mean gradient in AdamW
@@ -171,7 +167,7 @@ class Config:
     ema_decay: float = 0.999        # decay per step of the average of the weights, which is validated and saved; it
                                     # starts at 0.1 and rises to this
     max_bad_steps: int = 20         # number of steps in a row with a loss or gradient that is not finite after which
-                                    # the run stops
+                                    # the run stops, at the next log line
 
     # ---- logging and checkpoints
     wandb: str = ""                 # project of Weights & Biases that gets a copy of TensorBoard's curves; empty: none

@@ -204,9 +204,9 @@ class TrainClips(Dataset):
 
     def read(self, source, frames, rng):
         """(frames, first frame number, spacing, [what was odd])"""
-        delta, place = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
+        delta, position = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
         if not source.is_image:
-            return read_frames(source.path, place, frames, delta, self.max_pixels)
+            return read_frames(source.path, position, frames, delta, self.max_pixels)
         more = rng.choice(len(self.images), frames - 1, replace=len(self.images) < frames) if frames > 1 else []
         images = [source, *(self.sources[self.images[i]] for i in more)]
         return [read_image(image.path, self.max_pixels) for image in images], 0, 1, []
@@ -241,12 +241,12 @@ class ValClips(Dataset):
 
     def __getitem__(self, i):
         """{"video": uint8 T 3 H W, "notes": [...]}; an unreadable file gives a video of 0 frames and a note."""
-        source, place = self.items[i]
+        source, position = self.items[i]
         try:
             if source.is_image:
                 frames, notes = [read_image(path, self.max_pixels) for path in self.sequences[i]], []
             else:
-                frames, _, _, notes = read_frames(source.path, place, self.frames, 1, self.max_pixels)
+                frames, _, _, notes = read_frames(source.path, position, self.frames, 1, self.max_pixels)
         except DataError as error:
             return {"video": torch.empty(0, 3, self.size, self.size, dtype=torch.uint8),
                     "notes": [(source.path, f"{error}; left out of the validation")]}

@@ -187,10 +187,10 @@ def split_sources(sources, val_fraction):
     """
     if val_fraction <= 0 or len(sources) < 2:
         return list(sources), []
-    places = [int.from_bytes(hashlib.sha256(s.key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2 ** 64
+    fractions = [int.from_bytes(hashlib.sha256(s.key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2 ** 64
               for s in sources]
-    limit, last = max(val_fraction, min(places)), max(places)
-    held_out = [place < val_fraction or place == limit for place in places]
+    limit, last = max(val_fraction, min(fractions)), max(fractions)
+    held_out = [fraction < val_fraction or fraction == limit for fraction in fractions]
     if all(held_out):  # a handful of files and a large share: keep something to train on
-        held_out = [place < last for place in places]
+        held_out = [fraction < last for fraction in fractions]
     return ([s for s, out in zip(sources, held_out) if not out], [s for s, out in zip(sources, held_out) if out])

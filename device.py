@@ -12,7 +12,7 @@ import torch
 
 
 class DeviceError(Exception):
-    """A device that is not there; the message says what to use instead."""
+    """A device that is not there, or has too little memory; the message says what to use instead."""
 
 
 def pick_device(name="auto"):
@@ -78,14 +78,15 @@ def default_workers(device):
 
 
 def tune(device):
-    """Process-wide settings that pay: TF32 and cuDNN's search on a GPU; on a CPU an allocator that keeps its pages, and
-    no more memory than there is."""
+    """Process-wide settings that pay: a thread for each core (torchrun gives each rank one); TF32 and cuDNN's search on
+    a GPU; on a CPU an allocator that keeps its pages, and no more memory than there is."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(cores_per_rank())
     if device.type == "cuda":
+        # By the old names: torch.compile reads these, and refuses what was set by the new ones (fp32_precision).
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     elif device.type == "cpu":
-        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread, however many cores there are
-            torch.set_num_threads(cores_per_rank())
         keep_freed_blocks(1 << 30)
         limit_memory(host_memory())
 
@@ -120,7 +121,7 @@ def glibc():
     return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
-def place(model, device, dtype=None):
+def to_device(model, device, dtype=None):
     """Move a model to its device, the weights of 2D and 3D convolutions channels-last. Returns it. Quantizers stay
     float32, whatever `dtype` is: see quantize.py."""
     model.to(device, dtype)

@@ -20,7 +20,7 @@ import models
 import quantize
 from codec import InputError
 from compare import factors, padded
-from device import place, time_call
+from device import to_device, time_call
 from evaluate import group_of, time_halves
 from rate import Result, VideoCodec, parse_codec
 from teachers import is_spec, load_teacher
@@ -70,8 +70,7 @@ class Own:
         self.fingerprint = models.fingerprint(model, f"{sorted(model.config.items())} {about}")
         self.device, self.dtype = context.device, context.dtype
         self.parameters, self.weight_bytes = size_of(model)
-        place(model, context.device, context.dtype).requires_grad_(False)
-        self.model = models.fast(model) if context.device.type == "cpu" else model
+        self.model = models.fast(to_device(model, context.device, context.dtype).requires_grad_(False))
         if levels:
             quantize.use_levels(self.model, levels)
 

@@ -7,8 +7,9 @@ import torch
 
 import metrics
 from check_config import ConfigError
-from device import time_call
+from device import DeviceError, is_out_of_memory, time_call
 from metrics import MEASURES, Measure
+from ranks import agree
 
 TIMED_CLIPS = 3  # of a validation: encoded and decoded once more, for their speed
 LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
@@ -19,7 +20,7 @@ DETAILS = {"detail": Measure(lambda output, target: metrics.laplacian_variance(o
            "original_detail": Measure(lambda output, target: metrics.laplacian_variance(target), "")}
 
 
-PLACES = "mse_first", "mse_inner", "mse_last"  # squared error by the frame's place among those that a latent stands for
+PHASES = "mse_first", "mse_inner", "mse_last"  # squared error by the frame's place among those that a latent stands for
 
 
 def group_of(model, frames):
@@ -35,15 +36,15 @@ def group_of(model, frames):
 class Quality:
     """Means over frames of `metrics.MEASURES` and of sharpness (or of those named in `only`), and of LPIPS if its
     function is given. `fid`, a metrics.FID that others may add to as well, or None, gets each `every`-th frame.
-    group: see `group_of`; a group of more than one frame adds the squared errors of PLACES."""
+    group: see `group_of`; a group of more than one frame adds the squared errors of PHASES."""
 
     def __init__(self, lpips=None, fid=None, every=1, only=(*MEASURES, *DETAILS), group=(1, 0)):
         measures = {**MEASURES, "lpips": MEASURES["lpips"]._replace(function=lpips), **DETAILS}
         self.measures = {name: measure for name, measure in measures.items()
                          if measure.function and name in (*only, "lpips")}
         self.fid, self.every, self.frames, self.group = fid, every, 0, group
-        self.last, self.place = None, 0  # of the call before: its last frames; where in a group the next one stands
-        self.names = [*self.measures, *PLACES]
+        self.last, self.phase = None, 0  # of the call before: its last frames; where in a group the next one stands
+        self.names = [*self.measures, *PHASES]
         self.sums = torch.zeros(len(self.names), 2, dtype=torch.float64)  # of each measure; and over how many frames
 
     @torch.no_grad()
@@ -63,12 +64,12 @@ class Quality:
             given = pair if measure.frames > 1 else (output, target)
             if min(output.shape[-2:]) >= measure.least and given[0].shape[1] >= measure.frames:
                 found[name] = measure.function(*given)
-        size, first = self.group[0], self.place if follows and self.last else self.group[1]
+        size, first = self.group[0], self.phase if follows and self.last else self.group[1]
         if size > 1 and "mse" in found:
-            places = [(first + t) % size for t in range(output.shape[1])]
-            for name, wanted in zip(PLACES, ({0}, set(range(1, size - 1)), {size - 1})):
-                found[name] = found["mse"][:, [t for t, place in enumerate(places) if place in wanted]]
-        self.last, self.place = (output[:, -1:].clone(), target[:, -1:].clone()), first + output.shape[1]
+            phases = [(first + t) % size for t in range(output.shape[1])]
+            for name, wanted in zip(PHASES, ({0}, set(range(1, size - 1)), {size - 1})):
+                found[name] = found["mse"][:, [t for t, phase in enumerate(phases) if phase in wanted]]
+        self.last, self.phase = (output[:, -1:].clone(), target[:, -1:].clone()), first + output.shape[1]
         values = [value.flatten() for value in found.values()]
         if values:  # they come from a GPU together, once
             parts = torch.cat(values).cpu().double().split([len(value) for value in values])
@@ -77,12 +78,12 @@ class Quality:
 
     def reduce(self, group=None):
         """{"mse": its mean over all ranks of `group`, or None where no frame was measured, ...}; "sharpness" in the
-        place of "detail" and "original_detail"; PLACES where latents have groups of frames; "count": frames."""
+        place of "detail" and "original_detail"; PHASES where latents have groups of frames; "count": frames."""
         if group is not None:
             torch.distributed.all_reduce(self.sums, group=group)
         means = {name: sum / count if count else None
                  for name, (sum, count) in zip(self.names, self.sums.tolist())}
-        means = {name: mean for name, mean in means.items() if name not in PLACES or mean is not None}
+        means = {name: mean for name, mean in means.items() if name not in PHASES or mean is not None}
         if "detail" in means:
             detail, original = means.pop("detail"), means.pop("original_detail")
             means["sharpness"] = None if detail is None else metrics.sharpness(detail, original)
@@ -96,11 +97,12 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
     samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
     dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
     (frames at most 100 dB), "ssim", "flicker" (None for clips of one frame), "sharpness" (as `metrics.sharpness`, of
-    all frames; None for flat clips), PLACES (where a latent stands for several frames), "count";
+    all frames; None for flat clips), PHASES (where a latent stands for several frames), "count";
     "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
     `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
     latents, and "teacher_psnr", "teacher_mse", "teacher_ssim" and, if asked for, "teacher_lpips", of decoding the
-    teacher's. "encode_fps", "decode_fps": frames a second and rank, of the first clips.
+    teacher's. "encode_fps", "decode_fps": frames a second and rank, of the first clips. DeviceError on all ranks if
+    memory runs out on one.
     """
     fid = make_fid() if make_fid else None
     quality, teachers = Quality(lpips, fid), Quality(lpips, only=("psnr", "mse", "ssim"))
@@ -108,7 +110,8 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
     statistics = metrics.CodeStatistics(model.codebook_sizes) if hasattr(model, "tokenize") else None
     latents_mean = metrics.Mean("latent_mse", *LATENT_FACTS)
     seconds = metrics.Mean("encode", "decode")  # per frame
-    for number, sample in enumerate(samples):
+
+    def measure(number, sample):
         video = sample["video"][None].to(device).float().div_(255)
         with autocast:
             output, info = model(video)
@@ -124,7 +127,7 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
         if len(shown) < 4:
             shown.append((target[0].cpu(), output[0].cpu()))
         if "latents" not in sample:
-            continue
+            return
         latents = sample["latents"][None].to(device).float()
         latents_count, frames_count = model.aligned(video.shape[1], latents.shape[1])
         latents_mean.add(latent_mse=(own[:, :latents_count] - latents[:, :latents_count]).square().mean()[None],
@@ -135,6 +138,17 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
         output = output.float().clamp(0, 1)[:, :frames_count]
         target = model.targets(video, latents.shape[1])[:, :frames_count]
         teachers.add(output, target)
+
+    out_of_memory = False
+    try:
+        for number, sample in enumerate(samples):
+            measure(number, sample)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        out_of_memory = True
+    if any(agree(control, out_of_memory)):
+        raise DeviceError("out of memory in validation")
     result = quality.reduce(control)
     for half, value in seconds.reduce(control).items():
         if half != "count":
@@ -175,9 +189,9 @@ def load_judges(cfg, device):
     return judges
 
 
-def describe_places(means):
-    """Those of PLACES among the means as words, "" if there are none: where in a latent's group of frames it errs."""
-    found = [f"{name.removeprefix('mse_')} {means[name]:.5f}" for name in PLACES if means.get(name) is not None]
+def describe_phases(means):
+    """Those of PHASES among the means as words, "" if there are none: where in a latent's group of frames it errs."""
+    found = [f"{name.removeprefix('mse_')} {means[name]:.5f}" for name in PHASES if means.get(name) is not None]
     return f"mse in a latent's group of frames: {', '.join(found)}" if found else ""
 
 
@@ -190,8 +204,8 @@ def describe_validation(result):
     line = (f"psnr {result['psnr']:.2f} dB, ssim {ssim}, mse {result['mse']:.5f}, sharpness {sharpness}"
             + "".join(f", {name} {result[name]:.4g}" for name in others)
             + f" over {result['count']} frames")
-    if places := describe_places(result):
-        line += f"; {places}"
+    if phases := describe_phases(result):
+        line += f"; {phases}"
     if "codebook_use" in result:
         line += (f"; codebook use {100 * result['codebook_use']:.1f} %, perplexity {result['perplexity']:.1f}, bits "
                  f"per pixel {result['bits_per_pixel']:.4f} ({result['entropy_bits_per_pixel']:.4f} entropy-coded)")

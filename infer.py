@@ -37,8 +37,8 @@ import models
 import report
 from codec import TOKENS, InputError, Job, decode_file, open_codes, tile
 from compare import PeakMemory, factors
-from device import describe, pick_device, pick_precision, place, share_freed_blocks, tune
-from evaluate import PLACES, describe_places
+from device import describe, pick_device, pick_precision, to_device, share_freed_blocks, tune
+from evaluate import PHASES, describe_phases
 from inputs import MISTAKES, Failures, find_inputs, remove_leftovers
 from latent_file import LATENTS
 from lock import locked
@@ -55,9 +55,7 @@ def load_own(options, device, dtype, memory):
     with memory.of("ours"):
         model, words = models.load_model(options.checkpoint, options.variant)
         model_hash = models.fingerprint(model)
-        place(model, device, dtype).requires_grad_(False)
-        if device.type == "cpu":
-            model = models.fast(model)
+        model = models.fast(to_device(model, device, dtype).requires_grad_(False))
     if options.levels:
         try:
             use_levels(model, options.levels)
@@ -188,7 +186,7 @@ def write_page(job, rows, words, lpips_note, distance):
         **({"FID": f"{distance:.3f} (over {job.fid.count} frames)"} if job.fid else {}),
         **({"targets": report.in_words(options.targets)} if options.targets else {}),
         created=time.strftime("%Y-%m-%d %H:%M"), lpips_note=lpips_note), options.targets,
-        {**{name: measure.heading for name, measure in metrics.MEASURES.items()}, **dict.fromkeys(PLACES)})
+        {**{name: measure.heading for name, measure in metrics.MEASURES.items()}, **dict.fromkeys(PHASES)})
 
 
 def run(options):
@@ -226,9 +224,9 @@ def run(options):
     if lpips_note:
         print(lpips_note)
     done = [row["metrics"] for row in rows if "failed" not in row]
-    if places := describe_places({name: sum(found) / len(found) for name in PLACES
+    if phases := describe_phases({name: sum(found) / len(found) for name in PHASES
                                   if (found := [means[name] for means in done if name in means])}):
-        print(places)
+        print(phases)
     print(describe_times(job.busy, time.perf_counter() - start))
     print(f"report: {page}")
     return failures.code

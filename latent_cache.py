@@ -120,7 +120,8 @@ def build_in(options, at_end):
     device = pick_device(options.device if learns else "cpu")
     tune(device)
     dtype = pick_precision(options.precision, device) if learns else torch.float32
-    rank, world, control = start_ranks(device, timeout_minutes=24 * 60)  # ranks meet only at the ends
+    # Ranks meet only at the ends, and over gloo: NCCL's group would keep a rank that fails from ending alone.
+    rank, world, control = start_ranks(torch.device("cpu"), timeout_minutes=24 * 60)
     say = print if rank == 0 else lambda *_: None
     if unlocked := from_rank_0(control, lambda: at_end.enter_context(locked(options.out, "choose another --out"))):
         say(f"warning: {unlocked}")

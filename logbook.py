@@ -217,11 +217,11 @@ class Logbook:
 class Clock:
     """Seconds of training alone, validation and saving left out; `total`: those of the run before it was resumed."""
 
-    def __init__(self, total=0.0):
-        self.before, self.began, self.last = total, time.monotonic(), total
+    def __init__(self, total=0.0, monotonic=time.monotonic):
+        self.monotonic, self.before, self.began, self.last, self.paused = monotonic, total, monotonic(), total, False
 
     def total(self):
-        return self.before + time.monotonic() - self.began
+        return self.before + (0.0 if self.paused else self.monotonic() - self.began)
 
     def lap(self):
         """Seconds since the last call."""
@@ -231,15 +231,16 @@ class Clock:
     @contextlib.contextmanager
     def stopped(self):
         """While something else than training goes on."""
-        self.before, self.began = self.total(), time.monotonic()
+        self.before, self.paused = self.total(), True
         yield
-        self.began = time.monotonic()
+        self.began, self.paused = self.monotonic(), False
 
 
-def summarize(model, bucket, device):
+def summarize(model, bucket, autocast):
     """`summary` of the model; ConfigError where a clip does not fit the memory even without gradients."""
     try:
-        return summary(model, bucket.size, bucket.frames, device)
+        with autocast:
+            return summary(model, bucket.size, bucket.frames)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -247,7 +248,7 @@ def summarize(model, bucket, device):
                           "size or frames lower") from None
 
 
-def summary(model, size, frames, device):
+def summary(model, size, frames):
     """Parameters and output shape of every layer, and of the whole, for one clip of `frames` x `size` x `size`. A layer
     that takes the clip in pieces, as on CPUs, is one line: the frames of all its calls."""
     shapes, hooks = {}, []  # name and class of each layer: the shape of what it gives
@@ -263,7 +264,7 @@ def summary(model, size, frames, device):
                     before = shapes[row][0] if shapes[row] else 0
                     shapes[row] = (before + output.shape[0], *output.shape[1:])
             hooks.append(layer.register_forward_hook(note))
-    video = torch.zeros(1, frames, 3, size, size, device=device)
+    video = torch.zeros(1, frames, 3, size, size, device=next(model.parameters()).device)
     training = model.training
     with torch.no_grad():
         output, info = model.eval()(video)

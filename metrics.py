@@ -27,10 +27,10 @@ def true_float32(kind):
     """
     backends, before = torch.backends, []
     if NEW_NAMES:
-        for place in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv):
-            if place.fp32_precision not in ("ieee", "none"):
-                before.append((place, place.fp32_precision))
-                place.fp32_precision = "ieee"
+        for backend in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv):
+            if backend.fp32_precision not in ("ieee", "none"):
+                before.append((backend, backend.fp32_precision))
+                backend.fp32_precision = "ieee"
     else:
         products, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
@@ -39,8 +39,8 @@ def true_float32(kind):
         with torch.autocast(kind, enabled=False):
             yield
     finally:
-        for place, precision in before:
-            place.fp32_precision = precision
+        for backend, precision in before:
+            backend.fp32_precision = precision
         if not NEW_NAMES:
             torch.set_float32_matmul_precision(products)
             backends.cudnn.allow_tf32 = convolutions

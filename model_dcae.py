@@ -145,9 +145,10 @@ class LinearAttention(nn.Module):
 
 
 def linear_attention(qkv):
-    """ReLU linear attention of heads of 32 channels, computed in float32. qkv: N heads*96 T H W -> N heads*32 T H W.
+    """ReLU linear attention of heads of 32 channels. qkv: N heads*96 T H W -> N heads*32 T H W.
 
-    Sums over all positions, and the quotient of two of them: half precision overflows, or loses the small weights.
+    In float32 (on a GPU the products may be TF32): sums over all positions, and the quotient of two of them; half
+    precision overflows, or loses the small weights.
     """
     with torch.autocast(qkv.device.type, enabled=False):
         x = qkv.permute(0, 2, 3, 4, 1).flatten(1, 3).float().unflatten(2, (-1, 3 * HEAD)).transpose(1, 2)

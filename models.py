@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import torch
 from torch.nn.modules import module as registration
 
-import fast_cuda
 import fast_dcae
 import fast_taehv
 import fast_vqgan
@@ -103,13 +102,12 @@ def with_shape(config, source):
     return dataclasses.replace(config, net=net)
 
 
-def fast(model, graph=False):
-    """A copy of a model in eval mode for inference on its device: the same results in less time and memory. The model
-    itself where there is no such copy: on a GPU only TAEHV has one. graph: CUDA graphs for it, see fast_cuda.py."""
-    if next(model.parameters()).device.type != "cpu":
-        return fast_cuda.fast(model, graph) if type(model) in (TAEHV, VQLatents) else model
+def fast(model):
+    """A copy of a model in eval mode for inference on a CPU: the same results in less time and memory. The model itself
+    where there is no such copy, and on a GPU, whose own (fast_cuda.py) no GPU has tried yet."""
     quick = {TAEHV: fast_taehv.fast, VQLatents: fast_taehv.fast, VQGAN: fast_vqgan.fast, DCAE: fast_dcae.fast}
-    return quick[type(model)](model) if type(model) in quick else model
+    has_one = type(model) in quick and next(model.parameters()).device.type == "cpu"
+    return quick[type(model)](model) if has_one else model
 
 
 def fingerprint(model, about=""):

@@ -87,6 +87,11 @@ class Objective:
         calls = (model.encode, model.decode, model)
         self.encode, self.decode, self.forward = (torch.compile(f) if cfg.compile else f for f in calls)
 
+    def prepare(self):
+        """Before the first step, after loading, on all ranks together."""
+        for part in filter(None, (self.seraena, self.adversary)):
+            part.prepare()
+
     def begin(self, step):
         """Before a step's micro-batches; a step may begin again after memory ran out."""
         for part in (self.seraena, *self.quantizers):
@@ -355,7 +360,7 @@ def make_perceptual(cfg, device):
 
 def make_seraena(cfg, model, device):
     seraena = Seraena(3 * cfg.seraena_frames, model.latent_channels, lr=cfg.seraena_lr,
-                      replay_bytes=cfg.seraena_replay_mb * 1_000_000, replay_device=cfg.seraena_replay_device,
+                      replay_bytes=cfg.seraena_replay_mb * 1_000_000,
                       seed=cfg.seed, gradients=Gradients, pairs=cfg.seraena_pairs)
     seraena = seraena.to(device, memory_format=torch.channels_last)
     sizes = {(decoded_size(model, size), size // model.space_factor) for size, *_ in parse_buckets(cfg)}

@@ -170,16 +170,16 @@ class Clips:
             yield from pieces(all_frames(video, max_pixels), self.frames, step)
             return
         for k in range(per_video):
-            place = (k + 0.5) / per_video
+            position = (k + 0.5) / per_video
             if video.images:
-                first, step = fit_clip(len(video.images), place, self.frames, step)
+                first, step = fit_clip(len(video.images), position, self.frames, step)
                 paths = video.images[first::step][:self.frames]
                 clip, notes = [read_image(path, max_pixels) for path in paths], []
                 if len(clip) < self.frames:
                     notes = [f"only {len(clip)} frames, {self.frames} wanted: the last is repeated"]
                     clip += clip[-1:] * (self.frames - len(clip))
             else:
-                clip, _, _, notes = read_frames(video.source.path, place, self.frames, step, max_pixels)
+                clip, _, _, notes = read_frames(video.source.path, position, self.frames, step, max_pixels)
             self.notes += [f"{video.source.path}: {note}" for note in notes]
             yield clip
 

@@ -215,7 +215,7 @@ def print_table(model, small, held_out, device):
     with torch.no_grad():
         latents, calls = model.to(device).encode(video), {}
         for which, m in (("before", model), ("after", small.to(device))):
-            quick = models.fast(m) if device.type == "cpu" else m
+            quick = models.fast(m)
             calls.update({f"encode {which}": lambda m=quick: m.encode(video),
                           f"decode {which}": lambda m=quick: m.decode(latents)})
         seconds = alternate(calls, 5, device, limit=20)

@@ -202,8 +202,8 @@ def cut(model, layers, kept):
     with torch.no_grad():
         for layer in layers:
             conv, own = model.get_submodule(layer.name), small.get_submodule(layer.name)
-            rows = places(kept, layer.writes, layer.frames, conv.out_channels)
-            columns = places(kept, layer.reads, layer.copies, conv.in_channels)
+            rows = channel_indices(kept, layer.writes, layer.frames, conv.out_channels)
+            columns = channel_indices(kept, layer.reads, layer.copies, conv.in_channels)
             own.weight.copy_(conv.weight[rows][:, columns])
             if conv.bias is not None:
                 own.bias.copy_(conv.bias[rows])
@@ -212,8 +212,8 @@ def cut(model, layers, kept):
     return small.eval()
 
 
-def places(kept, group, copies, channels):
-    """The places, among a layer's channels, of those that are kept."""
+def channel_indices(kept, group, copies, channels):
+    """The numbers, among a layer's channels, of those that are kept."""
     if group is None:
         return torch.arange(channels)
     return torch.cat([kept[group] + i * channels // copies for i in range(copies)])
@@ -285,6 +285,6 @@ def fold(layer, conv, own, x, y, kept):
     gram += RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(stay), dtype=torch.float64)
     maps = torch.linalg.solve(gram, cross.T).T  # C, kept: what is missing, from what is there
     maps[stay, torch.arange(len(stay))] += 1
-    rows = places(kept, layer.writes, layer.frames, conv.out_channels)
+    rows = channel_indices(kept, layer.writes, layer.frames, conv.out_channels)
     weight = conv.weight.cpu().double()[rows].unflatten(1, (layer.copies, -1))
     own.weight.copy_(torch.einsum("rqckl,cd->rqdkl", weight, maps).flatten(1, 2))

@@ -64,12 +64,12 @@ class TableQuantizer(StartingQuantizer):
             rows, found = gather_rows(*self.draw(self.collected()))
             dead = self.tables()[1] < self.restart_below
             turn = dead.cumsum(0) - 1  # the first dead code gets the first vector, and so on while there are any
-            self.place(dead & (turn < found), rows[turn.clamp(0, len(rows) - 1)])
+            self.overwrite(dead & (turn < found), rows[turn.clamp(0, len(rows) - 1)])
 
     def set_codebook(self, centres):
-        self.place(self.started.expand(self.num_codes), centres)
+        self.overwrite(self.started.expand(self.num_codes), centres)
 
-    def place(self, chosen, vectors):
+    def overwrite(self, chosen, vectors):
         """Where `chosen` (count,) is true, set the code to its vector in (count, dim), with all that goes with it."""
         weight, sizes, sums = self.tables()
         weight.copy_(torch.where(chosen.unsqueeze(1), vectors, weight))

@@ -40,8 +40,8 @@ class Saver:
     def run(self, step, rank_state, random_state, make_state, is_last):
         """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
         holds, in memory that nobody else writes to, or None. make_state: called on rank 0 with the list of all ranks'
-        random_state and with what `Trend.sound` becomes, it returns what rank 0 saves. is_last: wait for it, and
-        return, on every rank, why the run could not be saved, or an empty string."""
+        random_state and with the step of the newest sound checkpoint, this one counted, it returns what rank 0 saves.
+        is_last: wait for it, and return, on every rank, why the run could not be saved, or an empty string."""
         if self.state is not None and not self.pending[0][1].done():
             self.log(f"step {step}: waits, as step {self.step} is still being written", screen=False)
         self.settle(["run"])
@@ -197,10 +197,10 @@ def copied(state, memory):
         storage = tensor.untyped_storage()
         source = storage.device, storage.data_ptr(), storage.nbytes()
         if source not in storages:
-            place = len(storages)
-            if place == len(memory) or memory[place].nbytes() != storage.nbytes():
-                memory[place:place + 1] = [torch.UntypedStorage(storage.nbytes())]
-            storages[source] = memory[place].copy_(storage)
+            i = len(storages)
+            if i == len(memory) or memory[i].nbytes() != storage.nbytes():
+                memory[i:i + 1] = [torch.UntypedStorage(storage.nbytes())]
+            storages[source] = memory[i].copy_(storage)
         copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(
             storages[source], tensor.storage_offset(), tensor.size(), tensor.stride())
     return copy.deepcopy(state, copies)

@@ -3,12 +3,12 @@
     seraena = Seraena(c_im=9, c_ctx=16, seed=0).to(device)   # groups of 3 RGB frames, latents of 16 channels
     for step in range(steps):
         seraena.begin()                                      # again, if the step has to be done again
-        for video, latents, share in micro_batches:          # the shares of a step add up to 1
+        for video, latents, fraction in micro_batches:       # the fractions of a step add up to 1
             with autocast:
                 output = model.decode(latents)
-                corrected = seraena.targets(video, output, latents, share)
+                corrected = seraena.targets(video, output, latents, fraction)
             loss = (output - video).abs().mean() + 0.05 * (output.float() - corrected).square().mean()
-            (loss * share).backward()
+            (loss * fraction).backward()
         figures = seraena.step()                             # all ranks together; the model's own step beside it
 
 A patch discriminator learns to tell groups of frames from their reconstructions, given the latents; the correction is
@@ -81,12 +81,11 @@ class ReplayBuffer:
 
     The shapes that occur share it equally. A full part loses random rows to new ones, as published: old samples grow
     rare but some stay, so the discriminator keeps knowing faults that the model had long ago; oldest-first would forget
-    them at a stroke. `bytes` is the memory taken, `counts` the number of rows for each shape. `pinned`: in the host's
-    page-locked memory rather than on the GPU.
+    them at a stroke. `bytes` is the memory taken, `counts` the number of rows for each shape.
     """
 
-    def __init__(self, limit, dtype=torch.bfloat16, pinned=False):
-        self.limit, self.dtype, self.pinned = limit, dtype, pinned
+    def __init__(self, limit, dtype=torch.bfloat16):
+        self.limit, self.dtype = limit, dtype
         self.memory, self.parts, self.counts = None, {}, {}
 
     @property
@@ -110,9 +109,7 @@ class ReplayBuffer:
                              f"of {channels} channels of {height}x{width} with what belongs to it takes {size} bytes, "
                              f"so give {size * len(shapes)} bytes at least, better room for hundreds")
         if self.memory is None:
-            pin = self.pinned and device.type == "cuda"
-            self.memory = torch.empty(self.limit // self.dtype.itemsize, dtype=self.dtype, pin_memory=pin,
-                                      device="cpu" if self.pinned else device)
+            self.memory = torch.empty(self.limit // self.dtype.itemsize, dtype=self.dtype, device=device)
         self.counts = dict.fromkeys(shapes, 0)
         self.parts = {shape: self.memory[i * part:(i + 1) * part][:part // length * length].view(-1, length)
                       for i, (shape, length) in enumerate(zip(shapes, lengths))}
@@ -126,21 +123,19 @@ class ReplayBuffer:
         if free < len(rows):
             slots += torch.randperm(count, generator=generator)[:len(rows) - free].tolist()  # no slot twice
         for slot, row in zip(slots, rows):
-            part[slot].copy_(row, non_blocking=True)
+            part[slot].copy_(row)
         self.counts[shape] = count + free
 
-    def draw(self, shape, n, device, generator):
-        """n random rows of this shape, float32 on `device`: [(image c_im H W, ..., context c_ctx h w), ...]."""
+    def draw(self, shape, n, generator):
+        """n random rows of this shape, float32: [(image c_im H W, ..., context c_ctx h w), ...]."""
         if n == 0:
             return []
         slots = torch.randint(self.counts[shape], (n,), generator=generator).tolist()
-        rows = torch.stack([self.parts[shape][slot].to(device, non_blocking=True) for slot in slots]).float()
+        rows = torch.stack([self.parts[shape][slot] for slot in slots]).float()
         return list(zip(*(x.unflatten(1, s) for x, s in zip(rows.split([math.prod(s) for s in shape], 1), shape))))
 
     def state(self):
         """[{"shape", "rows"}] on the CPU. Waits for the GPU."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # rows may still be on their way into pinned memory
         return [{"shape": shape, "rows": part[:self.counts[shape]].to("cpu", copy=True)}
                 for shape, part in self.parts.items()]
 
@@ -165,7 +160,7 @@ class Seraena(nn.Module):
 
     c_im: channels of one image that the discriminator sees; 3 n for groups of n RGB frames. c_ctx: channels of the
     latents. lr, betas: of AdamW. replay_bytes: at most so much memory on each rank for replayed samples, all of it
-    taken at the first step, stored as replay_dtype, on the "same" device or in "pinned" host memory (replay_device).
+    taken at the first step, on the module's device, stored as replay_dtype.
     seed: of the initial weights and, with the rank, of everything random; PyTorch's global generators are not touched.
     Make it after init_process_group.
 
@@ -185,18 +180,16 @@ class Seraena(nn.Module):
     """
 
     def __init__(self, c_im, c_ctx, lr=3e-4, betas=(0.9, 0.99), replay_bytes=512 << 20, replay_dtype=torch.bfloat16,
-                 replay_device="same", seed=0, gradients=None, pairs=False):
+                 seed=0, gradients=None, pairs=False):
         super().__init__()
         if gradients is None and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError("on several ranks Seraena needs gradients=Gradients, the class in ranks.py")
-        if replay_device not in ("same", "pinned"):
-            raise ValueError(f"replay_device is {replay_device!r}: it is 'same' (as the discriminator) or 'pinned'")
         self.c_im, self.c_ctx, self.pairs = c_im, c_ctx, pairs
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.disc = PatchDiscriminator(c_im, c_ctx)
         self.optimizer = torch.optim.AdamW(self.disc.parameters(), lr=lr, betas=betas, fused=True)
-        self.replay = ReplayBuffer(replay_bytes, replay_dtype, replay_device == "pinned")
+        self.replay = ReplayBuffer(replay_bytes, replay_dtype)
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.generator = torch.Generator().manual_seed((seed * 65536 + rank) % 2 ** 63)
         self.make_gradients, self.gradients = gradients, None
@@ -210,6 +203,12 @@ class Seraena(nn.Module):
         self.replay.reserve([((self.c_im, *size[:2]),) * (1 + self.pairs) + ((self.c_ctx, *size[2:]),)
                              for size in sizes], self.device())
 
+    def prepare(self):
+        """With `gradients`: before the first step and after loading, on all ranks together, the discriminator becomes
+        rank 0's."""
+        if self.make_gradients:
+            self.gradients = self.make_gradients(self.disc.parameters(), 5, self.disc.buffers())
+
     def device(self):
         return self.disc.proj[0].weight.device
 
@@ -220,7 +219,7 @@ class Seraena(nn.Module):
         """Start a step, or start it again: of what `targets` did since, only the random numbers stay consumed (and what
         BatchNorm saw, without `gradients`).
 
-        All ranks call it; the first time, and after loading, rank 0's discriminator is copied to all.
+        All ranks call it; the first time, and after loading, it calls `prepare`, where nobody has.
         """
         self.pending = []
         if not self.make_gradients:
@@ -228,17 +227,18 @@ class Seraena(nn.Module):
             self.sums = torch.zeros(5, device=self.device())
             return
         if self.gradients is None:
-            self.gradients = self.make_gradients(self.disc.parameters(), 5, self.disc.buffers())
+            self.prepare()
         self.gradients.begin()
         self.sums = self.gradients.totals
 
-    def targets(self, real, fake, latents, share=1.0):
+    def targets(self, real, fake, latents, fraction=1.0):
         """fake + correction, N T C H W, float32, detached; also adds up the discriminator's gradient.
 
         real, fake: N T C H W in [0, 1] (fake may exceed it), T from 1; C divides c_im. latents: N T' c_ctx h w, any T',
         h and w; every group of frames (group_frames) of a clip gets the mean over all its latents as context, as in the
-        published notebook. share: this micro-batch's part of the step. Call it within autocast to have the convolutions
-        in bf16; scores, loss and correction are float32 all the same. ValueError for shapes that do not fit.
+        published notebook. fraction: this micro-batch's part of the step. Call it within autocast to have the
+        convolutions in bf16; scores, loss and correction are float32 all the same. ValueError for shapes that do
+        not fit.
 
         The correction is from the discriminator as it was before this step's update (published: after it), for the
         update waits for all ranks, which must not happen before each has got through its own backward passes. Its eps
@@ -256,7 +256,7 @@ class Seraena(nn.Module):
         # A pixel's gradient is inverse to the number of pixels: so the correction is equally strong at all sizes.
         eps = 1e-5 * 64 ** 2 / math.prod(real.shape[-2:])
         corrected = fake + self.correction(real, fake, context, eps)
-        self.learn(real, fake, context, share)
+        self.learn(real, fake, context, fraction)
         return ungroup_frames(corrected, frames, n)
 
     @torch.no_grad()
@@ -320,8 +320,8 @@ class Seraena(nn.Module):
             gradient, = torch.autograd.grad(distance, fake)
         return -gradient / (gradient.std(correction=0) + eps)
 
-    def learn(self, real, fake, context, share):
-        """Adds up the gradient of the discriminator's loss * share, and keeps the fakes, with `pairs` the originals
+    def learn(self, real, fake, context, fraction):
+        """Adds up the gradient of the discriminator's loss * fraction, and keeps the fakes, with `pairs` the originals
         too, for `step` to store."""
         # In range and without NaN: a bad step must not come back as a replayed sample.
         kept = [(fake, (-1, 2)), *([(real, (-1, 2))] if self.pairs else []), (context, (-1e3, 1e3))]
@@ -338,10 +338,10 @@ class Seraena(nn.Module):
         with torch.enable_grad():
             scores = self.scores(images, contexts)
             loss = (scores - wanted).square().mean()
-            (loss * share).backward(inputs=list(self.disc.parameters()))
+            (loss * fraction).backward(inputs=list(self.disc.parameters()))
         scores, loss = scores.detach(), loss.detach()
         each = scores.mean((1, 2, 3))
-        self.sums[:3] += torch.stack([loss * share, each[n:].sum(), each[:n].sum()])
+        self.sums[:3] += torch.stack([loss * fraction, each[n:].sum(), each[:n].sum()])
         self.sums[3] += len(originals)
         self.sums[4] += n
         return {"disc_loss": loss, "disc_in": images, "disc_in_ctx": contexts, "disc_pred": scores,
@@ -354,14 +354,14 @@ class Seraena(nn.Module):
         chance = torch.rand(len(real), generator=self.generator).tolist()
         fresh = [i for i, x in enumerate(chance) if x < (0.25 if self.replay.counts[shape] else 0.5)]
         kept = [i for i, x in enumerate(chance) if x >= 0.5]
-        replayed = self.replay.draw(shape, len(chance) - len(fresh) - len(kept), fake.device, self.generator)
+        replayed = self.replay.draw(shape, len(chance) - len(fresh) - len(kept), self.generator)
         return [*((fake[i], context[i]) for i in fresh), *replayed], [(real[i], context[i]) for i in kept]
 
     def choose_pairs(self, shape, real, fake, context):
         """The same, each fake with its original."""
         chance = torch.rand(len(real), generator=self.generator).tolist()
         fresh = [i for i, x in enumerate(chance) if x < 0.5 or not self.replay.counts[shape]]
-        replayed = self.replay.draw(shape, len(real) - len(fresh), fake.device, self.generator)
+        replayed = self.replay.draw(shape, len(real) - len(fresh), self.generator)
         triples = [*((fake[i], real[i], context[i]) for i in fresh), *replayed]
         return [(one, its) for one, _, its in triples], [(one, its) for _, one, its in triples]
 

@@ -30,7 +30,7 @@ from best import Best
 from check_config import ConfigError, parse_buckets
 from config import exit_with_usage, load_config
 from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device, pick_precision,
-                    place, resident_memory, synchronize, tune)
+                    to_device, resident_memory, synchronize, tune)
 from evaluate import describe_validation, evaluate, load_judges, spread
 from fit_taehv import start_from_clips
 from lock import InUse
@@ -129,7 +129,7 @@ class Trainer:
                 cfg, self.clips, self.buckets[0], self.workers), self.buckets[0].frames))
 
         # ---- model, its average, optimizer, meters
-        model = place(self.model, self.device).train()
+        model = to_device(self.model, self.device).train()
         if cfg.model in ("taehv", "vq_latents"):
             speed_up(model)
         getattr(model, "taehv", model).gradient_checkpointing = cfg.gradient_checkpointing
@@ -152,6 +152,7 @@ class Trainer:
         if self.resumed_from:
             self.resume()
         copy_from_rank_0([*model.state_dict().values(), *self.average.state_dict().values()])
+        self.objective.prepare()
         self.time_limit = 60 * cfg.max_minutes or math.inf
 
     def resume(self):
@@ -194,7 +195,7 @@ class Trainer:
     def start(self):
         """Say in the log what will run, and set up what the loop takes from."""
         cfg, run, log, model = self.cfg, self.run, self.log, self.model
-        log(everywhere(self.control, lambda: summarize(model, self.buckets[0], self.device)), screen=False)
+        log(everywhere(self.control, lambda: summarize(model, self.buckets[0], self.autocast)), screen=False)
         if cfg.wandb:
             problem = from_rank_0(self.control, lambda: log.mirror(cfg.wandb, asdict(cfg), bool(self.resumed_from)))
             if problem:
@@ -216,7 +217,7 @@ class Trainer:
         schedule = data.TrainSchedule(self.clips.train, self.buckets, cfg.seed, self.world, self.rank, cfg.accumulation,
                                       run.step, run.samples)
         self.batches = self.clips.train.batches(schedule, self.workers, pin_memory=self.device.type == "cuda")
-        self.val_clips = self.clips.val.share(self.rank, self.world, log.notes)
+        self.val_clips = clips.share(self.clips.val, self.rank, self.world, self.control, log.notes)
         about = dict(model_name=cfg.model, model_config=model.config)
         self.best = Best(about, self.objective, self.val_clips, self.saver)
         self.best.take_up(self.average, bool(self.resumed_from),
@@ -244,20 +245,20 @@ class Trainer:
         """Adds up the gradients and the objective's scalars over this rank's clips. Returns the Vote of all ranks."""
         vote, out_of_memory, gradients, names = None, False, self.gradients, self.objective.names
         gradients.begin()
-        self.objective.begin(self.run.step)
         try:
+            self.objective.begin(self.run.step)
             for batch in micro_batches:
                 size = math.ceil(len(batch["video"]) / self.run.pieces)
                 for start in range(0, len(batch["video"]), size):
                     part = {k: v[start:start + size].to(self.device, non_blocking=True).float()
                             for k, v in batch.items()}
-                    # The shares of a step add up to 1: its gradient is the mean over its clips, however they are cut.
-                    share = len(part["video"]) / len(batch["video"]) / len(micro_batches)
-                    values = self.objective(part["video"].div_(255), part.get("latents"), share)
+                    # A step's fractions add up to 1: its gradient is the mean over its clips, however they are cut.
+                    fraction = len(part["video"]) / len(batch["video"]) / len(micro_batches)
+                    values = self.objective(part["video"].div_(255), part.get("latents"), fraction)
                     if batch is micro_batches[-1] and start + size >= len(batch["video"]):
                         gradients.last_pass()
-                    (values["loss"] * share).backward()
-                    gradients.totals += torch.stack([values[name].detach() for name in names]) * share
+                    (values["loss"] * fraction).backward()
+                    gradients.totals += torch.stack([values[name].detach() for name in names]) * fraction
         except LeftStep as left:
             vote = left.vote
         except (RuntimeError, MemoryError) as error:
@@ -329,13 +330,16 @@ class Trainer:
         """Measure the average of the weights; keep it as best.pt if it is the best so far."""
         step, log = self.run.step, self.log
         with self.clock.stopped():
-            result, shown = self.evaluate(self.average)
-        log(f"step {step}: validation {describe_validation(result)}, after {self.clock.total() / 60:.2f} minutes"
-            + "".join(f", {half} {result[f'{half}_fps']:.1f} frames/s" for half in ("encode", "decode")
-                      if result[f"{half}_fps"]))
-        log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
-        log.pictures(step, shown)
-        self.best.offer(step, result, self.average)
+            try:
+                result, shown = self.evaluate(self.average)
+            except DeviceError as error:
+                self.give_up(str(error), "Set val_size lower.")
+            log(f"step {step}: validation {describe_validation(result)}, after {self.clock.total() / 60:.2f} minutes"
+                + "".join(f", {half} {result[f'{half}_fps']:.1f} frames/s" for half in ("encode", "decode")
+                          if result[f"{half}_fps"]))
+            log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
+            log.pictures(step, shown)
+            self.best.offer(step, result, self.average)
 
     def save(self, is_last):
         """Copy what a checkpoint holds, and have it written. If it is the last, wait for that, and return, on every

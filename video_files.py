@@ -2,7 +2,7 @@
 
     reader = VideoReader("a.mp4")
     for frame in reader: ...                               # H W 3 RGB uint8
-    frames, first, spacing, odd = read_frames("a.mp4", place=0.5, frames=12, delta=2)      # 12 of H W 3 BGR uint8
+    frames, first, spacing, odd = read_frames("a.mp4", position=0.5, frames=12, delta=2)      # 12 of H W 3 BGR uint8
 
 Files may be broken, forged or gone: DataError says in a few words what is wrong with one. This file works alone with
 numpy and opencv-python.
@@ -201,8 +201,8 @@ def jpeg_size(file):
     raise DataError("not an image")
 
 
-def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
-    """`frames` frames of a video, every `delta`-th, from the place 0 <= place < 1 among those where the clip fits.
+def read_frames(path, position, frames, delta, max_pixels=MAX_PIXELS):
+    """`frames` frames of a video, every `delta`-th, from position, 0 <= position < 1, of those where the clip fits.
 
     Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). Too short a video is read with
     a smaller spacing, and its last frame repeated; a count that the container got wrong is corrected. DataError if
@@ -213,7 +213,7 @@ def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     count = int(count) if known(count) else 0
     if count:
-        first, spacing = fit_clip(count, place, frames, delta)
+        first, spacing = fit_clip(count, position, frames, delta)
         clip = grab_frames(capture, first, frames, spacing)
         if len(clip) == frames:
             return clip, first, spacing, []
@@ -222,7 +222,7 @@ def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
         raise DataError("no frame can be decoded")
     if real != count:
         notes.append(f"the container says {count or 'nothing of its'} frames, {real} can be read")
-    first, spacing = fit_clip(real, place, frames, delta)
+    first, spacing = fit_clip(real, position, frames, delta)
     clip = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing)
     if len(clip) < min(frames, real):  # some files cannot be sought in; a variable frame rate makes it land too late
         walked = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing, seek=False)
@@ -234,12 +234,12 @@ def read_frames(path, place, frames, delta, max_pixels=MAX_PIXELS):
     return clip + clip[-1:] * (frames - len(clip)), first, spacing, notes
 
 
-def read_clips(path, place, offsets, frames, deltas, parts, max_pixels=MAX_PIXELS):
+def read_clips(path, position, offsets, frames, deltas, parts, max_pixels=MAX_PIXELS):
     """Several clips from one opening, which seeks once: they lie one behind the other, or overlap in a short video.
 
-    place: of the piece that holds them all, as in `read_frames`; offsets, deltas: of each clip, its place in its part
-    of the piece and its spacing. Yields (part, clip, first frame number, spacing, [what was odd]) for those of `parts`,
-    each as soon as it is read. DataError as `read_frames`, which reads the clips that do not come out whole.
+    position: of the piece that holds them all, as in `read_frames`; offsets, deltas: of each clip, where in its part of
+    the piece it is, and its spacing. Yields (part, clip, first frame number, spacing, [what was odd]) for those of
+    `parts`, each as soon as it is read. DataError as `read_frames`, which reads the clips that do not come out whole.
     """
     capture = open_video(path, max_pixels=max_pixels)
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -247,7 +247,7 @@ def read_clips(path, place, offsets, frames, deltas, parts, max_pixels=MAX_PIXEL
     spacings = [fit_clip(count, 0, frames, int(delta))[1] for delta in deltas]
     spans = [(frames - 1) * spacing + 1 for spacing in spacings]
     length = min(count, sum(spans))
-    start = int(place * (count - length + 1))
+    start = int(position * (count - length + 1))
     firsts = [start + int((k + offset) / len(offsets) * max(1, length - span + 1))
               for k, (offset, span) in enumerate(zip(offsets, spans))]
     wanted = {k: range(firsts[k], firsts[k] + spans[k], spacings[k]) for k in sorted(parts, key=lambda k: firsts[k])}
@@ -271,11 +271,11 @@ def read_clips(path, place, offsets, frames, deltas, parts, max_pixels=MAX_PIXEL
         yield k, clip, firsts[k], spacings[k], []
 
 
-def fit_clip(count, place, frames, delta):
+def fit_clip(count, position, frames, delta):
     """First frame and spacing of a clip in a video of `count` frames; the spacing shrinks until the clip fits."""
     if frames > 1:
         delta = max(1, min(delta, (count - 1) // (frames - 1)))
-    return int(place * max(1, count - (frames - 1) * delta)), delta
+    return int(position * max(1, count - (frames - 1) * delta)), delta
 
 
 def grab_frames(capture, first, frames, spacing, seek=True):

@@ -248,7 +248,7 @@ def test_two_micro_batches_are_one_batch():
             for part in video.chunk(parts):
                 fake = model(part)
                 loss = (fake - part).abs().mean()
-                term = adversary.generator_term(part, fake, share=1 / parts)
+                term = adversary.generator_term(part, fake, fraction=1 / parts)
                 ((loss + term) / parts).backward()
             figures = adversary.step(limit=1.0)
         results.append((model.last.weight.grad, weights(adversary), torch.stack(list(figures.values()))))
@@ -424,7 +424,7 @@ for step in range(10):
         if step in (4, 5) and part == 1 and "nan" in sys.argv:
             fake = fake * float("nan")
         loss = (fake - real).abs().mean()
-        adversary.generator_term(real, fake, loss, scale, share=1 / len(mine))
+        adversary.generator_term(real, fake, loss, scale, fraction=1 / len(mine))
     skipped.append(adversary.step(limit=1.0)["skipped"].item())
 torch.save({"state": adversary.training_state(), "skipped": skipped}, f"rank{rank}.pt")
 if ranks:

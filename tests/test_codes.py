@@ -177,7 +177,7 @@ def test_images_train_as_videos_do(clips, tmp_path, capsys, monkeypatch):
         data.cv2.imwrite(str(tmp_path / "mixed" / f"{i}.png"), frame[..., ::-1])
     common = [TRAIN, "vqgan", *COMMON, *SMALL_NETS["vqgan"], "data=mixed", "use_images=true", "max_steps=2"]
     common.remove("frames=2")
-    output = run(*common, "val_fraction=0.5", "max_val_images=2", "val_every=2", "name=a", cwd=tmp_path)
+    output = run(*common, "val_fraction=0.5", "val_clips=2", "val_every=2", "name=a", cwd=tmp_path)
     assert re.search(r"training: \d files, \d separate clips of 1 frames", output) and "over 2 frames" in output
     held_out = re.search("held out: (.*)", output)[1].split(", ")
     assert 2 <= len(held_out) < 6 and all(name.endswith(".png") for name in held_out)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import l1_loss
 
 from conftest import ROOT
-from device import place
+from device import to_device
 from golden.fill import fill_, make_input
 from model_dcae import DCAE, linear_attention, load_dcae, recognise
 from model_taehv import TAEHV
@@ -188,7 +188,7 @@ def test_linear_attention_is_float32_inside_autocast():
 def test_convolutions_see_channels_last(frames):
     """Whatever shuffles, attends or enlarges between them: else each of them copies its input into that layout. (In
     bf16, as a CPU's float32 convolutions of few channels have another layout themselves.)"""
-    model, seen = place(small(), torch.device("cpu")), {}
+    model, seen = to_device(small(), torch.device("cpu")), {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Conv3d):
             module.register_forward_hook(lambda _, given, out, name=name: seen.update({name: (given[0], out)}))

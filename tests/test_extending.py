@@ -16,6 +16,7 @@ with open(os.path.join(ROOT, "docs", "extending.md"), encoding="utf-8") as page:
 
 SCRIPT = """
 import sys
+from check_config import ConfigError
 from config import load_config
 import infer, train
 
@@ -23,6 +24,12 @@ common = ("data=clips.txt size=32 frames=4 batch_size=2 workers=0 val_fraction=0
           "device=cpu log_every=1").split()
 small = "net.ch=32 net.ch_mult=(1,1) net.num_res_blocks=1 net.attn_resolutions=() net.resolution=32 net.z_channels=8"
 codes = [*small.split(), *"net.quantizer=sign net.embed_dim=8 net.n_embed=256 perceptual_weight=0".split()]
+try:
+    load_config(["vqgan", "edge_weight=-0.5"])
+except ConfigError as error:
+    assert str(error) == "edge_weight=-0.5: at least 0 is wanted"
+else:
+    raise AssertionError("a weight below 0 was taken")
 train.train(load_config(["vqgan", "name=codes", "pixel_weight=0", "edge_weight=0.5", "gan_weight=0", "max_steps=2",
                          *codes, *common]))
 train.train(load_config(["patches", "max_steps=2", "val_data=clips.txt", "val_clips=2", *common]))

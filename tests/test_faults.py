@@ -70,6 +70,32 @@ def test_two_ranks_go_through_every_fault_of_one_together(clips, tmp_path):
 
 
 @pytest.mark.slow
+def test_memory_that_runs_out_beside_the_micro_batches(clips, tmp_path):
+    """On one rank: as a step begins it is done again in smaller parts, in a validation all save and end."""
+    faults = """
+import evaluate
+spoil(adversary.Adversary, "begin", {(3, 1): memory})  # the first step with the PatchGAN
+spoil(evaluate.Quality, "add", {(4, 1): memory})
+"""
+    output = run(spoilt(tmp_path, faults), *PLAIN, *NARROW, f"data={clips}", "size=32", "batch_size=4", "gan_weight=0.5", "gan_start=2",
+                 "max_steps=6", "save_every=4", "val_every=4", "val_fraction=0.5", "name=a", "timeout_minutes=1",
+                 ranks=2, cwd=tmp_path, expect=1)
+    assert "step 3: out of memory; micro-batches are split in 2" in output and "Traceback" not in output
+    assert "train.py: out of memory in validation at step 4; the run is saved. Set val_size lower." in output
+    state_of(tmp_path / "runs" / "a", 4)
+    assert_ranks_are_equal(output)
+
+
+def test_validation_clips_of_which_none_can_be_read_end_the_run_at_its_start(here, monkeypatch):
+    def broken(*arguments):
+        raise data.DataError("injected")
+
+    monkeypatch.setattr(data, "read_frames", broken)
+    with pytest.raises(data.DataError, match="none of the clips for validation can be read.*val_fraction=0"):
+        here(*FRAMES, "val_fraction=0.3", "max_steps=1", "name=blind")
+
+
+@pytest.mark.slow
 def test_what_is_wrong_on_one_rank_alone_ends_all_with_one_line(clips, tmp_path):
     """A file that one machine lacks, memory that one rank lacks."""
     plain = [*PLAIN, *NARROW, f"data={clips}"]

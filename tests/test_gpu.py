@@ -23,7 +23,7 @@ import train
 from conftest import (BATCH_NORM, FRAMES, NARROW, PLAIN, ROOT, SERAENA, log_of, metrics_of, mistake, run,
                       transport_plan, write_clip)
 from data import Bucket
-from device import free_memory, is_out_of_memory, peak_memory, place, reset_peak_memory
+from device import free_memory, is_out_of_memory, peak_memory, reset_peak_memory, to_device
 from model_taehv import TAEHV
 from quantize import SinkhornQuantizer
 from test_fast import make as make_taehv
@@ -200,7 +200,7 @@ def test_every_family_computes_what_it_does_on_a_cpu(name, dtype, device):
         pytest.skip("a CPU emulates it")
     model = FAMILIES[name]()
     video, latents, frames = expected_of(model)
-    encode, decode = halves(place(model, torch.device(device), dtype))
+    encode, decode = halves(to_device(model, torch.device(device), dtype))
     if encode:
         assert distance(encode(video.to(device, dtype)), latents) < ERRORS[dtype]
     assert distance(decode(latents.to(device, dtype)), frames) < ERRORS[dtype]
@@ -220,10 +220,10 @@ def test_cudnn_has_the_fused_calls(dtype):
 def test_fast_copies_with_and_without_graphs(name, dtype):
     model = FAMILIES[name]()
     video, latents, frames = expected_of(model)
-    place(model, torch.device("cuda"), dtype)
+    to_device(model, torch.device("cuda"), dtype)
     video = video.to("cuda", dtype)
     for graph in (False, True):
-        quick = models.fast(model, graph)
+        quick = fast_cuda.fast(model, graph)
         for _ in range(3):  # as it comes, recorded, replayed
             assert distance(quick.encode(video), latents) < ERRORS[dtype]
             assert distance(quick._decode(latents.to("cuda", dtype)), frames) < ERRORS[dtype]
@@ -237,8 +237,8 @@ def test_fast_copies_with_and_without_graphs(name, dtype):
 
 @gpu
 def test_graphs_under_inference_mode_and_on_large_frames():
-    model = place(make_taehv(), torch.device("cuda"), torch.bfloat16)
-    quick, video = models.fast(model, graph=True), torch.rand(1, 16, 3, 256, 448, device="cuda", dtype=torch.bfloat16)
+    model = to_device(make_taehv(), torch.device("cuda"), torch.bfloat16)
+    quick, video = fast_cuda.fast(model, graph=True), torch.rand(1, 16, 3, 256, 448, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():
         plain = model.decode(model.encode(video)).float().cpu()
         for _ in range(3):
@@ -347,7 +347,7 @@ def test_the_host_never_waits_within_a_micro_batch(settings):
     device = torch.device("cuda")
     cfg = config.load_config([*settings.split(), "size=32", "frames=5", "perceptual_weight=0", "data=x"])
     model, _ = models.make_model(cfg, [Bucket(32, 5, 1.0, 2)])
-    model = place(model, device).train()
+    model = to_device(model, device).train()
     minimised = objective.Objective(cfg, model, device, torch.autocast("cuda", torch.bfloat16))
     video = torch.rand(2, 5, 3, 32, 32, device=device)
     for step in range(2):

@@ -17,7 +17,7 @@ import metrics
 import quantize
 import quantize_base
 from conftest import transport_plan
-from device import place
+from device import to_device
 from model_vq_latents import VQLatents
 from quantize import FSQ, EMAQuantizer, Quantizer, ResidualQuantizer, SinkhornQuantizer, VectorQuantizer
 from test_tokenizers import MODELS, make
@@ -187,7 +187,7 @@ def test_a_cast_model_searches_in_float32(name, dtype, monkeypatch):
     model, video = CAST[name]().eval(), torch.rand(1, 4, 3, 32, 32)
     if hasattr(model, "calibrate"):
         model.calibrate(torch.randn(8, 2, 16, 4, 4) * 1.7 + 0.3)
-    low, found = place(copy.deepcopy(model), torch.device("cpu"), dtype), []
+    low, found = to_device(copy.deepcopy(model), torch.device("cpu"), dtype), []
     codes = low.tokenize(video.to(dtype))
 
     def note(twin, search):
@@ -238,7 +238,7 @@ def test_norms_and_enlarging_keep_the_type_under_a_gpus_autocast(name):
             module.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda _, given, out: seen.append((out, out)))
-    place(model, torch.device("cpu"))
+    to_device(model, torch.device("cpu"))
     channels_last = torch.channels_last
     with torch.autocast("cpu", torch.bfloat16), AutocastOfCuda():
         x = torch.rand(1, 32, 4, 4).bfloat16()

@@ -14,7 +14,7 @@ from conftest import mistake
 from fit_taehv import fit
 from model_taehv import TAEHV, load_taehv
 from model_vqvae import VqVae2
-from prune_taehv import by_chance, by_magnitude, by_taylor, compensate, count, cut, layers_of, per_row, places, plan
+from prune_taehv import by_chance, by_magnitude, by_taylor, channel_indices, compensate, count, cut, layers_of, per_row, plan
 from prune_taehv import widths_of
 
 NARROW = dict(encoder_widths=(24, 16, 16, 24), decoder_widths=(40, 24, 16, 24))
@@ -50,7 +50,7 @@ def test_what_is_left_computes_what_the_model_does_without_the_channels(argument
     for layer in filter(lambda layer: layer.reads, layers):  # nothing reads them any more
         weight = model.get_submodule(layer.name).weight
         gone = torch.ones(weight.shape[1], dtype=torch.bool)
-        gone[places(kept, layer.reads, layer.copies, weight.shape[1])] = False
+        gone[channel_indices(kept, layer.reads, layer.copies, weight.shape[1])] = False
         weight[:, gone] = 0
     (wanted, info), (output, own) = model(video), small(video)
     assert torch.allclose(own["latents"], info["latents"], atol=1e-5)

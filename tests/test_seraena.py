@@ -247,7 +247,7 @@ def test_micro_batches_add_up_to_their_mean():
         seraena.begin()
         for _ in range(parts):
             seraena.generator.manual_seed(5)
-            seraena.targets(*data, share=1 / parts)
+            seraena.targets(*data, fraction=1 / parts)
         gradients.append(seraena.gradients.flat)
     assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-3
 
@@ -352,8 +352,6 @@ def test_mistakes_are_refused_in_words():
     ):
         with pytest.raises(ValueError, match=words):
             seraena.targets(*data)
-    with pytest.raises(ValueError, match="replay_device is 'disk'"):
-        make(replay_device="disk")
 
 
 # ---- the replay buffer -------------------------------------------------------------------------------------------
@@ -406,12 +404,12 @@ def test_a_budget_below_one_sample_is_refused():
 
 
 def test_rows_come_back_as_they_went_in():
-    buffer, generator = ReplayBuffer(1 << 16, torch.float16, pinned=True), torch.Generator().manual_seed(0)
+    buffer, generator = ReplayBuffer(1 << 16, torch.float16), torch.Generator().manual_seed(0)
     shape = ((2, 3, 4), (1, 2, 1))
     buffer.reserve([shape], torch.device("cpu"))
     images, contexts = torch.rand(5, 2, 3, 4), torch.rand(5, 1, 2, 1)
     buffer.add(shape, torch.cat([images.flatten(1), contexts.flatten(1)], 1).half(), generator)
-    drawn = buffer.draw(shape, 40, torch.device("cpu"), generator)
+    drawn = buffer.draw(shape, 40, generator)
     found = set()
     for image, context in drawn:
         i = (images - image).abs().sum((1, 2, 3)).argmin().item()
@@ -524,7 +522,7 @@ def test_two_ranks_stay_equal_to_the_bit_and_step_as_one(tmp_path):
     seraena.begin()
     for rank in range(2):
         seraena.generator.manual_seed(rank)
-        seraena.targets(*torch.load(tmp_path / f"data{rank}.pt", weights_only=True), share=0.5)
+        seraena.targets(*torch.load(tmp_path / f"data{rank}.pt", weights_only=True), fraction=0.5)
     figures = seraena.step()
     theirs, loss = torch.load(tmp_path / "after.pt", weights_only=True)
     assert torch.allclose(loss, figures["disc_loss"], atol=1e-5)

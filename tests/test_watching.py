@@ -95,10 +95,31 @@ def test_validation_measures_lpips_with_the_backbone_of_infer(monkeypatch):
     assert seen == ["alex"], "whatever training minimises"
 
 
+def test_the_clock_stands_still_for_all_that_a_validation_does(here, monkeypatch):
+    now, pictures = [0.0], logbook.Logbook.pictures
+
+    def slow_pictures(self, *arguments):
+        now[0] += 1000
+        paused.append(self.clock.paused)
+        return pictures(self, *arguments)
+
+    paused = []
+    clock = logbook.Clock(7.0, monotonic=lambda: now[0])
+    now[0] += 3
+    with clock.stopped():
+        now[0] += 50
+        assert clock.total() == 10, "in the middle, too: what asks there is told the time of training"
+    now[0] += 2
+    assert (clock.total(), clock.lap()) == (12, 5)
+    monkeypatch.setattr(logbook.Logbook, "pictures", slow_pictures)
+    here(*FRAMES, "val_fraction=0.3", "val_every=1", "max_steps=1", "name=drawn")
+    assert paused == [True]
+
+
 def test_the_table_of_layers_lists_each_once_with_the_frames_of_the_whole_clip():
     """On a CPU the first layers take a frame or two at a time."""
     model = TAEHV()
-    rows = summary(model, 32, 12, CPU).splitlines()
+    rows = summary(model, 32, 12).splitlines()
     names = [row.split()[0] for row in rows[1:-1]]
     assert names == [f"{part}.{i}" for part in ("encoder", "decoder") for i in range(len(getattr(model, part)))]
     assert re.search(r"encoder.0 .*\(12, 64, 32, 32\)", rows[1]) and "(3, 16, 4, 4)" in rows[18]
