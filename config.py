@@ -246,8 +246,10 @@ PRESETS = {
     # Weights as in madebyollin/seraena's notebook: squared errors of the latents, of pixels and to the corrected
     # frames, each 1. Corrections have unit deviation: they pull 14 times as hard as pixels that are 0.07 off. Ours
     # departs: a cosine with warm-up, gradients clipped, 4 clips (there constant, unclipped, 16), 512 MB of replayed
-    # samples (there 16 384, which is 2.5 GB at 64 px). With few clips in a step that shows nothing for long:
-    # seraena_pairs=true seraena_lr=1e-3 seraena_weight=0.2 do within 300 steps of 4 clips (docs/results.md).
+    # samples (there 16 384, which is 2.5 GB at 64 px), frames that are not clamped in training, and 9 of them as three
+    # images for the discriminator (there clamped, and 12, the first three again). With few clips in a step that shows
+    # nothing for long: seraena_pairs=true seraena_lr=1e-3 seraena_weight=0.2 do within 300 steps of 4 clips
+    # (docs/results.md).
     "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, pixel_loss="l2",
                           seraena_weight=1.0),
     # A published decoder on your own domain: add init_from=taew2_1 (or a file) and latent_cache=FOLDER, the big VAE's

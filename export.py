@@ -212,7 +212,8 @@ def diffusers(model, options):
         weights = to_diffusers(weights_of(model, dtype))
         return [(json.dumps(config, indent=2) + "\n").encode(), as_safetensors(model, weights)]
     return make, [os.path.join(folder, name) for name in ("config.json", "diffusion_pytorch_model.safetensors")], [
-        f"in Python: diffusers.AutoencoderTinyVideo.from_pretrained({folder!r}), of diffusers' git since August 2026"]
+        f"in Python: diffusers.AutoencoderTinyVideo.from_pretrained({folder!r}), of diffusers' git (5f7dc506; no release "
+        "up to 0.42.1 has it)"]
 
 
 def lightx2v(model, options):

@@ -8,7 +8,8 @@ This file works alone: it needs torch, and safetensors only to read such a file.
 are those of `dc-ae-f32t4c128` in github.com/hpcaitech/Open-Sora (opensora/models/dc_ae), after Chen et al. 2024, "Deep
 Compression Autoencoder". What differs: any number of frames goes in and comes back; attention is computed in float32.
 
-Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
+Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, the encoder's own numbers (Open-Sora's
+inference takes them as they are; its configs/diffusion/train/high_compression.py has a scaling_factor of 0.493).
 Inside, tensors are N C T H W in [-1, 1], in channels-last order where the weights are. The model is not causal: a frame
 depends on the whole clip.
 """

@@ -201,9 +201,9 @@ class TAEHV(nn.Module):
     combination that makes no sense.
     """
 
-    def __init__(self, variant=None, patch_size=None, latent_channels=None, encoder_time_downscale=None,
-                 decoder_time_upscale=None, decoder_space_upscale=None, arch_variant=None, encoder_widths=None,
-                 decoder_widths=None, activation=None, output_range=None, checkpoint_path=None, scaled_latents=None):
+    def __init__(self, variant=None, encoder_time_downscale=None, decoder_time_upscale=None, decoder_space_upscale=None,
+                 patch_size=None, latent_channels=None, arch_variant=None, encoder_widths=None, decoder_widths=None,
+                 activation=None, output_range=None, checkpoint_path=None, scaled_latents=None):
         given = dict(patch_size=patch_size, latent_channels=latent_channels, arch_variant=arch_variant,
                      encoder_time_downscale=encoder_time_downscale, decoder_time_upscale=decoder_time_upscale,
                      decoder_space_upscale=decoder_space_upscale, encoder_widths=encoder_widths,
@@ -411,24 +411,26 @@ class TAEHV(nn.Module):
     def encode_video(self, x, parallel=True, show_progress_bar=True):
         """As the published file has it: like `encode`, but any size is taken that the patch size divides.
 
-        parallel=False runs a few frames at a time, in memory that does not grow with the clip.
+        parallel=False runs a few frames at a time, in memory that does not grow with the clip, and without gradients.
         """
         return self._published(x, self._encode, TAEHVStream.encode, TAEHVStream.flush_encoder, parallel,
                                show_progress_bar)
 
     def decode_video(self, x, parallel=True, show_progress_bar=True):
-        """As the published file has it: like `decode`, and always clamped to [0, 1]."""
+        """As the published file has it: like `decode`, and always clamped to [0, 1]; parallel as in `encode_video`."""
         return self._published(x, self._decode, TAEHVStream.decode, TAEHVStream.flush_decoder, parallel,
                                show_progress_bar).clamp(0, 1)
 
     def _published(self, x, whole, step, flush, parallel, show_progress_bar):
         if x.ndim != 5:
             raise ValueError(f"TAEHV takes N T C H W tensors, got {x.ndim} dimensions")
+        if not x.shape[1]:
+            raise ValueError("a clip of 0 frames cannot be encoded, nor decoded")
         bar = None
         if show_progress_bar:
             from tqdm.auto import tqdm as bar
         if parallel:
-            return whole(x, progress=bar)
+            return whole(x, progress=bar).contiguous()
         stream = TAEHVStream(self, total_latents=x.shape[1])
         pieces = [step(stream, frame) for frame in (bar or iter)(x.split(1, 1))]
         return torch.cat([*pieces, flush(stream)], 1)
@@ -551,11 +553,11 @@ class TAEHVStream:
                              f"{tuple(frames.shape)}")
         check_floats(frames)
         if self._empty_latents is None:
-            n, _, _, height, width = frames.shape
+            n, _, _, *size = frames.shape
+            size = [side // model.patch_size for side in size]
             for _ in range(3):  # as the stride-2 convolutions round; multiples of space_factor come out exact
-                height, width = -(-height // 2), -(-width // 2)
-            self._empty_latents = frames.new_empty(
-                n, 0, model.latent_channels, height // model.patch_size, width // model.patch_size)
+                size = [-(-side // 2) for side in size]
+            self._empty_latents = frames.new_empty(n, 0, model.latent_channels, *size)
         if frames.shape[1]:
             self._frames.append(frames)
             self._last_frame = frames[:, -1:]
@@ -676,6 +678,10 @@ class StreamingTAEHV(nn.Module):
         super().__init__()
         self.taehv = taehv
         self.reset()
+
+    def __getstate__(self):  # for copy.deepcopy and pickle, which take no generator: it makes its frames now
+        self._pending = iter([*self._pending])
+        return self.__dict__.copy()
 
     def reset(self):
         """Forget everything: the next frame or latent begins a new clip."""
@@ -956,8 +962,8 @@ def put_weights(model, state_dict, path):
 def recognise(state_dict, name=""):
     """The TAEHV arguments that fit a state_dict, from its names and shapes: {"variant": ..., "patch_size": ..., ...}.
 
-    Weights of several variants look alike (`look_alikes`): `name` (a file's name) decides, and if it holds none of
-    their names the first row of VARIANTS that fits. ValueError if these are no TAEHV weights.
+    Weights of several variants look alike (`look_alikes`): `name` (a file's path) decides, the last part that holds one
+    of their names, and if none does the first row of VARIANTS that fits. ValueError if these are no TAEHV weights.
     """
     def shape(key):
         if key not in state_dict:
@@ -981,8 +987,10 @@ def recognise(state_dict, name=""):
     if "latents_scale" in state_dict:
         found["scaled_latents"] = True
     fitting = [v for v, row in VARIANTS.items() if row == (patch, channels, pooling, growth, arch)]
-    plain = "".join(filter(str.isalnum, os.path.basename(name).lower()))  # LightX2V also writes lighttae_hy1_5
-    named = [v for v in sorted(fitting, key=len, reverse=True) if v.replace("_", "") in plain]
+    named = []
+    for part in reversed(os.path.normpath(name).split(os.sep)):  # the file's name decides, then the folder's, ...
+        plain = "".join(filter(str.isalnum, part.lower()))  # LightX2V also writes lighttae_hy1_5
+        named = named or [v for v in sorted(fitting, key=len, reverse=True) if v.replace("_", "") in plain]
     return dict(variant=(named or fitting or ["taehv"])[0], **found)
 
 

@@ -509,13 +509,17 @@ def recognise(weights):
 def load_vqvae(source, **overrides):
     """(VQVAE2 or VqVae2 in eval mode, what it is in words) from published weights (.pt) or our own; runs no code.
 
-    source: a path, or a state_dict. overrides: arguments of the model that weights do not tell. ValueError if the
+    source: a path, or a state_dict; those of VqVaeVideo's training (in "state_dict") and of several GPUs ("module.")
+    too. overrides: arguments of the model that weights do not tell. ValueError if the
     weights do not fit.
     """
     try:
         weights = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError):
         raise ValueError(f"{source} is damaged or no file of weights, or holds code, which is not run") from None
+    if not isinstance(weights, dict) or not isinstance(weights.get("state_dict", weights), dict):
+        raise ValueError("no VQ-VAE-2 or VqVae2 weights: no state_dict")
+    weights = {re.sub(r"^(module|_orig_mod)\.", "", str(k)): v for k, v in weights.get("state_dict", weights).items()}
     kind, arguments = recognise(weights)
     model = kind(**{**arguments, **overrides})
     weights = {k: v for k, v in weights.items() if not k.endswith((".started", ".usage_count"))}  # only training's

@@ -296,7 +296,7 @@ def load_foreign(path, state, variant, overrides):
     if "quantize." in names:
         return load_vqgan(state, **{**about.get("net", {}), **overrides})
     if "codebooks.0." in names or "blocks_tempo" in names:
-        return load_vqvae(state, **{**about.get("net", {}), **overrides})
+        return load_vqvae(inner, **{**about.get("net", {}), **overrides})
     if "encoder.project_out." in names:
         return load_dcae(state), "Video DC-AE"
     model = build_model("taehv", {**arguments_of(state, path, variant or about.get("variant")), **overrides})

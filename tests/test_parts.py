@@ -225,7 +225,9 @@ def test_weights_are_recognised_by_shape_and_then_by_name(tmp_path, monkeypatch)
             found = recognise(TAEHV(name).state_dict(), f"some/{name}.pth")
             assert found["variant"] == name
             assert TAEHV(**found).config == TAEHV(name).config
-    assert recognise(TAEHV("taecvx").state_dict())["variant"] == "taehv"
+    state = TAEHV("taecvx").state_dict()
+    assert [recognise(state, name)["variant"] for name in ("", "taecvx/model.pth", "my_taecvx/1/taew2_1.pth")] == [
+        "taehv", "taecvx", "taew2_1"], "the last part of the path that names one"
     assert recognise(TAEHV("taeh3").state_dict())["variant"] == "taeh3"
     odd = TAEHV("taehv", latent_channels=4, patch_size=2)
     assert TAEHV(**recognise(odd.state_dict())).config == odd.config

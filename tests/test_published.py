@@ -1,9 +1,11 @@
 """Weights and code that others published for TAEHV: relatives, the published calls, weights by name, torch.hub."""
 
 import ast
+import copy
 import http.server
 import importlib.util
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -296,6 +298,42 @@ def test_streaming_as_the_published_docstring_has_it(name):
     shown += streaming.flush_decoder()
     assert torch.allclose(torch.cat(shown, 1), whole, atol=1e-5)
     assert streaming.n_frames_encoded >= 21 and streaming.n_frames_decoded == model.t_upscale * latents.shape[1]
+
+
+def test_a_stream_in_use_can_be_copied():
+    """A world model that tries several futures."""
+    streaming = StreamingTAEHV(TAEHV(**SMALL).eval())
+    latents = torch.randn(1, 3, 16, 2, 2)
+    assert streaming.decode(latents[:, :1]) is not None  # frames 3: the first three are trimmed
+    assert streaming.decode(latents[:, 1:2]) is not None  # of four; three wait
+    copied = copy.deepcopy(streaming)
+    again = pickle.loads(pickle.dumps(streaming))
+    rest = [torch.cat([*iter(one.decode, None), one.decode(latents[:, 2:]), *one.flush_decoder()], 1)
+            for one in (streaming, copied, again)]
+    assert rest[0].shape[1] == 7 and torch.equal(rest[0], rest[1]) and torch.equal(rest[0], rest[2])
+
+
+@pytest.mark.parametrize("name, size", [("taehv", (10, 21)), ("taew2_2", (18, 16)), ("taehv1_5", (18, 34)),
+                                        ("taeltx_2", (36, 32)), ("taeh3", (18, 16))])
+@torch.no_grad()
+def test_any_size_that_the_patches_divide_is_encoded_one_frame_at_a_time(name, size):
+    torch.manual_seed(1)
+    model = TAEHV(name, **SMALL).eval()
+    video = torch.rand(2, 9, 3, *size)
+    whole, pieces = (model.encode_video(video, parallel=way, show_progress_bar=False) for way in (True, False))
+    assert whole.shape == pieces.shape and torch.allclose(whole, pieces, atol=1e-5) and whole.is_contiguous()
+    for way in (True, False):
+        with pytest.raises(ValueError, match="0 frames"):
+            model.encode_video(video[:, :0], parallel=way, show_progress_bar=False)
+
+
+def test_arguments_come_in_the_published_order(tmp_path):
+    model = TAEHV(None, (True, True, True), (True, True, True), (True, True, False), 4, 128, **SMALL)
+    assert (model.time_factor, model.patch_size, model.latent_channels, model.space_upscale) == (8, 4, 128, 16)
+    path = str(tmp_path / "taew2_1.pth")
+    torch.save(TAEHV(**SMALL).state_dict(), path)
+    preview = TAEHV(path, (True, True, False), (False, False))
+    assert (preview.variant, preview.t_upscale) == ("taew2_1", 1)
 
 
 def test_streaming_refuses_what_has_no_time():

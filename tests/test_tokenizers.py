@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import model_vqgan
 import model_vqvae
+import models
 from conftest import ROOT, transport_plan
 from golden.fill import fill_, make_input
 from model_vqgan import VQGAN, load_vqgan
@@ -373,6 +374,12 @@ def test_vqvae_weights_are_recognised(name, tmp_path):
     loaded, words = load_vqvae(path)
     assert loaded.config == json.loads(json.dumps(model.config)) and type(model).__name__ in words
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    # as the published trainers save them: within a dict, from several GPUs
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}, "epoch": 3}, path)
+    for again, _ in (load_vqvae(path), models.load_model(path)):
+        assert again.config == loaded.config and torch.equal(*(next(m.parameters()) for m in (again, loaded)))
+    with pytest.raises(ValueError, match="no state_dict"):
+        load_vqvae({"state_dict": [1]})
 
 
 def test_codebooks_with_training_options_load_into_plain_ones():
