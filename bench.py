@@ -16,6 +16,9 @@ rate that a matrix product reaches here in the same type (for reading, of the ra
 once at the start: above 100 % means that the machine was busy then. memory is the process's peak over what was held,
 where a part measures it.
 """
+from screen import end_at_ctrl_c
+
+end_at_ctrl_c(__name__)
 import argparse
 import json
 import math

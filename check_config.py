@@ -71,7 +71,7 @@ def check(config):
     if config.wandb and not getattr(importlib.util.find_spec("wandb"), "origin", None):  # a mere folder has none
         raise ConfigError(f"wandb={config.wandb} needs a package: pip install wandb, or leave it out")
     if not re.fullmatch(r"[\w.+-]+", config.name) or set(config.name) == {"."}:
-        raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted")
+        raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted, no spaces")
     parse_buckets(config)
     check_together(config)
 

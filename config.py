@@ -292,7 +292,7 @@ def load_config(arguments):
     if overrides and "=" not in overrides[0]:
         preset = overrides.pop(0)
     if preset.endswith(".json"):
-        values = read_settings(preset, kinds)
+        values = {**read_settings(preset, kinds), **run_of(preset)}
         preset = os.path.basename(preset).removesuffix(".json")
     elif preset in PRESETS:
         values = dict(PRESETS[preset])
@@ -303,7 +303,8 @@ def load_config(arguments):
         key, separator, text = item.partition("=")
         key = key.removeprefix("--").replace("-", "_")
         if not separator:
-            raise ConfigError(f"{item!r} is no key=value")
+            known = item in PRESETS or item.endswith(".json")
+            raise ConfigError(f"{item!r} is no key=value" + "; a preset comes first, before the settings" * known)
         given.add(key)
         if key.startswith("net."):
             values["net"] = {**values.get("net", {}), key[4:]: parse_literal(key, text)}
@@ -331,6 +332,16 @@ def load_config(arguments):
         config.frames, config.buckets = 1, ""
     check(config)
     return config
+
+
+def run_of(path):
+    """{"out_dir", "name"} of the run in whose folder a config.json lies, which may have been moved or copied there; {}
+    for any other file."""
+    folder = os.path.dirname(path) or "."
+    if os.path.basename(path) != "config.json" or not os.path.exists(os.path.join(folder, "train.log")):
+        return {}
+    return {"out_dir": os.path.normpath(os.path.join(folder, os.pardir)),
+            "name": os.path.basename(os.path.abspath(folder))}
 
 
 def drop_unsuited(values, given):

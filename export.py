@@ -10,6 +10,9 @@ What a program would read wrongly is refused, with the reason: exit code 2, noth
 say where the file is, where it has to go, and what uses it. All of these files but .onnx and .pt2 load here again:
 infer.py takes them. docs/export.md says for each program what was looked at, and what was run.
 """
+from screen import end_at_ctrl_c
+
+end_at_ctrl_c(__name__)
 import argparse
 import json
 import os
@@ -212,8 +215,8 @@ def diffusers(model, options):
         weights = to_diffusers(weights_of(model, dtype))
         return [(json.dumps(config, indent=2) + "\n").encode(), as_safetensors(model, weights)]
     return make, [os.path.join(folder, name) for name in ("config.json", "diffusion_pytorch_model.safetensors")], [
-        f"in Python: diffusers.AutoencoderTinyVideo.from_pretrained({folder!r}), of diffusers' git (5f7dc506; no release "
-        "up to 0.42.1 has it)"]
+        f"in Python: diffusers.AutoencoderTinyVideo.from_pretrained({folder!r}), of diffusers' git (5f7dc506; no "
+        "release up to 0.42.1 has it)"]
 
 
 def lightx2v(model, options):

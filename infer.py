@@ -20,6 +20,9 @@ Exit code: 0, also where a file among others could not be read or written; 1 whe
 others are reported; errors.log has the traceback of an error that is the program's own); 2 for a mistake, in one line;
 130 after Ctrl-C, 143 after SIGTERM, which leave no half files.
 """
+from screen import end_at_ctrl_c
+
+end_at_ctrl_c(__name__)
 import argparse
 import collections
 import contextlib
@@ -292,6 +295,8 @@ def parse(arguments=None):
     for name, most in (("tile", 2 ** 14), ("tile_frames", 2 ** 14)):
         if not 0 <= (value := getattr(options, name) or 0) <= most:
             parser.error(f"--{name.replace('_', '-')} {value}: 0 to {most} is wanted")
+    if not 0 <= options.tile_overlap <= 0.5:
+        parser.error(f"--tile-overlap {options.tile_overlap}: 0 to 0.5 is wanted")
     options.by_teacher = is_spec(options.checkpoint)
     if options.teacher_frames is not None and not (options.teacher or options.by_teacher):
         parser.error(f"--teacher-frames {options.teacher_frames} wants --teacher")

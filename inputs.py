@@ -36,10 +36,10 @@ def sample(sources, number, seed, max_pixels):
 
 
 def find_inputs(inputs, number=0, seed=0, max_pixels=MAX_PIXELS, out=None):
-    """([video and image sources], [latent and token files], [(path, reason)] refused in folders, [notes]). InputError
-    for a bad file. number, seed: with a number, only so many of each folder, see `sample`. max_pixels: see
-    video_files.py. out: the folder that is written to; its videos and pictures are left out of folders that are
-    searched."""
+    """([video and image sources], [latent and token files], [(path, reason)] refused, [notes]). What is named twice
+    counts once. InputError for a path that does not exist, and where nothing can be read. number, seed: with a number,
+    only so many of each folder, see `sample`. max_pixels: see video_files.py. out: the folder that is written to; its
+    videos and pictures are left out of folders that are searched."""
     sources, latents, refused, notes, folders = [], [], [], [], 0
     for path in inputs:
         if path.endswith((LATENTS, TOKENS)):
@@ -70,12 +70,13 @@ def find_inputs(inputs, number=0, seed=0, max_pixels=MAX_PIXELS, out=None):
             notes.append(f"{path}: {len(found)} of {there} files, {how}")
         else:
             found, bad = probe(found, max_pixels)
-        if bad and not os.path.isdir(path):
-            raise InputError(f"{bad[0][0]}: {bad[0][1]}")
         sources += found
         refused += bad
+    sources = list({os.path.realpath(source.path): source for source in reversed(sources)}.values())[::-1]
+    refused = list(dict.fromkeys(refused))
     if not sources and not latents:
-        raise InputError(f"none of the {len(refused)} files can be read; the first: {refused[0][0]}: {refused[0][1]}")
+        first = f"{refused[0][0]}: {refused[0][1]}"
+        raise InputError(f"none of the {len(refused)} files can be read; the first: {first}" if refused[1:] else first)
     if number and not folders:
         raise InputError(f"--num-samples {number}: none of the inputs is a folder")
     return sources, latents, refused, notes

@@ -9,6 +9,9 @@
 The same command again goes on where it stopped, and a larger --clips adds to a finished cache. cache_files.py says what
 stands in one.
 """
+from screen import end_at_ctrl_c
+
+end_at_ctrl_c(__name__)
 import argparse
 import contextlib
 import hashlib
@@ -246,14 +249,16 @@ def write_shards(options, teacher, device, clips, shards, counts, shape, disable
     loader = DataLoader(clips, batch_sampler=batches_of_keys(), num_workers=workers, collate_fn=list,
                         worker_init_fn=datasets.start_worker, prefetch_factor=2 if workers else None,
                         multiprocessing_context=datasets.worker_context() if workers else None)
-    batches = datasets.endless(loader)
+    batches, noted = datasets.endless(loader), set()
     with progress_bar(total=sum(counts[i] for i in shards), unit="clip", disable=disable) as bar:
         for i in shards:
             with ShardWriter(options.out, i, counts[i]) as shard:
                 for _ in range(0, counts[i], options.batch_size):
                     samples = next(batches)
                     for note in (note for s in samples for note in s["notes"]):
-                        tqdm.write(f"{note[0]}: {note[1]}")
+                        if note not in noted:  # of many clips of a file it is said once
+                            tqdm.write(f"{note[0]}: {note[1]}")
+                        noted.add(note)
                     video = torch.stack([s["video"].permute(0, 2, 3, 1) for s in samples])  # N T H W 3
                     shard.write("clips", video.numpy())
                     shard.origins += [s["origin"] for s in samples]

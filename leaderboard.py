@@ -19,6 +19,9 @@ validation and infer.py (metrics.py, `MEASURES`). Besides them:
 Exit code: 0; 1 where some models could not be measured (the page and the terminal say why); 2 for a mistake, in one
 line; 130 after Ctrl-C, 143 after SIGTERM: what was measured until then is kept.
 """
+from screen import end_at_ctrl_c
+
+end_at_ctrl_c(__name__)
 import argparse
 import hashlib
 import json

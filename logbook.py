@@ -97,8 +97,10 @@ class Logbook:
             self.board, self.missing = None, "their folder was removed"
 
     def mirror(self, project, config, resumed):
-        """Copy the curves to a project of Weights & Biases, by its own means; call it on rank 0, before `start`.
-        A resumed run goes on with the same curves there. Returns what went wrong, or ""."""
+        """Copy the curves to a project of Weights & Biases, if one is named, by its own means; call it on rank 0,
+        before `start`. A resumed run goes on with the same curves there. ConfigError for what goes wrong there."""
+        if not project:
+            return
         import wandb
         note = os.path.join(self.folder, "wandb_id.txt")
         identity = uuid.uuid4().hex[:12]
@@ -109,10 +111,9 @@ class Logbook:
             self.copy = wandb.init(project=project, name=config["name"], id=identity, resume="allow", dir=self.folder,
                                    config=config, sync_tensorboard=True)
         except wandb.Error as error:  # no login, no network: WANDB_MODE=offline needs neither
-            return f"wandb={project}: {error}"
+            raise ConfigError(f"wandb={project}: {error}") from None
         with self.unharmed(), open(note, "w") as file:
             file.write(identity)
-        return ""
 
     def notes(self, notes):
         """[(path, what was odd)] of a batch: each once, counted, from whichever rank met it."""

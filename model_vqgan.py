@@ -197,7 +197,7 @@ class VQGAN(nn.Module):
         sizes = [resolution >> i for i in range(len(ch_mult))]
         if not set(attn_resolutions) <= set(sizes):
             raise ValueError(f"attn_resolutions {tuple(attn_resolutions)}: the levels of resolution {resolution} have "
-                             f"sizes {sizes}; choose some of these")
+                             f"sizes {sizes}; choose some of these, or () for none")
         attention, widths = [size in attn_resolutions for size in sizes], [ch, *(ch * m for m in ch_mult)]
         self.encoder = Encoder(widths, num_res_blocks, attention, z_channels)
         self.decoder = Decoder(widths, num_res_blocks, attention, z_channels)

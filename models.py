@@ -52,6 +52,9 @@ def build_model(name, config):
         variant = part.get("variant")
         if part.get("checkpoint_path") is not None or variant not in VARIANTS and os.path.isfile(variant or ""):
             raise ValueError(f"model {name}: settings that name another file of weights, which is not read")
+    defaults = {key: parameter.default for key, parameter in inspect.signature(MODELS[name]).parameters.items()}
+    config = {key: (value,) if type(value) is int and isinstance(defaults.get(key), tuple) else value
+              for key, value in config.items()}  # net.attn_resolutions=64
     try:
         return MODELS[name](**config)
     except TypeError as error:
@@ -266,7 +269,10 @@ def load_own(path, state, variant, overrides):
             raise CheckpointError(f"checkpoint: {path!r} is a {state['model_name']}, which has no variants")
         if variant:
             about = arguments if state["model_name"] == "taehv" else arguments["taehv"]
-            about["variant"] = variant
+            if variant not in VARIANTS:
+                raise CheckpointError(f"variant {variant!r} is none of {', '.join(VARIANTS)}")
+            if variant != (own := about.get("variant", "taehv")):
+                raise CheckpointError(f"checkpoint: {path!r} is of variant {own}, as it says: leave out {variant}")
         model = build_model(state["model_name"], arguments)
         weights = state["ema"]
         model.load_state_dict(adapt_state_dict(weights, model) if overrides else weights)

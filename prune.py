@@ -10,6 +10,9 @@ Then the channels that went are predicted from those that stay, by least squares
 read them get the prediction. prune_taehv.py does all this. PSNR is that of held-out clips. Without --data the sizes of
 weights decide, and nothing is predicted.
 """
+from screen import end_at_ctrl_c
+
+end_at_ctrl_c(__name__)
 import argparse
 import contextlib
 import copy
@@ -271,8 +274,8 @@ def parse(arguments=None):
                         "channel does to the output, the sizes of its weights, or chance (default: %(default)s)")
     parser.add_argument("--no-compensation", dest="compensate", action="store_false", help="fold nothing into the "
                         "layers that read what goes")
-    parser.add_argument("--multiple", type=int, default=16, choices=(8, 16), help="what widths are multiples of "
-                        "(default: %(default)s, which CPUs compute in blocks)")
+    parser.add_argument("--multiple", type=int, default=16, choices=(8, 16), help="what widths are multiples "
+                        "of, if they are not 8 (default: %(default)s, which CPUs compute in blocks)")
     parser.add_argument("--out", metavar="FILE", help="file to write, .pth or .safetensors (VARIANT_NM.pth)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--variant", help="what the weights are, where their shapes do not tell (say taecvx)")

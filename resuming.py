@@ -1,4 +1,5 @@
 """Which checkpoint a run goes on from, whether it is one of such a run, and its state put in place."""
+import json
 import os
 
 import checkpoint
@@ -47,15 +48,29 @@ def check_start(saved, cfg, path):
                           "leave init_from out")
 
 
+# Settings that say how long a run goes, where it stands and how it speaks, not what it learns.
+ELSEWHERE = ("name out_dir resume init_from device max_steps max_minutes workers log_every val_every save_every "
+             "keep_last timeout_minutes wandb").split()
+
+
+def describe_changes(saved, cfg):
+    """A line that names the settings of learning that are others than those saved in a checkpoint, or ""."""
+    changed = [f"{key}={value} ({saved[key]} before)" for key, value in vars(cfg).items()
+               if key in saved and key not in ELSEWHERE and json.dumps(saved[key]) != json.dumps(value)]
+    return "settings that have changed: " + ", ".join(changed) if changed else ""
+
+
 def restore(state, model, average, optimizer, teacher, path):
     """Put a checkpoint's weights and optimizer state in place; ConfigError if it is another model's."""
     if (learnt := state.get("teacher", "")) != teacher:  # first: another scale of the latents makes another model
         other = "another teacher" if learnt and teacher else "a teacher" if learnt else "no latent cache"
         raise ConfigError(f"{path} learnt from {other}: choose another name= for this run, with init_from=")
     if not same_model(state.get("model_config"), model.config):
-        raise ConfigError(f"{path} is a checkpoint of {state.get('model_config', 'something else')}, "
-                          f"not of {model.config}: choose another name= for this run, or init_from= in the place of "
-                          "resume=")
+        saved, own = state.get("model_config"), model.config
+        found = [f"{key} is {saved.get(key)}, and {own.get(key)} here" for key in {**saved, **own}
+                 if saved.get(key) != own.get(key)] if isinstance(saved, dict) else ["something else"]
+        raise ConfigError(f"{path} is a checkpoint of another model ({'; '.join(found)}): choose another name= for "
+                          "this run, or init_from= in the place of resume=")
     if "optimizer" not in state:
         raise ConfigError(f"{path} holds weights only: give it as init_from=, not as resume=")
     today = optimizer.state_dict()["param_groups"]

@@ -152,7 +152,10 @@ class Saver:
             newest, _ = checkpoint.newest_checkpoint(self.folder)
         except OSError as error:
             return f"what is on disk cannot be read ({error})"
-        return f"on disk: step {checkpoint.step_of(newest)} ({self.folder})" if newest else "nothing is on disk"
+        if newest:
+            return f"on disk: step {checkpoint.step_of(newest)} ({self.folder})"
+        best = os.path.join(self.folder, "best.pt")
+        return f"no step is on disk, but {best} is" if os.path.exists(best) else "nothing is on disk"
 
     def not_saved(self, problem):
         """The words of a NotSaved, which are logged too."""

@@ -49,10 +49,20 @@ class Guarded(io.RawIOBase):
         return self.lower.isatty()
 
 
+def end_at_ctrl_c(name):
+    """From here to `guard_screen`, Ctrl-C ends Python as it ends any program, without a traceback: for the seconds in
+    which a command imports PyTorch. name: the caller's __name__; where it is imported itself, nothing is done. A job in
+    the background, which ignores Ctrl-C, goes on to."""
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def guard_screen():
     """Make sys.stdout and sys.stderr such that no writing to them fails, whatever is behind them and whatever the text
     holds (file names may hold anything). File descriptors 0 to 2 that are closed lead to /dev/null from here on: or the
     next file that is opened, a checkpoint say, is what C libraries and other processes take for the screen."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in range(3):
         try:
             os.fstat(number)

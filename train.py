@@ -15,9 +15,12 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 
+from screen import end_at_ctrl_c, guard_screen, one_line
+
 # OpenMP's threads would spin for milliseconds wherever one waits for another, and take the cores from data processes
 # and other programs: beside those, a step took six times the processor's time (docs/speed.md). Read at import torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+end_at_ctrl_c(__name__)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -39,9 +42,8 @@ from objective import Objective, remarks
 from optimizer import average_weights, learning_rate, make_optimizer
 from ranks import (Gradients, LeftStep, StopSignal, Vote, agree, batch_statistics, copy_from_rank_0, end_at_once,
                    everywhere, from_rank_0, gather, start_ranks)
-from resuming import check_start, find_resume, restore, take_folder, where_to_go_on
+from resuming import check_start, describe_changes, find_resume, restore, take_folder, where_to_go_on
 from saving import NotSaved, Saver
-from screen import guard_screen, one_line
 from step_taehv import speed_up
 from video_files import DataError
 from watch import Meter, Trend, describe_figures, describe_step, describe_trend
@@ -148,7 +150,7 @@ class Trainer:
         # ---- how far it is
         if self.rank:  # each rank draws numbers of its own: all are made from one seed, for the initial weights
             torch.manual_seed(cfg.seed + self.rank)
-        self.run = Run()
+        self.run, self.changes = Run(), ""
         if self.resumed_from:
             self.resume()
         copy_from_rank_0([*model.state_dict().values(), *self.average.state_dict().values()])
@@ -162,6 +164,7 @@ class Trainer:
         try:
             restore(state, self.model, self.average, self.optimizer, self.clips.teacher, path)
             check_start(state["config"], cfg, path)
+            self.changes = describe_changes(state["config"], cfg)
             run.step, run.samples, run.seconds = state["step"], state["samples"], float(state.get("seconds", 0))
             if (state["config"]["batch_size"], state["config"]["buckets"]) == (cfg.batch_size, cfg.buckets):
                 run.pieces = state["pieces"]
@@ -196,10 +199,7 @@ class Trainer:
         """Say in the log what will run, and set up what the loop takes from."""
         cfg, run, log, model = self.cfg, self.run, self.log, self.model
         log(everywhere(self.control, lambda: summarize(model, self.buckets[0], self.autocast)), screen=False)
-        if cfg.wandb:
-            problem = from_rank_0(self.control, lambda: log.mirror(cfg.wandb, asdict(cfg), bool(self.resumed_from)))
-            if problem:
-                raise ConfigError(problem)
+        from_rank_0(self.control, lambda: log.mirror(cfg.wandb, asdict(cfg), bool(self.resumed_from)))
         log.start(asdict(cfg), run.step)
         title = " ".join(filter(None, [cfg.model, model.config.get("variant")]))
         log(f"{title}: {count(model) / 1e6:.1f} M parameters, {self.origin}; {describe(self.device)}, "
@@ -208,7 +208,7 @@ class Trainer:
             model.state_dict(), self.average.state_dict(), self.average.state_dict(), self.objective.state(),
             self.parameters, self.parameters)  # the average is in two files; AdamW has two means of each parameter
         for line in filter(None, [*remarks(cfg, model, self.device, self.dtype), *self.clips.lines,
-                                  self.unlocked and f"warning: {self.unlocked}", lack]):
+                                  self.unlocked and f"warning: {self.unlocked}", lack, self.changes]):
             log(line)
         if self.resumed_from:
             log.event("resumed", run.step, f"resumed from {self.resumed_from} at step {run.step}"

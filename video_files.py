@@ -230,7 +230,7 @@ def read_frames(path, position, frames, delta, max_pixels=MAX_PIXELS):
     if not clip:
         raise DataError("frames can be counted but not read")
     if len(clip) < frames:
-        notes.append(f"only {real} frames, {frames} wanted: the last is repeated")
+        notes.append(f"only {real} frame{'s' * (real > 1)}, {frames} wanted: the last is repeated")
     return clip + clip[-1:] * (frames - len(clip)), first, spacing, notes
 
 

@@ -296,6 +296,31 @@ def test_options_that_a_teacher_has_not_are_one_line(command, capsys, monkeypatc
     assert not os.path.exists("inference_results")
 
 
+def test_a_file_that_cannot_be_read_costs_only_its_row_also_where_it_is_named(command, capsys):
+    three_clips()
+    with open("text.mp4", "w") as file:
+        file.write("no video")
+    with open("list.csv", "w") as file:
+        file.write("path\nb.mp4\ntext.mp4\nc.mp4\n")
+    code, found = command("taehv.pth", "a.mp4", "text.mp4", "a.mp4", "./a.mp4", "list.csv", "--no-videos")
+    assert code == 0 and [row["name"] for row in found["rows"]] == ["a", "b", "c", "text.mp4"], "each once"
+    assert "text.mp4" in capsys.readouterr().out
+    code, _ = command("taehv.pth", "text.mp4", "--no-videos")
+    assert code == 2 and "text.mp4: " in capsys.readouterr().err
+
+
+def test_variants_that_a_file_contradicts_and_overlaps_that_make_no_sense(command, capsys):
+    three_clips()
+    torch.save({"model_name": "taehv", "step": 1, "ema": torch.load("taehv.pth"), "model_config": TAEHV(
+        encoder_widths=(32,) * 4, decoder_widths=(64, 32, 32, 32)).config}, "best.pt")
+    for arguments, words in ((("best.pt", "a.mp4", "--variant", "taew2_1"), "is of variant taehv, as it says: leave out"),
+                             (("best.pt", "a.mp4", "--variant", "blah"), "variant 'blah' is none of taehv, taew2_1"),
+                             (("best.pt", "a.mp4", "--tile-overlap", "0.7"), "--tile-overlap 0.7: 0 to 0.5 is wanted")):
+        code, _ = command(*arguments)
+        assert code == 2 and words in capsys.readouterr().err
+    assert command("best.pt", "a.mp4", "--variant", "taehv", "--no-videos")[0] == 0
+
+
 def test_a_sample_of_a_folder_is_the_same_each_time(tmp_path, monkeypatch):
     for k in range(9):
         cv2.imwrite(str(tmp_path / f"{k}.png"), np.zeros((16, 16, 3), np.uint8))

@@ -812,7 +812,9 @@ def test_no_files_import_each_other_in_a_circle():
 @pytest.mark.parametrize(
     "names", ["model_taehv", "data data_files video_files", "video_files", "losses", "metrics", "report", "pictures",
               "video_writer", "device", "config check_config", "synthetic", "quantize_base", "ranks", "adversary",
-              "seraena"]
+              "seraena", "init_taehv model_taehv", "fit_taehv init_taehv model_taehv", "step_taehv model_taehv",
+              "prune_taehv model_taehv", "fast_cuda fast_taehv model_taehv", "fast_dcae model_dcae fast_taehv model_taehv",
+              "hubconf fast_taehv init_taehv step_taehv model_taehv"]
 )
 def test_leaf_files_work_when_copied_alone(names, tmp_path):
     names = set(names.split())

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import checkpoint
+import config
 import infer
 import train
-from conftest import FRAMES, ROOT, command, log_of, mistake, run, write_clip
+from conftest import FRAMES, NARROW, ROOT, command, log_of, mistake, run, write_clip
 from model_taehv import TAEHV
 from test_smoke import FP32, INFER, PLAIN, SMALL, TRAIN, largest_difference, weights
 
@@ -199,6 +200,36 @@ def test_starting_from_weights_and_training_one_half(here):
     after = checkpoint.read(str(half / "step_00000002.pt"))["model"]
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved and all(k.startswith("decoder.") for k in moved)
+
+
+def test_a_config_json_means_the_run_that_it_lies_with(here, tmp_path, monkeypatch, capsys):
+    """Copied, moved, from another working directory."""
+    run_folder = here(*PLAIN, *NARROW, "max_steps=1", "name=first")
+    shutil.copytree(run_folder, tmp_path / "elsewhere" / "second")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path, out_dir, name in (("second/config.json", ".", "second"),
+                                (f"{run_folder}/config.json", str(tmp_path), "first")):
+        cfg = config.load_config([path, "max_steps=2"])
+        assert (os.path.abspath(cfg.out_dir), cfg.name) == (os.path.abspath(out_dir), name)
+    monkeypatch.chdir("second")
+    cfg = config.load_config(["config.json", "max_steps=2"])
+    assert (cfg.out_dir, cfg.name) == ("..", "second")
+    assert config.load_config(["config.json", "name=new"]).name == "new"
+    assert train.train(cfg) == 0 and "resumed from" in log_of(tmp_path / "elsewhere" / "second")
+    assert not os.path.exists(run_folder / "step_00000002.pt"), "the copied run went on, not the first"
+    shutil.copy(run_folder / "config.json", "mine.json")
+    assert config.load_config(["mine.json"]).name == "first", "any other file says itself which run it is"
+
+
+def test_a_resume_names_the_settings_that_have_changed(here):
+    folder = here(*PLAIN, *NARROW, "max_steps=1", "name=changed")
+    here(*PLAIN, *NARROW, "max_steps=2", "name=changed")
+    assert "have changed" not in log_of(folder)
+    here(*PLAIN, *NARROW, "max_steps=3", "name=changed", "seed=5", "pixel_loss=l1", "val_every=7")
+    assert "settings that have changed: seed=5 (0 before), pixel_loss=l1 (l2 before)\n" in log_of(folder)
+    with pytest.raises(config.ConfigError, match=r"of another model \(encoder_widths is \[32, 32, 32, 32\], and \[8, 8, 8, "
+                                                 r"8\] here\): choose another name="):
+        here(*PLAIN, "net.encoder_widths=8,8,8,8", NARROW[1], "max_steps=4", "name=changed")
 
 
 @pytest.mark.slow

@@ -113,6 +113,20 @@ def test_each_command_guards_the_screen_first():
     assert {"train.py", "infer.py", "latent_cache.py", "launch.py", "bench.py"} <= set(guarded)
 
 
+@pytest.mark.parametrize("command", ["train", "infer", "latent_cache", "leaderboard", "prune", "export", "bench"])
+def test_ctrl_c_while_pytorch_is_imported_leaves_no_traceback(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import sys, signal\nprint('importing', flush=True)\nsignal.pause()\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    script = f"import runpy; runpy.run_path({os.path.join(ROOT, command)!r} + '.py', run_name='__main__')"
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {ROOT!r}]; {script}"
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
+
+
 def test_a_run_whose_screen_has_gone_saves_after_ctrl_c(here, at, clips, tmp_path, monkeypatch):
     """`train.py 2>&1 | tee log`, where Ctrl-C reaches tee first. (`here` gives the signals' handlers back.)"""
     reader, writer = os.pipe()
