@@ -16,7 +16,7 @@ rate that a matrix product reaches here in the same type (for reading, of the ra
 once at the start: above 100 % means that the machine was busy then. memory is the process's peak over what was held,
 where a part measures it.
 """
-from screen import end_at_ctrl_c
+from screen import end_at_ctrl_c, guard_screen, nobody_reads, one_line, text_is_lost
 
 end_at_ctrl_c(__name__)
 import argparse
@@ -40,7 +40,6 @@ from config import load_config
 from data_files import find_sources
 from device import DeviceError, describe, pick_device, pick_precision, stream_limit, to_device, tune
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
-from screen import guard_screen, nobody_reads, one_line, text_is_lost
 from video_files import DataError
 
 SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise

@@ -10,12 +10,14 @@ them a latent stands for, and the place of the first.
 """
 import functools
 import math
+import os
 import re
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+import model_taehv
 import models
 import quantize
 from codec import InputError
@@ -45,6 +47,15 @@ def load(name, context, levels=0):
     if baseline := BASELINE.fullmatch(name):
         return PCA(name, int(baseline[1]), context) if baseline[1] else Bicubic(name, context)
     return ByTeacher(name, context) if is_spec(name) else Own(name, context, levels)
+
+
+def check_name(name):
+    """InputError for a name that can be no entry's: of no file, and not one of those that stand for something."""
+    if not (parse_codec(name) or BASELINE.fullmatch(name) or is_spec(name) or os.path.exists(name)
+            or name in model_taehv.PUBLISHED):
+        known = [*model_taehv.PUBLISHED, "bicubic", "pca16", "h264@crf30", "av1@crf40"]
+        raise InputError(f"{name!r} is no run, no weights, no teacher, no codec and no baseline"
+                         f"{model_taehv.nearest(name, known)}")
 
 
 def is_fitted(name):

@@ -10,7 +10,7 @@ What a program would read wrongly is refused, with the reason: exit code 2, noth
 say where the file is, where it has to go, and what uses it. All of these files but .onnx and .pt2 load here again:
 infer.py takes them. docs/export.md says for each program what was looked at, and what was run.
 """
-from screen import end_at_ctrl_c
+from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
 end_at_ctrl_c(__name__)
 import argparse
@@ -25,7 +25,6 @@ import models
 from checkpoint import CheckpointError, first_line, not_finite, write_all
 from diffusers_names import to_diffusers
 from model_taehv import RELATIVES, TAEHV, config_of, settle
-from screen import ending_in_one_line, guard_screen, one_line
 from untrusted import SETTINGS, read_json
 from weights_file import ExportError, as_pth, as_safetensors, folder_for, name_of
 

@@ -20,7 +20,7 @@ Exit code: 0, also where a file among others could not be read or written; 1 whe
 others are reported; errors.log has the traceback of an error that is the program's own); 2 for a mistake, in one line;
 130 after Ctrl-C, 143 after SIGTERM, which leave no half files.
 """
-from screen import end_at_ctrl_c
+from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
 end_at_ctrl_c(__name__)
 import argparse
@@ -47,7 +47,6 @@ from latent_file import LATENTS
 from lock import locked
 from quantize import use_levels
 from reconstruct import reconstruct, reconstruct_by_teacher
-from screen import ending_in_one_line, guard_screen, one_line
 from teachers import KINDS, TeacherError, is_spec, load_teacher
 from token_file import keep_maps
 from video_files import MAX_PIXELS

@@ -9,7 +9,7 @@
 The same command again goes on where it stopped, and a larger --clips adds to a finished cache. cache_files.py says what
 stands in one.
 """
-from screen import end_at_ctrl_c
+from screen import end_at_ctrl_c, ended_by_sigterm, guard_screen, one_line, progress_bar
 
 end_at_ctrl_c(__name__)
 import argparse
@@ -41,7 +41,6 @@ from device import (DeviceError, cores_per_rank, default_workers, describe, host
 from lock import NAME as LOCK, InUse, locked
 from model_taehv import RELATIVES, TAEHV, VARIANTS
 from ranks import from_rank_0, gather, start_ranks
-from screen import ended_by_sigterm, guard_screen, one_line, progress_bar
 from teachers import KINDS, TeacherError, load_teacher
 from untrusted import read_json
 from video_files import MAX_PIXELS, DataError

@@ -19,7 +19,7 @@ validation and infer.py (metrics.py, `MEASURES`). Besides them:
 Exit code: 0; 1 where some models could not be measured (the page and the terminal say why); 2 for a mistake, in one
 line; 130 after Ctrl-C, 143 after SIGTERM: what was measured until then is kept.
 """
-from screen import end_at_ctrl_c
+from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
 end_at_ctrl_c(__name__)
 import argparse
@@ -41,7 +41,6 @@ from lock import locked
 from measure_entry import Judges, measure, write_video
 from protocols import PROTOCOLS, Clips
 from rate import compare_rates
-from screen import ending_in_one_line, guard_screen, one_line
 from teachers import KINDS
 from untrusted import read_json
 from video_files import MAX_PIXELS
@@ -189,6 +188,8 @@ class Board:
 
 def run(options):
     """Returns the exit code; errors as in `main`."""
+    for name in options.entries:
+        entries.check_name(name)
     device = pick_device(options.device)
     tune(device)
     dtype = pick_precision(options.precision, device)

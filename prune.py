@@ -10,7 +10,7 @@ Then the channels that went are predicted from those that stay, by least squares
 read them get the prediction. prune_taehv.py does all this. PSNR is that of held-out clips. Without --data the sizes of
 weights decide, and nothing is predicted.
 """
-from screen import end_at_ctrl_c
+from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
 end_at_ctrl_c(__name__)
 import argparse
@@ -35,7 +35,6 @@ from measure import alternate
 from model_taehv import TAEHV, recognise
 from prune_taehv import LEAST, PARTS, by_chance, by_magnitude, by_taylor, compensate, cut, layers_of, plan
 from prune_taehv import smallest
-from screen import ending_in_one_line, guard_screen, one_line
 from video_files import DataError
 from weights_file import ExportError, as_pth, as_safetensors, folder_for
 

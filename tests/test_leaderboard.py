@@ -3,6 +3,7 @@ import collections
 import copy
 import json
 import math
+import os
 import re
 import sys
 import xml.etree.ElementTree
@@ -174,7 +175,7 @@ def test_mistakes_are_one_line(clips, tmp_path, capsys, monkeypatch):
             (["bicubic", "--data", clips, *out, "--clips", "2", "--show", "2"], "there are clips 0 to 1"),
             (["h264", "--data", clips, *out, "--clips", "2"], "h264: a rate is wanted"),
             (["pca16", "--data", clips, *out, "--clips", "1"], "--fit FOLDER"),
-            (["none.pth", "pca999", "--data", clips, *out, "--clips", "2"], "none of the 2 can be measured; the ")):
+            ([tmp_path / "text.pt", "pca999", "--data", clips, *out, "--clips", "2"], "none of the 2 can be measured; the ")):
         assert line in mistake(capsys, monkeypatch, leaderboard, *arguments), arguments
     with monkeypatch.context() as patched:
         patched.setattr(protocols.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
@@ -246,6 +247,13 @@ def test_principal_components_are_of_other_clips_and_exact_where_they_can_be():
     assert two_fold.fingerprint != ahead.fingerprint
 
 
+def test_a_name_that_stands_for_nothing_is_refused_before_anything_is_measured(clips, tmp_path, capsys, monkeypatch):
+    common = ("--data", clips, "--out", tmp_path / "out", *SMALL)
+    for name, words in (("bicubik", "did you mean 'bicubic'?"), ("runs/nope", "'runs/nope' is no run, no weights, no tea")):
+        assert words in mistake(capsys, monkeypatch, leaderboard, "pca8", name, *common)
+    assert not os.path.exists(tmp_path / "out" / "leaderboard.json")
+
+
 def test_rfvd_is_the_frechet_distance_of_what_the_network_says(tmp_path):
     class Mean(torch.nn.Module):
         def forward(self, x, rescale: bool = True, return_features: bool = False):
@@ -288,6 +296,8 @@ def test_a_tokenizer_has_bits_and_a_curve_of_its_levels(clips, tmp_path, monkeyp
     model = VQGAN(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(), resolution=32, z_channels=8,
                   embed_dim=8, n_embed=16, quantizer="rvq", depth=2).eval()
     monkeypatch.setattr(entries.models, "load_model", lambda name: (copy.deepcopy(model), "tiny"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tok").touch()
     found = main("tok", "bicubic", "--data", clips, "--clips", "2", "--out", tmp_path, *SMALL, "--size", "60x64")
     row = found["rows"][0]
     assert row["bits_per_pixel"] == 8 * 64 / (60 * 64) and row["numbers_per_pixel"] is None, "60 rows are filled to 64"
