@@ -108,15 +108,15 @@ class Objective:
         done = self.run(video, latents)
         values = {} if done.vq_loss is None else {"vq_loss": done.vq_loss}
         values.update(self.of_latents(done.own, video, latents))
-        pull = 0.0
+        surrogate = 0.0
         if self.pixels:
             # The adaptive weight asks for these terms' gradient as well as the step. At a leaf it is made once: LPIPS's
             # network would else be walked back through twice.
             leaf = done.output.detach().requires_grad_() if self.adversary and self.adversary.weighs() else done.output
             values.update(self.of_pixels(done, leaf, fraction))
             if leaf is not done.output:
-                pull = self.pulled(values, leaf, done.output)
-        values["loss"] = pull + sum(weight * values[name] for name, weight in self.weights.items())
+                surrogate = self.surrogate_of(values, leaf, done.output)
+        values["loss"] = surrogate + sum(weight * values[name] for name, weight in self.weights.items())
         if self.adversary:
             values["adversarial_loss"] = self.of_adversary(done, values["loss"], fraction)
             values["loss"] = values["loss"] + values["adversarial_loss"]
@@ -134,7 +134,7 @@ class Objective:
                 source, output = own, self.decode(own) if self.pixels else None
             else:
                 own = self.encode(video) if self.runs_encoder else None
-                source = self.mixed(own, latents) if cfg.decoder_input == "teacher" else own
+                source = self.mix_latents(own, latents) if cfg.decoder_input == "teacher" else own
                 output = self.decode(source) if self.pixels else None
         if self.quantizers:
             vq_loss = info["vq_loss"]
@@ -189,7 +189,7 @@ class Objective:
         """Whether the teacher's latents are far from a deviation of 1: known when the clips are."""
         return self.model.config.get("scaled_latents")
 
-    def mixed(self, own, latents):
+    def mix_latents(self, own, latents):
         """The teacher's latents, in `own_share` of the clips the encoder's own, which does not learn from it."""
         if not self.cfg.own_share:
             return latents
@@ -197,8 +197,9 @@ class Objective:
         drawn = torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) < self.cfg.own_share
         return torch.where(drawn, own, latents)
 
-    def pulled(self, values, leaf, output):
-        """The scalar 0 whose gradient at `output` is that of the terms computed at `leaf`, which lose theirs."""
+    def surrogate_of(self, values, leaf, output):
+        """A scalar of value 0 that has the gradient of the terms in `values` that were computed at `leaf`, a detached
+        copy of `output`. The terms keep their values, without their graphs."""
         names = [*self.pixel_terms, *(["seraena_loss"] if self.seraena else [])]
         gradient, = torch.autograd.grad(sum(self.weights[name] * values[name] for name in names), leaf)
         values.update({name: values[name].detach() for name in names})
