@@ -10,18 +10,18 @@ Compression Autoencoder". What differs: any number of frames goes in and comes b
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, the encoder's own numbers (Open-Sora's
 inference takes them as they are; its configs/diffusion/train/high_compression.py has a scaling_factor of 0.493).
-Inside, tensors are N C T H W in [-1, 1], in channels-last order where the weights are. The model is not causal: a frame
-depends on the whole clip.
+Inside, tensors are N C T H W in [-1, 1], channels-last if the weights are. The model is not causal: a frame depends on
+the whole clip.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-CONV_STAGES = 3       # stages of residual blocks; those after them have linear attention
-TIME_STAGES = (3, 4)  # stages that end with half as many frames
+CONV_STAGES = 3       # stages of residual blocks; the stages after them have linear attention
+TIME_STAGES = (3, 4)  # encoder stages that end with half as many frames
 HEAD = 32             # channels of an attention head
-SEGMENT = 8           # latents that a stream takes as a clip of its own: the 32 frames the published one was trained on
+SEGMENT = 8           # latents of a stream's segment: 32 frames, the clip length that the published model learned
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """3D convolution, zero-padded on all six sides, then perhaps a norm or an activation."""
+    """3D convolution, zero-padded on all six sides, then optionally a norm or an activation."""
 
     def __init__(self, n_in, n_out, kernel=3, stride=1, groups=1, bias=True, norm=False, act=False):
         super().__init__()
@@ -59,7 +59,7 @@ class Conv(nn.Module):
 
 
 class Average(nn.Module):
-    """Shortcut downwards: cells of time x space x space become channels, and neighbouring channels are averaged."""
+    """Downsampling shortcut: cells of time x space x space become channels, and neighbouring channels are averaged."""
 
     def __init__(self, n_out, time=1, space=2):
         super().__init__()
@@ -69,12 +69,12 @@ class Average(nn.Module):
         n, _, t, h, w = x.shape
         time, s = (1 if t == 1 else self.time), self.space  # images have no time to halve
         x = x.permute(0, 2, 3, 4, 1).unflatten(3, (-1, s)).unflatten(2, (-1, s)).unflatten(1, (-1, time))
-        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # N T H W, channels, the places in a cell
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # N T H W, channels, positions within a cell
         return x.reshape(n, t // time, h // s, w // s, self.n_out, -1).mean(5).permute(0, 4, 1, 2, 3)
 
 
 class Duplicate(nn.Module):
-    """Shortcut upwards: channels are repeated, and then become cells of time x space x space."""
+    """Upsampling shortcut: channels are repeated, and then become cells of time x space x space."""
 
     def __init__(self, n_out, time=1, space=2):
         super().__init__()
@@ -89,7 +89,7 @@ class Duplicate(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour in space, and in time where `time` is 2 and the clip is no image; then a convolution."""
+    """Nearest upsampling by 2 in space, and by `time` in time unless it is a single frame; then a convolution."""
 
     def __init__(self, n_in, n_out, time):
         super().__init__()
@@ -148,8 +148,8 @@ class LinearAttention(nn.Module):
 def linear_attention(qkv):
     """ReLU linear attention of heads of 32 channels. qkv: N heads*96 T H W -> N heads*32 T H W.
 
-    In float32 (on a GPU the products may be TF32): sums over all positions, and the quotient of two of them; half
-    precision overflows, or loses the small weights.
+    Computed in float32 (on a GPU the products may be TF32): in half precision the sums over all positions overflow, or
+    lose the small weights.
     """
     with torch.autocast(qkv.device.type, enabled=False):
         x = qkv.permute(0, 2, 3, 4, 1).flatten(1, 3).float().unflatten(2, (-1, 3 * HEAD)).transpose(1, 2)
@@ -162,7 +162,7 @@ def linear_attention(qkv):
 
 
 class GLUConv(nn.Module):
-    """Inverted bottleneck, a depthwise convolution in its middle, gated by half of its channels."""
+    """Inverted bottleneck with a depthwise convolution in its middle; half of the channels gate the other half."""
 
     def __init__(self, width):
         super().__init__()
@@ -257,12 +257,12 @@ class Decoder(nn.Module):
 
 
 def init_weights(model):
-    """Start as the autoencoder that keeps the mean colour of each cell, where widths allow: eight groups of channels.
+    """Set the weights to an autoencoder that keeps the mean colour of each cell, if there are eight channels or more.
 
-    All branches begin at zero (the norms at the end of blocks, the convolutions beside changes of size), so that what
-    is left is the chain of shortcuts: means downwards, copies upwards. Six groups of channels carry colours above and
-    below mid-grey (the last ReLU keeps one sign each); the decoder sets the other two to a constant, so that the last
-    norm divides by about the same everywhere.
+    All branches start at zero (the norms at the end of blocks, the convolutions beside changes of size), so that only
+    the chain of shortcuts is left: averages in the encoder, copies in the decoder. The channels form eight groups. Six
+    carry the colours above and below mid-grey (the last ReLU keeps one sign each). The decoder sets the other two to a
+    constant, so that the last norm divides by about the same number everywhere.
     """
     first, last = model.encoder.project_in.conv, model.decoder.project_out.op_list[-1].conv
     with torch.no_grad():
@@ -290,8 +290,8 @@ class DCAE(nn.Module):
     """The autoencoder; the defaults are the published dc-ae-f32t4c128 (459 M parameters).
 
     width_list: channels of each stage, from pixels to latents; from the fourth on, multiples of 32. Six stages divide
-    height and width by 32, each further one by two more. encoder_depth_list, decoder_depth_list: blocks of each
-    stage. ValueError for lists that do not fit each other.
+    height and width by 32; each further stage halves them again. encoder_depth_list, decoder_depth_list: number of
+    blocks in each stage. ValueError for lists that do not fit each other.
     """
 
     def __init__(self, width_list=(128, 256, 512, 512, 1024, 1024), encoder_depth_list=(2, 2, 2, 3, 3, 3),
@@ -317,13 +317,13 @@ class DCAE(nn.Module):
     def latent_frames(self, frames):
         """How many latents `frames` input frames give: one for an image, a quarter (rounded up) for a clip.
 
-        A clip gives two at least, since the decoder takes a single latent for an image: 2 to 4 frames are padded to 8.
-        (The published encoder gives one, from which its decoder brings back a single frame.)
+        A clip gives at least two, since the decoder takes a single latent for an image: 2 to 4 frames are padded to 8.
+        (The published encoder gives one latent, which its decoder turns into a single frame.)
         """
         return 1 if frames == 1 else max(2, -(-frames // self.time_factor))
 
     def frame_index(self, frames):
-        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for: each for itself."""
+        """For each output frame of a clip of `frames` frames, the input frame (from 0) that it stands for."""
         return list(range(frames))
 
     def targets(self, video):
@@ -347,8 +347,8 @@ class DCAE(nn.Module):
         return self._encoded(video.transpose(1, 2) * 2 - 1).transpose(1, 2)
 
     def decode(self, latents):
-        """Latents N T' C h w -> video N 4T' 3 32h 32w, one frame where T' is 1, clamped to [0, 1] except in training
-        mode. A clip of fewer frames ends with what its padding became: crop it."""
+        """Latents N T' C h w -> video N 4T' 3 32h 32w, one frame if T' is 1, clamped to [0, 1] except in training mode.
+        If `encode` padded the clip, its padding comes back too: crop it."""
         if latents.ndim != 5 or latents.shape[2] != self.latent_channels or latents.shape[1] == 0:
             raise ValueError(f"expected latents as N T {self.latent_channels} H W, T at least 1, "
                              f"got shape {tuple(latents.shape)}")
@@ -361,8 +361,8 @@ class DCAE(nn.Module):
         return self.decode(latents)[:, :video.shape[1]], {"latents": latents}
 
     def stream(self, memory_limit=None, total_latents=None):
-        """A DCAEStream. Both arguments are accepted for the other models' sake and change nothing: the length of a
-        segment belongs to the result, so memory must not choose it."""
+        """A DCAEStream. The arguments, which other models need, change nothing: the result depends on the length of a
+        segment, so a memory limit must not choose it."""
         return DCAEStream(self)
 
     def _encoded(self, x):
@@ -376,7 +376,7 @@ class DCAE(nn.Module):
 
 
 def check_lists(widths, encoder_depths, decoder_depths, latent_channels):
-    """ValueError for widths and depths that make no network, naming the first that does not fit."""
+    """ValueError, naming the first misfit, for widths and depths that make no network."""
     for name, values in (("width_list", widths), ("encoder_depth_list", encoder_depths),
                          ("decoder_depth_list", decoder_depths), ("latent_channels", [latent_channels])):
         if not isinstance(values, (tuple, list)) or any(type(value) is not int or value < 0 for value in values):
@@ -407,10 +407,10 @@ class DCAEStream:
             show(stream.decode(stream.encode(frames)))
         show(stream.flush())
 
-    The model is not causal, so a stream computes something else than `model(video)` for clips of more than 36 frames:
-    it cuts them into segments of 32 frames (8 latents), counted from the start, each a clip of its own. A rest of fewer
-    than two latents is joined to the segment before. Segments may show a seam where they meet. `encode` and `decode`
-    return what is complete so far, possibly N 0 C H W. Memory does not grow with the clip.
+    The model is not causal, so for clips of more than 36 frames a stream's result differs from `model(video)`: the
+    stream cuts them into segments of 32 frames (8 latents), counted from the start, and codes each as a clip of its
+    own. A rest of fewer than two latents joins the segment before. Seams may show where segments meet. `encode` and
+    `decode` return what is complete so far, possibly N 0 C H W. Memory does not grow with the clip.
     """
 
     def __init__(self, model):
@@ -431,7 +431,7 @@ class DCAEStream:
                                                    width // model.space_factor)
         self._seen += frames.shape[1]
         self._frames.append(frames)
-        segment = SEGMENT * model.time_factor  # cut where more than one further latent follows for certain
+        segment = SEGMENT * model.time_factor  # cut only where at least two more latents are sure to follow
         done = [model.encode(piece) for piece in take(self._frames, segment, segment + model.time_factor + 1)]
         return torch.cat([self._empty_latents, *done], 1)
 
@@ -457,8 +457,8 @@ class DCAEStream:
 
     @torch.no_grad()
     def flush_decoder(self):
-        """End of the clip: the remaining frames, as many as were encoded by this stream, else four for each latent;
-        None if no latents were given."""
+        """End of the clip: the remaining frames (in all, as many as this stream encoded; four for each latent if it
+        encoded none). None if no latents were given."""
         return None if self._empty_frames is None else self._show(take(self._latents, None))
 
     def _show(self, segments):
@@ -482,7 +482,8 @@ class DCAEStream:
 
 
 def take(pieces, size, needed=None):
-    """Cut pieces of N t C H W off the front of the list, `size` each while `needed` are there; size None: all."""
+    """Yield pieces of `size` frames cut off the front of a list of N t C H W, while it holds `needed` frames or more.
+    size None: yield all that it holds, as one piece."""
     while (waiting := sum(piece.shape[1] for piece in pieces)) >= (needed or 1):
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         cut = size or waiting
@@ -498,13 +499,13 @@ def recognise(state_dict):
     if "encoder.project_out.main.op_list.0.conv.weight" not in state_dict:
         raise ValueError("no Video DC-AE weights: encoder.project_out.main.op_list.0.conv.weight is missing")
     latent_channels = state_dict["encoder.project_out.main.op_list.0.conv.weight"].shape[0]
-    places = {tuple(name.split(".")[i] for i in (0, 2, 4)) for name in state_dict if ".stages." in name}
-    stages = len({stage for _, stage, _ in places})
+    layers = {tuple(name.split(".")[i] for i in (0, 2, 4)) for name in state_dict if ".stages." in name}
+    stages = len({stage for _, stage, _ in layers})
     if stages > 32:
         raise ValueError(f"no Video DC-AE weights: {stages} stages")
 
     def depths(half):  # each stage but the last has one more layer, which changes the size
-        counts = [sum(place[:2] == (half, str(i)) for place in places) for i in range(stages)]
+        counts = [sum(layer[:2] == (half, str(i)) for layer in layers) for i in range(stages)]
         return [count - (i < stages - 1) for i, count in enumerate(counts)]
 
     widths = []
@@ -519,7 +520,7 @@ def recognise(state_dict):
 
 
 def load_dcae(path_or_state):
-    """Build the DCAE that a .safetensors or .pth file of plain weights, or a state_dict, describes; in eval mode.
+    """The DCAE, in eval mode, from a .safetensors or .pth file of plain weights, or from a state_dict.
 
     Runs no code from the file. ValueError if the weights do not fit.
     """

@@ -5,17 +5,17 @@
     latents = model.encode(video)                    # N T 3 H W in [0, 1]  ->  N T/4 16 H/8 W/8
     video = model.decode(latents)                    # ... and back, clamped to [0, 1]
 
-This file works alone: it needs torch, and tqdm only where a progress bar is asked for. It takes the place of taehv.py:
-TAEHV("taew2_1.pth"), encode_video, decode_video and StreamingTAEHV are called as there. State_dict names, shapes and
-results are those of github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and streams
-alike, everything is channels-last, temporal growth runs before the nearest upsampling (they commute, and it is four
-times less work there), and `targets()` says which input frames an output stands for. Nothing here looks for other
-files: what makes it quicker is attached from outside (`step_taehv.speed_up` for training, `fast_taehv.fast` for
-inference on a CPU), and `fit_taehv.fit` and `init_taehv.colours` give fresh weights a better start than random ones.
+This file works alone: it needs torch, and tqdm only for progress bars. It can replace the published taehv.py:
+TAEHV("taew2_1.pth"), encode_video, decode_video and StreamingTAEHV are called the same way. State_dict names, shapes
+and results are those of github.com/madebyollin/taehv (taehv.py). What differs: one routine runs whole clips and
+streams, everything is channels-last, temporal growth runs before the nearest upsampling (the two commute, and growth
+then costs a quarter), and `targets()` gives the input frames that the output frames stand for. This file imports no
+other: `step_taehv.speed_up` (training) and `fast_taehv.fast` (inference on a CPU) make the model faster from outside,
+and `fit_taehv.fit` and `init_taehv.colours` give fresh weights a better start than random ones.
 
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C H W, exactly what the diffusion model consumes.
 
-In this order: the variants, the blocks, the model, streaming, what the model's arguments come to, loading.
+Sections: variants, blocks, the model, streaming, arguments, loading, published weights.
 """
 import contextlib
 import difflib
@@ -37,9 +37,9 @@ class Variant(NamedTuple):
     """The shape of a published model."""
     patch_size: int            # side of the squares of pixels that are folded into channels
     latent_channels: int
-    pooling: tuple             # frames that each of the encoder's three stages joins into one
-    growth: tuple              # frames that each of the decoder's three stages makes of one
-    arch_variant: str = None   # of the decoder: None, "super" or "wide"
+    pooling: tuple             # how many frames each of the encoder's three stages joins into one
+    growth: tuple              # how many frames each of the decoder's three stages makes of one
+    arch_variant: str = None   # the decoder's architecture: None, "super" or "wide"
 
 
 VARIANTS = {
@@ -187,18 +187,19 @@ def build_super_decoder(patch_size, latent_channels, growth, space, widths, acti
 class TAEHV(nn.Module):
     """One autoencoder of the family.
 
-    variant: a row of VARIANTS, for fresh weights. Or the path of a weights file, here or as checkpoint_path (as in the
-    published file): then the weights tell the arguments that are not given, as in `load_taehv`, and the model is in
-    eval mode. The published TAEHV() reads "taehv.pth"; without a path this one has fresh random weights.
-    The other arguments override what the variant or the file stands for: patch_size, latent_channels,
-    encoder_time_downscale and decoder_time_upscale (three strides or booleans, two mean "not in the first stage"),
+    variant: the name of a row of VARIANTS, for fresh weights; or the path of a weights file, which checkpoint_path
+    takes too, as in the published file. Arguments that are not given are then read off the weights, as in
+    `load_taehv`, and the model is in eval mode. The published TAEHV() reads "taehv.pth"; here, without a path, the
+    weights are random.
+    The other arguments override those of the variant or the file: patch_size, latent_channels,
+    encoder_time_downscale and decoder_time_upscale (three strides or booleans; two mean "not in the first stage"),
     decoder_space_upscale (three booleans), arch_variant (None, "super" or "wide": the decoder), encoder_widths and
     decoder_widths (four channel counts each, from the first layer to the last), activation ("relu", or "leaky_relu"
-    with slope 0.2), output_range ((0, 1) or (-1, 1): the pixels that the layers see; video is in [0, 1] outside),
-    scaled_latents (whether the layers have latents * latents_scale + latents_shift, two buffers with a number for each
-    channel that `scale_latents` sets: for a teacher whose latents the soft clamp at 3 would cut).
-    Upscaling that is switched off in the decoder alone makes a cheaper preview of the same latents. ValueError for a
-    combination that makes no sense.
+    with slope 0.2), output_range ((0, 1) or (-1, 1): the range of the pixels inside; outside, video is in [0, 1]),
+    scaled_latents (whether the layers see latents * latents_scale + latents_shift: for a teacher whose latents the
+    soft clamp at 3 would cut. `scale_latents` sets these two buffers, which have a number for each channel).
+    A decoder that upscales less than the encoder downscales gives a cheaper preview of the same latents. ValueError
+    for a combination that makes no sense.
     """
 
     def __init__(self, variant=None, encoder_time_downscale=None, decoder_time_upscale=None, decoder_space_upscale=None,
@@ -232,7 +233,7 @@ class TAEHV(nn.Module):
         self.space_upscale = math.prod(shape.space) * self.patch_size
         self.is_h3, self.is_cogvideox = self.variant == "taeh3", self.variant == "taecvx"
         for name, values in (("latents_scale", shape.scale), ("latents_shift", shape.shift)):
-            values = values and torch.tensor(values).view(-1, 1, 1)  # a published state_dict has no such names
+            values = values and torch.tensor(values).view(-1, 1, 1)  # a published state_dict has neither
             self.register_buffer(name, values, persistent=shape.scaled_latents)
         self.encoder = build_encoder(self.patch_size, self.latent_channels, shape.pooling, self.encoder_widths,
                                      self.activation)
@@ -242,7 +243,7 @@ class TAEHV(nn.Module):
                         else build_decoder(*decoder, wide=self.arch_variant == "wide"))
         self.fresh_weights()
         self.gradient_checkpointing = False
-        self.run_with_gradients = None  # what `step_taehv.speed_up` puts in the place of `run_blocks` for training
+        self.run_with_gradients = None  # set by `step_taehv.speed_up`: runs instead of `run_blocks` in training
         self.config = config_of(shape)
 
     def forward(self, video):
@@ -300,11 +301,11 @@ class TAEHV(nn.Module):
         return run_blocks(blocks, x, memory, self.gradient_checkpointing and torch.is_grad_enabled(), progress)
 
     def _frames(self, blocks, x, memory):
-        """What `_run` gives, frame by frame."""
+        """Like `_run`, but yields the frames one by one, N 1 C H W."""
         yield from self._run(blocks, x, memory).split(1, 1)
 
-    # The borders of the layers: pixels in [0, 1] to what the encoder takes, and from what the decoder gives; latents as
-    # the encoder gives and the decoder takes them, and as the diffusion model has them.
+    # Conversions at the borders of the layers: from pixels in [0, 1] to the encoder's input, and back from the
+    # decoder's output; from the encoder's latents to the diffusion model's, and back to the decoder's.
 
     def _unshuffle(self, video):
         video = video * 2 - 1 if self.output_range == (-1, 1) else video
@@ -321,8 +322,8 @@ class TAEHV(nn.Module):
         return latents if self.latents_scale is None else latents * self.latents_scale + self.latents_shift
 
     def scale_latents(self, mean, deviation):
-        """From now on, latents of these means and deviations, two lists of `latent_channels` numbers, are of mean 0 and
-        deviation 1 for the layers. ValueError where a variant has a scale of its own."""
+        """From now on the layers see latents scaled to mean 0 and deviation 1. mean, deviation: those of the latents
+        that come in, two lists of `latent_channels` numbers. ValueError if the variant has a scale of its own."""
         if self.latents_scale is not None and not self.config.get("scaled_latents"):
             raise ValueError(f"variant {self.variant} has a scale of its latents already")
         mean, deviation = (torch.as_tensor(values, dtype=torch.float32).view(self.latent_channels, 1, 1)
@@ -332,7 +333,7 @@ class TAEHV(nn.Module):
         self.config["scaled_latents"] = True
 
     def fresh_weights(self):
-        """Draw new random weights (`draw_weights`); init_taehv.py makes a better start of them."""
+        """Draw new random weights (`draw_weights`); init_taehv.py turns them into a better start."""
         draw_weights(self.encoder, self.decoder, grey=0.5 if self.output_range == (0, 1) else 0.0)
 
     # ---- frame counts and alignment: here, and nowhere else --------------------------------------------------------
@@ -349,7 +350,7 @@ class TAEHV(nn.Module):
         return math.ceil(frames / self.time_factor)
 
     def frame_index(self, frames, latents=None):
-        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for.
+        """For each output frame of a clip of `frames` frames, the input frame (from 0) that it stands for.
 
         Numbers past the clip's end (H3 and CogVideoX give such frames) stand for repetitions of its last frame.
         `latents`: how many latents are decoded; None: as many as `encode` makes of `frames` frames.
@@ -369,13 +370,13 @@ class TAEHV(nn.Module):
         return [p - (self.time_factor - 1) for p in positions[self.frames_to_trim:]]
 
     def aligned(self, frames, latents):
-        """How `latents` latents that a teacher made of `frames` frames stand to this model, as two counts.
+        """How `latents` latents that a teacher made of `frames` frames line up with this model's, as two counts.
 
-        The first: so many of the teacher's latents, from the start, are the ones that `encode` should give (latent k of
-        the family ends with input frame k * time_factor, as in causal video VAEs). The second: so many frames of
-        `decode(teacher's latents)`, from the start, stand for input frames; `targets(video)[:, :count]` are these.
-        A teacher may have one latent more than `encode` where it repeats the last frame to fill up a group (12 frames
-        as 13). ValueError for counts that cannot belong together, or that the big VAE does not take.
+        The first: how many of the teacher's latents, from the start, `encode` should reproduce (latent k of the family
+        ends with input frame k * time_factor, as in causal video VAEs). The second: how many frames of
+        `decode(teacher's latents)`, from the start, stand for input frames, which are `targets(video)[:, :count]`.
+        A teacher that repeats the last frame to fill up a group (12 frames as 13) may give one latent more than
+        `encode`. ValueError for counts that do not belong together, or that the big VAE does not take.
         """
         self.check_frames(frames)
         own = self.latent_frames(frames)
@@ -388,14 +389,14 @@ class TAEHV(nn.Module):
     def targets(self, video, latents=None):
         """The frames that `forward(video)` reconstructs: N T C H W -> N T' C H' W' (a view where possible).
 
-        12 frames give the first 9. A preview decoder gives fewer or smaller frames, and so does this (area average).
+        12 frames give the first 9. For a preview decoder these are fewer or smaller frames too (averaged by area).
         `latents`: how many latents are decoded; None: as many as `encode` makes of the video.
         """
         index = self.frame_index(video.shape[1], latents)
         if index == list(range(len(index))) and len(index) <= video.shape[1]:
             target = video[:, :len(index)]
         else:
-            # (Indexing by a list would have the host wait for a GPU.)
+            # Stacked, since indexing by a list makes the host wait for the GPU.
             target = torch.stack([video[:, min(i, video.shape[1] - 1)] for i in index], 1)
         if self.space_upscale != self.space_factor:
             size = [s * self.space_upscale // self.space_factor for s in video.shape[-2:]]
@@ -405,11 +406,11 @@ class TAEHV(nn.Module):
     # ---- piece by piece, and the published calls -------------------------------------------------------------------
 
     def stream(self, memory_limit=None, total_latents=None):
-        """A TAEHVStream: the same results, piece by piece. `memory_limit`: bytes for activations (see there)."""
+        """A TAEHVStream: the same results, piece by piece. See there for `memory_limit` (bytes) and `total_latents`."""
         return TAEHVStream(self, memory_limit, total_latents)
 
     def encode_video(self, x, parallel=True, show_progress_bar=True):
-        """As the published file has it: like `encode`, but any size is taken that the patch size divides.
+        """The published call: like `encode`, but takes any height and width that the patch size divides.
 
         parallel=False runs a few frames at a time, in memory that does not grow with the clip, and without gradients.
         """
@@ -417,7 +418,7 @@ class TAEHV(nn.Module):
                                show_progress_bar)
 
     def decode_video(self, x, parallel=True, show_progress_bar=True):
-        """As the published file has it: like `decode`, and always clamped to [0, 1]; parallel as in `encode_video`."""
+        """The published call: like `decode`, but always clamped to [0, 1]; parallel as in `encode_video`."""
         return self._published(x, self._decode, TAEHVStream.decode, TAEHVStream.flush_decoder, parallel,
                                show_progress_bar).clamp(0, 1)
 
@@ -442,7 +443,7 @@ def check_floats(x):
 
 
 def running_order(blocks):
-    """[(number, block)]: growing time before enlarging space gives the same numbers for less work."""
+    """[(index, block)] in the order to run: temporal growth goes before upsampling (same results, less work)."""
     order = list(enumerate(blocks))
     for i in range(len(order) - 1):
         if isinstance(blocks[i], nn.Upsample) and isinstance(blocks[i + 1], TGrow):
@@ -453,13 +454,13 @@ def running_order(blocks):
 def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
     """Run encoder or decoder blocks over N T C H W frames; returns N T' C' H' W'.
 
-    `memory` (a dict, filled in place) holds the last input frame of every memory block, N C H W, so that the next
-    piece of the same clips can be run in a later call; None or empty means that the clips begin here (zeros).
+    `memory`, a dict that is filled in place, holds the last input frame of every memory block, N C H W, so that a later
+    call can run the next piece of the same clips. None or empty: the clips begin here, after a frame of zeros.
     """
     n = video.shape[0]
     x = video.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    # Layers between memory blocks look at single frames (pools: at their own few), so on a CPU without gradients each
-    # stretch of them runs piece by piece: full-size maps of 64 channels then exist for one or two frames, not for all.
+    # Between memory blocks, layers see single frames (a pool: one group of frames). On a CPU without gradients such a
+    # stretch of layers runs piece by piece, so that full-size maps of 64 channels exist for one or two frames, not all.
     piecewise = not torch.is_grad_enabled() and x.device.type == "cpu"
     stretches = []
     for i, block in running_order(blocks):
@@ -490,8 +491,8 @@ def run_blocks(blocks, video, memory=None, checkpointing=False, progress=None):
 
 
 def draw_weights(encoder, decoder, grey):
-    """Random weights with which all layers keep a signal's size (He et al. 2015; PyTorch's default shrinks it to a
-    hundredth over the encoder). Memory blocks begin by passing their input on, and pictures are around `grey`."""
+    """Draw random weights with which all layers keep a signal's size (He et al. 2015; PyTorch's default shrinks it to
+    a hundredth over the encoder). At first memory blocks pass on their input, and output pixels are around `grey`."""
     for blocks in (encoder, decoder):
         for layer, following in zip(blocks, [*blocks[1:], None]):
             block = isinstance(layer, MEMORY_BLOCKS)
@@ -517,8 +518,8 @@ class TAEHVStream:
             show(stream.decode(stream.encode(frames)))
         show(stream.flush())
 
-    Work is done on fixed groups of frames, counted from the clip's start, so the result does not depend on the
-    cutting, to the bit. `encode` and `decode` return what is complete so far, possibly N 0 C H W. A group is one
+    The stream works on fixed groups of frames, counted from the clip's start, so the results are bit for bit the same
+    however the pieces are cut. `encode` and `decode` return what is complete so far, possibly N 0 C H W. A group is one
     latent, or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy; on a CPU
     one is fastest). Memory does not grow with the clip, with one exception: CogVideoX (taecvx) trims its first frames
     only if the number of latents is odd, so a stream that was not told `total_latents` keeps all latents until `flush`.
@@ -597,7 +598,7 @@ class TAEHVStream:
 
     @torch.no_grad()
     def frames(self, latents):
-        """Like `decode`, but an iterator over frames N 1 3 H W, to be used up: they then never exist all at once."""
+        """Like `decode`, but yields frames N 1 3 H W one by one, so that they never all exist at once. Use it up."""
         n, _, _, h, w = latents.shape
         self._decoding = True
         if self._empty_frames is None:
@@ -641,7 +642,7 @@ class TAEHVStream:
         if self._latents:
             done += self._decode_group(torch.cat(self._latents, 1))
             self._latents = []
-        if self._held_frames:  # as published: blank frames fill the last chunk, 3 latents' worth go
+        if self._held_frames:  # as published: blank frames fill the last chunk, then 3 latents' frames are dropped
             blank = -self._decoded % (H3_LATENTS * model.t_upscale) - H3_DROPPED * model.t_upscale
             held, self._held_frames = torch.cat(self._held_frames, 1), []
             held = F.pad(held, (0, 0, 0, 0, 0, 0, 0, blank)) if blank > 0 else held[:, :held.shape[1] + blank]
@@ -679,7 +680,7 @@ class StreamingTAEHV(nn.Module):
         self.taehv = taehv
         self.reset()
 
-    def __getstate__(self):  # for copy.deepcopy and pickle, which take no generator: it makes its frames now
+    def __getstate__(self):  # copy.deepcopy and pickle cannot copy a generator: make its frames now
         self._pending = iter([*self._pending])
         return self.__dict__.copy()
 
@@ -692,12 +693,12 @@ class StreamingTAEHV(nn.Module):
 
     @property
     def n_frames_decoded(self):
-        """Frames that the decoder has made, the dropped first ones too."""
+        """Number of frames that the decoder has made, including the first ones, which are dropped."""
         return self._stream._decoded
 
     def encode(self, x=None):
-        """Take N T 3 H W frames in [0, 1], any T, or None; return the next latent, N 1 C h w, or None if there is none
-        before more frames come."""
+        """Take N T 3 H W frames in [0, 1], any T, or None; return the next latent, N 1 C h w, or None if it needs more
+        frames."""
         if x is not None:
             if x.ndim != 5 or x.shape[2] != 3:
                 raise ValueError(f"expected frames as N T 3 H W, got shape {tuple(x.shape)}")
@@ -710,8 +711,8 @@ class StreamingTAEHV(nn.Module):
         return self._encoded.pop(0) if self._encoded else None
 
     def decode(self, x=None):
-        """Take N T C h w latents, any T, or None; return the next frame, N 1 3 H W in [0, 1], or None if there is none
-        before more latents come."""
+        """Take N T C h w latents, any T, or None; return the next frame, N 1 3 H W in [0, 1], or None if it needs more
+        latents."""
         if x is not None:
             if x.ndim != 5 or x.shape[2] != self.taehv.latent_channels:
                 raise ValueError(f"expected latents as N T {self.taehv.latent_channels} H W, got shape "
@@ -736,13 +737,13 @@ class StreamingTAEHV(nn.Module):
         return frames + ([] if rest is None or not rest.shape[1] else [*rest.split(1, 1)])
 
     def flush(self):
-        """`flush_encoder`, its latents decoded, `flush_decoder`: the remaining frames, a list of N 1 3 H W."""
+        """End of the clip: encode and decode what is left; return the remaining frames, a list of N 1 3 H W."""
         frames = [self.decode(latent) for latent in self.flush_encoder()]
         return [frame for frame in frames if frame is not None] + self.flush_decoder()
 
 
 def take(pieces, size):
-    """Cut pieces of N t C H W off the front of the list, `size` frames each, and leave the rest in the list."""
+    """Yield pieces of `size` frames, cut off the front of a list of N t C H W; the rest stays in the list."""
     while sum(piece.shape[1] for piece in pieces) >= size:
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         pieces[:] = [joined[:, size:]] if joined.shape[1] > size else []
@@ -750,7 +751,7 @@ def take(pieces, size):
 
 
 def join(empty, pieces):
-    """Pieces N t C H W one after the other; `empty`, N 0 C H W, if there are none."""
+    """The pieces N t C H W as one tensor; `empty`, N 0 C H W, if there are none."""
     return pieces[0] if len(pieces) == 1 else torch.cat([empty, *pieces], 1)
 
 
@@ -758,27 +759,28 @@ def join(empty, pieces):
 
 
 class Shape(NamedTuple):
-    """What the arguments of a TAEHV come to: a row of VARIANTS, with what was given in the place of its own."""
+    """All arguments of a TAEHV: those that were given, and the row of VARIANTS for the others."""
     variant: str
     patch_size: int
     latent_channels: int
     pooling: tuple
     growth: tuple
-    space: tuple            # how often each of the decoder's stages makes a frame larger
+    space: tuple            # factor by which each of the decoder's stages enlarges height and width
     arch_variant: str
     encoder_widths: tuple   # channels, from the first layer to the last
     decoder_widths: tuple
     activation: str
-    output_range: tuple     # of the pixels that the layers see
-    scale: list             # the layers have latents * scale + shift, channel by channel; None: the latents
+    output_range: tuple     # range of the pixels that the layers see
+    scale: list             # the layers see latents * scale + shift, channel by channel; None: the latents themselves
     shift: list
-    scaled_latents: bool    # whether these two are the model's own, not the variant's
-    frame_positions: list   # of a latent's decoded frames among the time_factor frames that it stands for
+    scaled_latents: bool    # whether scale and shift are saved with the weights, not given by the variant
+    frame_positions: list   # which of the time_factor frames that a latent stands for the decoder gives (in a preview,
+                            # not all)
 
 
 def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder_time_upscale, decoder_space_upscale,
            arch_variant, encoder_widths, decoder_widths, activation, output_range, scaled_latents=None):
-    """The Shape of these arguments of TAEHV; ValueError for a combination that makes no sense."""
+    """The Shape for these arguments of TAEHV; ValueError for a combination that makes no sense."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown TAEHV variant or file {str(variant)!r}{nearest(variant, VARIANTS)}; there are "
                          f"{', '.join(VARIANTS)}, and paths of weights")
@@ -815,7 +817,7 @@ def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder
     if scaled_latents:
         scale, shift = [1.0] * latent_channels, [0.0] * latent_channels
     time_factor = math.prod(pooling)
-    # A preview decoder switches some of `full` off, and gives the last frame of each group that it does not split.
+    # A preview decoder switches off some strides of `full`, and gives the last frame of each group it does not split.
     full = growth if math.prod(growth) == time_factor else row.growth
     if math.prod(full) != time_factor or any(g > f for g, f in zip(growth, full)):
         raise ValueError(f"the encoder joins {time_factor} frames into a latent, which decoder_time_upscale {growth} "
@@ -829,11 +831,11 @@ def settle(variant, patch_size, latent_channels, encoder_time_downscale, decoder
 
 
 def config_of(shape):
-    """The arguments of TAEHV that give this Shape, as JSON holds them."""
+    """The arguments of TAEHV that give this Shape, as values that JSON can hold."""
     config = dict(variant=shape.variant, patch_size=shape.patch_size, latent_channels=shape.latent_channels,
                   encoder_time_downscale=list(shape.pooling), decoder_time_upscale=list(shape.growth),
                   decoder_space_upscale=[s == 2 for s in shape.space], arch_variant=shape.arch_variant)
-    # What differs from the variant alone: checkpoints from before these arguments have none of them.
+    # Only values that differ from the variant's, as in older checkpoints, which know none of these arguments.
     relative = RELATIVES.get(shape.variant, {})
     for name, default in (("encoder_widths", ENCODER_WIDTHS), ("decoder_widths", DECODER_WIDTHS[shape.arch_variant]),
                           ("activation", relative.get("activation", "relu")),
@@ -885,9 +887,9 @@ def check_cogvideox_frames(frames):
 def load_taehv(path, variant=None, **overrides):
     """Build the TAEHV that a .pth or .safetensors file of plain weights describes; runs no code from the file.
 
-    `path`: of the file, or a name in PUBLISHED (see `published_weights`). `variant` settles what shapes cannot (see
+    `path`: a file, or a name in PUBLISHED (see `published_weights`). `variant` decides where shapes cannot (see
     `recognise`); `overrides` are TAEHV's other arguments, say decoder_time_upscale=(False, False) for a preview.
-    ValueError if the weights do not fit; OSError if they cannot be had.
+    ValueError if the weights do not fit; OSError if they cannot be read or downloaded.
     """
     path = find_weights(path)
     state_dict = read_weights(path)
@@ -908,8 +910,8 @@ def read_weights(path):
 
 
 def read_about(path):
-    """{"model_name": ..., "model_config": {...}} of a .safetensors file that says so in its metadata, as export.py
-    writes them; {} of others. ValueError for settings that are none."""
+    """{"model_name": ..., "model_config": {...}} from the metadata of a .safetensors file that export.py wrote; {} for
+    other files. ValueError if the model_config is no JSON object."""
     if not path.endswith(".safetensors"):
         return {}
     from safetensors import safe_open  # pip install safetensors
@@ -927,12 +929,12 @@ def read_about(path):
 
 
 def arguments_of(state_dict, path, variant=None):
-    """What `recognise` finds, with the variant that is given, or else what the file says of itself. ValueError if the
-    weights cannot be of that variant."""
+    """The arguments that `recognise` finds, but with the given variant, or else the one in the file's metadata.
+    ValueError if the weights cannot be of that variant."""
     arguments, told = recognise(state_dict, path), {}
     about = {} if variant else read_about(path)
     if about.get("model_name") == "taehv":
-        told = about["model_config"]  # of its own shape, it may be
+        told = about["model_config"]  # its shape may differ from the variant's
         arguments.update({key: told[key] for key in ("activation", "output_range") if key in told})
         variant = str(told.get("variant", "taehv"))
     if variant is not None:
@@ -947,7 +949,7 @@ def arguments_of(state_dict, path, variant=None):
 
 
 def put_weights(model, state_dict, path):
-    """Load weights into a model that may be a preview of theirs. ValueError, naming the file, if they do not fit."""
+    """Load weights into a model, which may have a preview decoder. ValueError, naming the file, if they do not fit."""
     adapted, own = adapt_state_dict(state_dict, model), model.state_dict()
     problems = [f"{k} is {tuple(adapted[k].shape)}, not {tuple(own[k].shape)}"
                 for k in own if k in adapted and adapted[k].shape != own[k].shape]
@@ -962,8 +964,9 @@ def put_weights(model, state_dict, path):
 def recognise(state_dict, name=""):
     """The TAEHV arguments that fit a state_dict, from its names and shapes: {"variant": ..., "patch_size": ..., ...}.
 
-    Weights of several variants look alike (`look_alikes`): `name` (a file's path) decides, the last part that holds one
-    of their names, and if none does the first row of VARIANTS that fits. ValueError if these are no TAEHV weights.
+    The weights of some variants look alike (`look_alikes`). Then `name`, the file's path, decides: the last part of it
+    that contains the name of a variant. If none does, the first fitting row of VARIANTS is taken. ValueError if these
+    are no TAEHV weights.
     """
     def shape(key):
         if key not in state_dict:
@@ -1017,15 +1020,16 @@ def adapt_state_dict(state_dict, model):
 
 
 def nearest(word, known):
-    """Words for a message that name the known word most like this one, or nothing."""
+    """For a message: " (did you mean ...?)" with the known word that is most like this one, or ""."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-# What shapes do not tell of LightX2V's weights (github.com/ModelTC/LightX2V: tae.py, vae_tiny.py, lighttae_hy15.py):
-# the activation, the range of the pixels, and the mean and deviation of the big VAE's own latents. They were trained on
-# these latents, the others of the family on what the diffusion model consumes, (own - mean) / deviation. ComfyUI takes
-# lighttaehy1_5's latents times 1.03682, its authors the diffusion model's divided by it: so does this file.
+# Facts about LightX2V's weights that shapes do not tell (github.com/ModelTC/LightX2V: tae.py, vae_tiny.py,
+# lighttae_hy15.py): the activation, the range of the pixels, and the mean and deviation of the big VAE's raw latents.
+# LightX2V's models were trained on the raw latents, the others of the family on the diffusion model's, which are
+# (raw - mean) / deviation. ComfyUI multiplies lighttaehy1_5's latents by 1.03682; its authors divide the diffusion
+# model's latents by that number. This file does the same.
 RELATIVES = {
     "lighttaew2_1": dict(
         mean=[-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -1050,7 +1054,7 @@ RELATIVES = {
 
 
 # Published weights: name.pth at github.com/madebyollin/taehv, and the id that git gives to its contents (`blob_id`).
-# TAEHV_URL, an environment variable, names another address with the same files.
+# The environment variable TAEHV_URL sets another address with the same files.
 URL = "https://raw.githubusercontent.com/madebyollin/taehv/1f14a568f24bf8811e0a0ac601613e04fc1581e8"
 WIDE_URL = "https://raw.githubusercontent.com/madebyollin/taehv/32ac0146b11007cda5a57b60a3b35653361fb8a4"
 PUBLISHED = {
@@ -1070,8 +1074,8 @@ PUBLISHED = {
 
 
 def find_weights(path):
-    """The path of a weights file, given itself or as a name in PUBLISHED. ValueError if there is none such; OSError and
-    ValueError of `published_weights`."""
+    """The path of a weights file, from a path or a name in PUBLISHED. ValueError if there is no such file; OSError and
+    ValueError as in `published_weights`."""
     path = str(path)
     if os.path.isfile(path):
         return path
@@ -1090,9 +1094,9 @@ def find_weights(path):
 
 
 def published_weights(name):
-    """The path of published weights: NAME.pth in the present folder, or in PyTorch's hub cache, into which it is
-    downloaded if it is not there. Only a file with the published contents gets there. OSError without a network,
-    ValueError for other contents; both say where to put the file."""
+    """The path of published weights: NAME.pth in the current folder, else in PyTorch's hub cache. If it is in neither,
+    it is downloaded into the cache, and kept only if its contents are the published ones. OSError without a network,
+    ValueError for other contents; both say where to put the file by hand."""
     file = f"{name}.pth"
     if os.path.isfile(file):
         return file
@@ -1107,7 +1111,7 @@ def published_weights(name):
                 raise ValueError(f"{path} is damaged, or not the published {name}: remove it, or load it by its path")
             return path
         try:
-            socket.setdefaulttimeout(30)  # a network that swallows everything would hold us for minutes
+            socket.setdefaulttimeout(30)  # a network that drops all packets would block for minutes
             torch.hub.download_url_to_file(url, temporary, progress=os.environ.get("LOCAL_RANK", "0") == "0")
             if blob_id(temporary) == PUBLISHED[name]:
                 os.replace(temporary, path)
@@ -1133,7 +1137,8 @@ def blob_id(path):
 
 @contextlib.contextmanager
 def locked(folder, by_hand):
-    """Makes the folder; of several processes on a machine (the ranks of a run) one at a time goes on."""
+    """Make the folder, and let one process at a time run the block (the ranks of a run on one machine take turns).
+    OSError, ending with the advice `by_hand`, if the folder cannot be made."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -1145,7 +1150,7 @@ def locked(folder, by_hand):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems lock nothing: likewise
+        with contextlib.suppress(OSError):  # some network file systems have no locks: the same there
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,12 +1,12 @@
-"""A streaming video tokenizer from a frozen TAEHV: its latents, quantized, and a small network that mends the damage.
+"""A streaming video tokenizer from a frozen TAEHV: its latents are quantized, and a small network repairs the error.
 
     codes = model.tokenize(video)                    # N T 3 H W in [0, 1]  ->  [int64 N T/4 H/8 W/8, ...]
     video = model.detokenize(codes)                  # ... and back, clamped to [0, 1]
 
-Only the quantizer and the rectifier behind it are trained, on latents (a latent cache holds them ready), which takes a
-small part of what training a VQGAN takes: the idea is ReVQ's (Zhang et al. 2025, "Quantize-then-Rectify"). What
-differs: the autoencoder is a causal one of videos, the rectifier a few convolutions over a latent and the one before
-it, so that a tokenizer of live video comes out, and any quantizer of quantize.py may be taken.
+Only the quantizer and the rectifier after it are trained, on latents (which a latent cache can hold), at a small part
+of the cost of training a VQGAN. The idea is ReVQ's (Zhang et al. 2025, "Quantize-then-Rectify"). What differs: the
+autoencoder is a causal video autoencoder, and the rectifier is a few convolutions over a latent and the one before it,
+so that live video can be tokenized; and the quantizer may be any of quantize.py.
 
 This file works with torch, and model_taehv.py and the quantize*.py files beside it.
 Conventions: video is N T C H W, RGB, in [0, 1]; latents are N T C h w, the TAEHV's own.
@@ -20,9 +20,9 @@ from quantize import check_arguments, make_quantizer, stays_float32
 
 
 class Rectifier(nn.Module):
-    """Quantized latents -> what to add to them: a residual network of 3x3 convolutions, which starts as zero.
+    """Predicts a correction of quantized latents: a residual network of 3x3 convolutions, whose output starts at zero.
 
-    x: B C h w, and `past`, the quantized latents before, of the same shape. Returns B C h w.
+    x: quantized latents B C h w. past: for each, the one before it in time, same shape. Returns what to add to x.
     """
 
     def __init__(self, channels, width, blocks):
@@ -42,11 +42,11 @@ class Rectifier(nn.Module):
 
 
 class VQLatents(nn.Module):
-    """taehv: a dict of TAEHV's arguments; it is frozen, and its weights are to be loaded into `model.taehv`.
+    """taehv: a dict of TAEHV's arguments. The TAEHV is frozen; load its weights into `model.taehv`.
 
-    quantizer, n_embed (the number of codes), beta, **quantizer_options: as VQGAN has them. width, blocks: of the
-    rectifier. `calibrate` comes before any use: latents are quantized with zero mean and unit deviation. ValueError for
-    what does not fit.
+    quantizer, n_embed (the number of codes), beta, **quantizer_options: as in VQGAN. width, blocks: channels and number
+    of blocks of the rectifier. Call `calibrate` before any use: it sets the scale to zero mean and unit deviation in
+    which latents are quantized. ValueError for arguments that do not fit.
     """
 
     def __init__(self, taehv=None, quantizer="ema", n_embed=4096, beta=0.25, width=64, blocks=2, **quantizer_options):
@@ -58,7 +58,7 @@ class VQLatents(nn.Module):
         self.time_factor, self.space_factor = self.taehv.time_factor, self.taehv.space_factor
         channels = self.latent_channels = self.taehv.latent_channels
         if quantizer == "optvq" or quantizer_options.get("kind") == "sinkhorn":
-            quantizer_options.setdefault("eval_nearest", True)  # else a code depends on what else is encoded
+            quantizer_options.setdefault("eval_nearest", True)  # else a code depends on the rest of the batch
         self.quantize = make_quantizer(quantizer, channels, n_embed, beta, quantizer_options)
         self.rectifier = Rectifier(channels, width, blocks)
         self.register_buffer("shift", torch.zeros(channels))
@@ -74,12 +74,13 @@ class VQLatents(nn.Module):
     def _apply(self, fn, recurse=True):
         kept = {name: stays_float32(fn)(self._buffers[name]) for name in ("shift", "scale")}
         super()._apply(fn, recurse)
-        self._buffers.update(kept)  # as the codebook: both decide which code is the nearest
+        self._buffers.update(kept)  # float32 like the codebook, since all of them decide which code is nearest
         return self
 
     @torch.no_grad()
     def calibrate(self, latents):
-        """Set each channel's mean, and one deviation for all (distances keep their proportions), from N T C h w."""
+        """Set each channel's mean, and one deviation for all channels (so that distances keep their proportions), to
+        those of latents N T C h w."""
         centred = latents.float().movedim(2, -1)
         self.shift.copy_(centred.mean((0, 1, 2, 3)))
         self.scale.copy_((centred - self.shift).square().mean().sqrt().clamp(min=1e-6))
@@ -87,18 +88,18 @@ class VQLatents(nn.Module):
     # ---- whole clips ----------------------------------------------------------------------------------------------
 
     def requantize(self, latents):
-        """Latents N T C h w -> (what their codes give back, {"vq_loss", "perplexity", "usage", "codes"})."""
+        """Latents N T C h w -> (latents quantized and rectified, {"vq_loss", "perplexity", "usage", "codes"})."""
         vectors, info = self.quantized(latents)
         return self.rectify(vectors), info
 
     def quantized(self, latents):
-        """Latents N T C h w -> (quantized vectors N T C h w, info); each position by itself."""
-        z = (latents.movedim(2, -1) - self.shift) / self.scale  # float32, whatever the TAEHV's type
+        """Latents N T C h w -> (quantized vectors N T C h w, info of the quantizer); each position by itself."""
+        z = (latents.movedim(2, -1) - self.shift) / self.scale  # float32, whatever the TAEHV's dtype
         vectors, info = self.quantize(z.movedim(-1, 1))  # N C T h w
         return vectors.transpose(1, 2).to(self.rectifier.conv_in.weight.dtype), info
 
     def rectify(self, vectors, past=None):
-        """Quantized vectors N T C h w, and those before them (N 1 C h w; None at a clip's start) -> latents."""
+        """Quantized vectors N T C h w, and the one before them (N 1 C h w; None at a clip's start) -> latents."""
         past = torch.zeros_like(vectors[:, :1]) if past is None else past
         past = torch.cat([past, vectors[:, :-1]], 1)
         better = vectors + self.rectifier(vectors.flatten(0, 1), past.flatten(0, 1)).unflatten(0, vectors.shape[:2])
@@ -119,12 +120,12 @@ class VQLatents(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, video):
-        """Video -> [int64 N T' h w], one tensor for each head or residual depth of the quantizer. In eval mode."""
+        """Video -> [int64 N T' h w], a tensor for each head or residual depth of the quantizer. Needs eval mode."""
         return self.quantized(self.taehv.encode(video))[1]["codes"]
 
     @torch.no_grad()
     def detokenize(self, codes):
-        """What `tokenize` gave -> video, that of `decode(encode(video))`."""
+        """Codes from `tokenize` -> video, equal to `decode(encode(video))`."""
         return self.decode(self.rectify(self.vectors(codes)))
 
     def vectors(self, codes):
@@ -144,7 +145,8 @@ class VQLatentsStream:
             show(stream.detokenize(stream.tokenize(frames)))   # or stream.decode(stream.encode(frames))
         show(stream.flush())
 
-    A TAEHVStream with the quantizer in its middle, which works latent by latent: results do not depend on the cutting.
+    This is a TAEHVStream with the quantizer in its middle. The quantizer works latent by latent, so the results do not
+    depend on how the pieces are cut.
     """
 
     def __init__(self, model, memory_limit=None, total_latents=None):
@@ -180,7 +182,7 @@ class VQLatentsStream:
 
     @torch.no_grad()
     def _coded(self, latents):
-        """A TAEHV's latents -> what this stream gives for them, codes or latents."""
+        """A TAEHV's latents N T C h w -> codes if this stream gives codes, else quantized and rectified latents."""
         model, codes, done = self.model, [], []
         for latent in latents.split(1, 1) if latents.shape[1] else ():
             vectors, info = model.quantized(latent)

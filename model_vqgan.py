@@ -1,6 +1,6 @@
 """VQGAN: a convolutional image tokenizer in the layout of taming-transformers, applied to every frame of a video.
 
-    model, words = load_vqgan("last.ckpt")           # taming, OptVQ or own weights; the architecture is recognised
+    model, words = load_vqgan("last.ckpt")           # taming, OptVQ or own weights; recognises the architecture
     codes = model.tokenize(video)                    # N T 3 H W in [0, 1]  ->  [int64 N T H/16 W/16]
     video = model.detokenize(codes)                  # ... and back, clamped to [0, 1]
 
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quantize import TokenizerStream, check_arguments, make_quantizer
 
-FOREIGN = ("loss.", "discriminator.", "colorize", "quantize.started", "quantize.usage_count")  # training's
+FOREIGN = ("loss.", "discriminator.", "colorize", "quantize.started", "quantize.usage_count")  # for training only
 INERT = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "typing")  # packages, see `read_weights`
 
 
@@ -28,8 +28,8 @@ INERT = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "typ
 
 
 class GroupNorm(nn.GroupNorm):
-    """Its result has x's type also under autocast, which on a GPU would compute in float32 and keep maps twice as large
-    for the backward pass. Statistics are summed in float32 either way."""
+    """Group normalisation whose result has x's dtype under autocast too. On a GPU, autocast would compute in float32
+    and keep maps twice as large for the backward pass. Statistics are summed in float32 either way."""
 
     def forward(self, x):
         weight, bias = self.weight, self.bias
@@ -44,7 +44,7 @@ def norm(channels):
 
 
 def enlarge(x):
-    """Nearest neighbour, twice the size; in x's type also under autocast, which on a GPU would make float32 of it."""
+    """Nearest upsampling by 2, in x's dtype under autocast too, which on a GPU would convert it to float32."""
     with torch.autocast(x.device.type, enabled=False):
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
@@ -81,7 +81,7 @@ class AttnBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Half or twice the size. Halving sees zeros at the right and bottom only, as published."""
+    """A convolution that halves or doubles the size. Halving pads only the right and the bottom, as published."""
 
     def __init__(self, channels, down):
         super().__init__()
@@ -92,7 +92,7 @@ class Resample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution; the encoder and the decoder add a change of size behind them."""
+    """The blocks of one resolution; the encoder and the decoder add a change of size after them."""
 
     def __init__(self, n_in, n_out, blocks, attention):
         super().__init__()
@@ -173,13 +173,13 @@ class VQGAN(nn.Module):
     """One per-frame tokenizer.
 
     ch, ch_mult, num_res_blocks: widths and depth of the levels, each half the size of the one before. attn_resolutions:
-    at which sizes blocks attend, for frames of `resolution` pixels (other sizes work as well). z_channels, embed_dim:
-    channels before and behind the 1x1 convolution that leads to the quantizer. n_embed: number of codes, which the
-    models of model_vqvae.py call nb_entries and vocab_size. beta: weight of the commitment. quantizer: a key of
-    quantize.QUANTIZERS; quantizer_options go to its class: "rvq" needs depth=..., "product" groups=..., "fsq" takes
-    levels=... instead of n_embed and beta, "lfq" and "bsq" have a power of 2 of codes, and
-    "optvq" gets eval_nearest=True unless told otherwise (as published, a frame's codes would depend on the other frames
-    of the batch). ValueError for what does not fit.
+    the sizes of the levels that have attention, for frames of `resolution` pixels (other frame sizes work as well).
+    z_channels, embed_dim: channels before and after the 1x1 convolution that leads to the quantizer. n_embed: number
+    of codes, which the models of model_vqvae.py call nb_entries and vocab_size. beta: weight of the commitment loss.
+    quantizer: a key of quantize.QUANTIZERS. quantizer_options go to its class: "rvq" needs depth=..., "product"
+    groups=..., "fsq" takes levels=... instead of n_embed and beta, "lfq" and "bsq" take a power of 2 as n_embed, and
+    "optvq" gets eval_nearest=True by default (as published, a frame's codes would depend on the other frames of the
+    batch). ValueError for arguments that do not fit.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256,
@@ -209,14 +209,14 @@ class VQGAN(nn.Module):
         self.codebook_sizes = [self.quantize.num_codes] * self.quantize.codes_per_position
         self.code_strides = [self.space_factor] * self.quantize.codes_per_position
         self.gradient_checkpointing = False
-        self.numbers_per_pixel = 6 * max(widths[:3])  # about what a frame's activations hold at a time, for streams
+        self.numbers_per_pixel = 6 * max(widths[:3])  # activations alive at a time, roughly; streams use it
         self.config = dict(ch=ch, ch_mult=list(ch_mult), num_res_blocks=num_res_blocks,
                            attn_resolutions=list(attn_resolutions), resolution=resolution, z_channels=z_channels,
                            embed_dim=embed_dim, n_embed=n_embed, quantizer=quantizer, beta=beta, **quantizer_options)
 
     @property
     def last_layer(self):
-        """The weights that make the pixels, for the adaptive GAN weight."""
+        """Weight of the decoder's last convolution, for the adaptive GAN weight."""
         return self.decoder.conv_out.weight
 
     # ---- frame counts and alignment: every frame is a latent and comes back ---------------------------------------
@@ -225,7 +225,7 @@ class VQGAN(nn.Module):
         return frames
 
     def frame_index(self, frames, latents=None):
-        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for."""
+        """For each output frame of a clip of `frames` frames, the input frame (from 0) that it stands for."""
         return list(range(latents or frames))
 
     def targets(self, video, latents=None):
@@ -253,12 +253,12 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, video):
-        """Video -> [int64 N T h w], one tensor for each head or residual depth of the quantizer. In eval mode."""
+        """Video -> [int64 N T h w], a tensor for each head or residual depth of the quantizer. Needs eval mode."""
         return self._quantized(video)[1]["codes"]
 
     @torch.no_grad()
     def detokenize(self, codes):
-        """What `tokenize` gave -> video, bit for bit that of `decode(encode(video))`."""
+        """Codes from `tokenize` -> video, bit for bit that of `decode(encode(video))`."""
         return self.decode(self.quantize.codes_to_vectors(codes).transpose(1, 2))
 
     def stream(self, memory_limit=None, total_latents=None):
@@ -295,10 +295,10 @@ class VQGAN(nn.Module):
 
 
 def read_weights(path):
-    """What a .ckpt, .pth or .safetensors file holds, on the CPU; runs no code from the file.
+    """The contents of a .ckpt, .pth or .safetensors file, on the CPU; runs no code from the file.
 
-    Lightning checkpoints hold objects of the training program beside the weights: those of the packages in INERT are
-    replaced by empty ones. ValueError for any other, and for damaged files.
+    Lightning checkpoints hold objects of the training program beside the weights. Empty objects replace those from the
+    packages in INERT. ValueError for any other object, and for damaged files.
     """
     if str(path).endswith(".safetensors"):
         from safetensors.torch import load_file  # pip install safetensors
@@ -324,17 +324,17 @@ def read_weights(path):
 
 
 class Inert:
-    """Stands for an object of a training program, whatever it was made of."""
+    """Replaces an object of a training program; takes any arguments, and keeps none."""
 
     def __new__(cls, *args, **kwargs):
         return object.__new__(cls)
 
 
 def adapt_state_dict(state):
-    """(this model's entries, what was left out in words) of a state_dict, or of a checkpoint dict that holds one.
+    """(this model's entries, a description of those left out) from a state_dict, or a checkpoint dict that holds one.
 
     Undoes the wrappings of Lightning ("state_dict"), OptVQ ("model", and "model." in its Hugging Face files), DDP and
-    torch.compile, and leaves out what belongs to losses and discriminators.
+    torch.compile, and leaves out the entries of losses and discriminators. ValueError if it is no dict.
     """
     if not isinstance(state, dict):
         raise ValueError(f"no VQGAN weights, but a {type(state).__name__}")
@@ -353,8 +353,8 @@ def adapt_state_dict(state):
 def recognise(weights):
     """The VQGAN arguments that fit a state_dict (`adapt_state_dict` first), from its names and shapes.
 
-    Weights do not tell a resolution: 256 is taken, and attn_resolutions to match. ValueError if these are no such
-    weights, or if a quantizer's arguments cannot be told.
+    Weights do not tell the resolution: 256 is assumed, and attn_resolutions set to match. ValueError if these are no
+    VQGAN weights, or if the quantizer is not supported.
     """
     def shape(key):
         if not isinstance(weights.get(key), torch.Tensor):
@@ -398,7 +398,7 @@ def recognise(weights):
 
 
 def load_vqgan(source, **overrides):
-    """(VQGAN in eval mode, what it is and what was ignored, in words) from a taming .ckpt, OptVQ weights or our own.
+    """(VQGAN in eval mode, a description that also says what was ignored) from a taming .ckpt, OptVQ or own weights.
 
     source: a path (see `read_weights`), or the dict that such a file holds. overrides: arguments of VQGAN, for what
     weights do not tell: `levels` of FSQ, `quantizer` of LFQ and BSQ, `cosine`, `depth` and `shared` of a residual

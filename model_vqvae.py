@@ -31,7 +31,7 @@ from quantize import EMAQuantizer, SinkhornQuantizer, TokenizerStream, VectorQua
 
 
 def recomputed(block, x):
-    """block(x), computed again in the backward pass, which leaves the running means of batch norms alone."""
+    """block(x), recomputed in the backward pass. That second pass does not update batch norms' running statistics."""
     norms, passes = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)], []
 
     def run(x):
@@ -41,20 +41,20 @@ def recomputed(block, x):
             norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             return block(x)
-        finally:  # PyTorch leaves a second pass early, by an exception
+        finally:  # PyTorch ends the second pass early, by an exception
             for norm, momentum, count in kept:
                 norm.momentum, norm.num_batches_tracked = momentum, count
     return checkpoint(run, x, use_reentrant=False)
 
 
 class Tokenizer(nn.Module):
-    """The contract that both models keep, on top of their one pass through the network (see `_pass`)."""
+    """The methods that both models have, built on their one pass through the network (see `_pass`)."""
 
     def latent_frames(self, frames):
         return math.ceil(frames / self.time_factor)
 
     def frame_index(self, frames, latents=None):
-        """For each output frame of a `frames` long clip, the input frame (from 0) it stands for.
+        """For each output frame of a clip of `frames` frames, the input frame (from 0) that it stands for.
 
         Numbers past the clip's end stand for repetitions of its last frame, which fill up the last latent.
         """
@@ -84,12 +84,12 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def tokenize(self, video):
-        """Video -> [int64 N T' h w], coarse to fine. In eval mode."""
+        """Video -> [int64 N T' h w], coarse to fine. Needs eval mode."""
         return self._pass(self._prepared(video), pixels=False)[1]["codes"]
 
     @torch.no_grad()
     def detokenize(self, codes):
-        """What `tokenize` gave -> video, bit for bit that of `decode(encode(video))`."""
+        """Codes from `tokenize` -> video, bit for bit that of `decode(encode(video))`."""
         return self.decode(self._pack(self._vectors(codes)))
 
     def stream(self, memory_limit=None, total_latents=None):
@@ -149,7 +149,7 @@ class ResidualStack(nn.Module):
 
 
 def resize(convolution, n_in, n_out):
-    """Half (nn.Conv2d) or twice (nn.ConvTranspose2d) the size."""
+    """A layer that halves (nn.Conv2d) or doubles (nn.ConvTranspose2d) the size."""
     return nn.Sequential(convolution(n_in, n_out, 4, stride=2, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(True))
 
 
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
 
 
 class Upscaler(nn.Module):
-    """Brings a level's vectors to the size of each finer level in turn."""
+    """Enlarges a level's vectors to the size of the next finer level, stage by stage."""
 
     def __init__(self, channels, rates):
         super().__init__()
@@ -210,7 +210,7 @@ class CodeLayer(EMAQuantizer):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.conv_in._apply(fn, recurse)  # it has the model's type, unlike the codebook
+        self.conv_in._apply(fn, recurse)  # has the model's dtype, unlike the codebook
         return self
 
     def forward(self, x):
@@ -238,11 +238,12 @@ class VQVAE2(Tokenizer):
     (VqVae2, below, is another network.) hidden_channels, res_channels, nb_res_layers: width and depth. embed_dim,
     nb_entries: channels of a code and number of codes (elsewhere n_embed) in every level's codebook. scaling_rates:
     powers of two; the first is the finest level's, in pixels. quantizer: "ema" (published), "vq" or "optvq" (with
-    eval_nearest=True unless told otherwise); quantizer_options go to its class in quantize.py. beta: the weight of the
-    commitment in vq_loss (published: 0.25, applied by the trainer; beta=1 gives the model's own number).
+    eval_nearest=True by default); quantizer_options go to its class in quantize.py. beta: weight of the commitment
+    loss in vq_loss (published: 0.25, applied by the trainer; beta=1 gives the number that the published model returns).
 
-    Codes are listed coarse to fine. A latent holds the vectors of all levels, coarse to fine, each cut into the cells
-    that one coarsest code covers (pixel_unshuffle), as channels. ValueError for settings that do not fit.
+    Codes are listed coarse to fine. A latent has one position for each coarsest code. Its channels are the vectors of
+    all levels at that position, coarse to fine (finer levels: pixel_unshuffle). ValueError for settings that do not
+    fit.
     """
 
     def __init__(self, hidden_channels=128, res_channels=32, nb_res_layers=2, nb_levels=3, embed_dim=64, nb_entries=512,
@@ -273,14 +274,14 @@ class VQVAE2(Tokenizer):
         self.codebook_sizes = [nb_entries] * nb_levels * per_level  # for each tensor in the list that `tokenize` gives
         self.code_strides = [self.space_factor // ratio for ratio in self.ratios for _ in range(per_level)]  # in pixels
         self.gradient_checkpointing = False
-        self.numbers_per_pixel = 6 * hidden_channels // 4  # about what activations hold at a time, for streams
+        self.numbers_per_pixel = 6 * hidden_channels // 4  # activations alive at a time, roughly; streams use it
         self.config = dict(hidden_channels=hidden_channels, res_channels=res_channels, nb_res_layers=nb_res_layers,
                            nb_levels=nb_levels, embed_dim=embed_dim, nb_entries=nb_entries, scaling_rates=rates,
                            quantizer=quantizer, beta=beta, **quantizer_options)
 
     @property
     def last_layer(self):
-        """The weights of the last convolution, for the adaptive GAN weight."""
+        """Weight of the decoder's last convolution, for the adaptive GAN weight."""
         return self.decoders[0].layers[-2].weight
 
     def _vectors(self, codes):
@@ -297,7 +298,7 @@ class VQVAE2(Tokenizer):
         return [F.pixel_shuffle(part, ratio) for part, ratio in zip(parts, self.ratios)]
 
     def _pass(self, video=None, given=None, pixels=True):
-        """The way up through the encoders, and down from the coarsest level; see the base class."""
+        """Runs all encoders, fine to coarse; then quantizes and decodes, coarse to fine. See the base class."""
         shape, features, vectors, infos, carried, above = (given[0] if given else video).shape[:2], [], [], [], [], None
         for encoder in [] if given else self.encoders:
             features.append(encoder(features[-1] if features else video.flatten(0, 1), self._run))
@@ -320,7 +321,7 @@ class VQVAE2(Tokenizer):
 
 
 def make_code_layer(kind, n_in, dim, n_embed, beta, options):
-    """A level's codebook. ValueError for an unknown quantizer, or options that it does not have."""
+    """The codebook of one level. ValueError for an unknown quantizer, or options that it does not have."""
     others = {"vq": VectorQuantizer, "optvq": SinkhornQuantizer}
     if kind not in ("ema", *others):
         raise ValueError(f"unknown quantizer {kind!r}; there are ema, {', '.join(others)}")
@@ -336,7 +337,7 @@ def make_code_layer(kind, n_in, dim, n_embed, beta, options):
 
 
 class Block(nn.Module):
-    """DALL-E's residual block: four convolutions, 3x3 but for the last (encoder) or the first (decoder)."""
+    """DALL-E's residual block: four convolutions, all 3x3 except the last (encoder) or the first (decoder), 1x1."""
 
     def __init__(self, n_in, n_out, gain, sizes):
         super().__init__()
@@ -351,7 +352,7 @@ class Block(nn.Module):
 
 
 def make_groups(widths, blocks, sizes, between):
-    """[(name, blocks of one size)], with the layer `between` behind all but the last."""
+    """[(name, blocks of one resolution)]; the layers `between` end each group but the last."""
     gain, result = (blocks * (len(widths) - 1)) ** -2, []
     for g, (n_in, n_out) in enumerate(zip(widths, widths[1:]), 1):
         layers = [(f"block_{i + 1}", Block(n_out if i else n_in, n_out, gain, sizes)) for i in range(blocks)]
@@ -360,7 +361,7 @@ def make_groups(widths, blocks, sizes, between):
 
 
 class Half(nn.Module):
-    """Encoder or decoder: `blocks_spatial` sees single frames, `blocks_tempo` clips with frames beside channels."""
+    """Encoder or decoder: `blocks_spatial` sees single frames, `blocks_tempo` clips with frames folded into channels."""
 
     def __init__(self, spatial, tempo):
         super().__init__()
@@ -369,7 +370,8 @@ class Half(nn.Module):
 
 
 class ClipQuantizer(EMAQuantizer):
-    """EMA codebook with the published names (there, cluster sizes are kept smoothed, and tables are parameters)."""
+    """EMA codebook with the published names (the published one stores smoothed cluster sizes, and tables as
+    parameters)."""
 
     def make_tables(self, weight, sizes):
         self.embedding = nn.Module()
@@ -382,7 +384,7 @@ class ClipQuantizer(EMAQuantizer):
 
 
 class Upsample(nn.Upsample):
-    """Its result has x's type also under autocast, which on a GPU would make float32 of it."""
+    """Upsampling whose result has x's dtype under autocast too, which on a GPU would convert it to float32."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -392,13 +394,14 @@ class Upsample(nn.Upsample):
 class VqVae2(Tokenizer):
     """A clip of sequence_length frames becomes one map of codes, 2 ** (group_count - 1) times smaller than a frame.
 
-    (VQVAE2, above, is another network; vocab_size, the number of codes, is its nb_entries, and elsewhere n_embed.)
-    group_count groups of n_blk_per_group residual blocks, of widths n_hid, 2 n_hid, ..., with max-pooling between; one
-    convolution, grouped by channel, then folds the frames into n_init channels, for an EMA codebook of vocab_size codes
-    (commitment_cost, decay, and quantizer_options as EMAQuantizer has them). The mirror image decodes. Defaults are the
-    published training settings, with 16 frames (there, 30). ValueError for widths that do not fit.
+    (VQVAE2, above, is another network. The number of codes is vocab_size here, nb_entries there, elsewhere n_embed.)
+    The encoder has group_count groups of n_blk_per_group residual blocks, of widths n_hid, 2 n_hid, ..., with
+    max-pooling between them. One convolution, grouped by channel, then folds the frames into n_init channels, for an
+    EMA codebook of vocab_size codes (commitment_cost, decay and quantizer_options: see EMAQuantizer). The decoder
+    mirrors the encoder. Defaults are the published training settings, but for sequence_length (published: 30).
+    ValueError for widths that do not fit.
 
-    A clip's last sequence is filled up with its last frame, and comes back whole: see `targets`.
+    The last frame fills up a clip's last sequence; the filled-up sequence comes back whole: see `targets`.
     """
 
     def __init__(self, group_count=4, n_hid=64, n_init=512, vocab_size=8192, n_blk_per_group=1, sequence_length=16,
@@ -428,14 +431,14 @@ class VqVae2(Tokenizer):
         self.latent_channels, self.image_channels = n_init, 3
         self.codebook_sizes, self.code_strides = [vocab_size], [self.space_factor]  # of the one tensor of codes
         self.gradient_checkpointing = False
-        self.numbers_per_pixel = 4 * n_hid  # about what a frame's activations hold at a time, for streams
+        self.numbers_per_pixel = 4 * n_hid  # activations alive at a time, roughly; streams use it
         self.config = dict(group_count=group_count, n_hid=n_hid, n_init=n_init, vocab_size=vocab_size,
                            n_blk_per_group=n_blk_per_group, sequence_length=sequence_length,
                            commitment_cost=commitment_cost, decay=decay, **quantizer_options)
 
     @property
     def last_layer(self):
-        """The weights that make the pixels, for the adaptive GAN weight."""
+        """Weight of the decoder's last convolution, for the adaptive GAN weight."""
         return self.decoder.blocks_spatial.output.conv.weight
 
     def _vectors(self, codes):
@@ -448,7 +451,7 @@ class VqVae2(Tokenizer):
         return [latents]
 
     def _pass(self, video=None, given=None, pixels=True):
-        """Between the two kinds of blocks, channels hold their frames side by side (c d); see the base class."""
+        """`blocks_tempo` sees frames folded into channels: channel 0 of all frames first (c d). See the base class."""
         info = {}
         if given:
             vectors = given[0]
@@ -470,7 +473,7 @@ class VqVae2(Tokenizer):
         return blocks[-1](x)  # the adaptive GAN weight needs the last layer's gradient
 
 
-# ---- streams and weights -----------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------------
 
 
 def recognise(weights):
@@ -507,11 +510,11 @@ def recognise(weights):
 
 
 def load_vqvae(source, **overrides):
-    """(VQVAE2 or VqVae2 in eval mode, what it is in words) from published weights (.pt) or our own; runs no code.
+    """(VQVAE2 or VqVae2 in eval mode, a description) from published weights (.pt) or our own; runs no code.
 
-    source: a path, or a state_dict; those of VqVaeVideo's training (in "state_dict") and of several GPUs ("module.")
-    too. overrides: arguments of the model that weights do not tell. ValueError if the
-    weights do not fit.
+    source: a path, or a state_dict; also a checkpoint of VqVaeVideo's training (with a "state_dict"), or weights from
+    several GPUs ("module."). overrides: arguments of the model that weights do not tell. ValueError if the weights do
+    not fit.
     """
     try:
         weights = source if isinstance(source, dict) else torch.load(source, map_location="cpu", weights_only=True)
@@ -522,7 +525,7 @@ def load_vqvae(source, **overrides):
     weights = {re.sub(r"^(module|_orig_mod)\.", "", str(k)): v for k, v in weights.get("state_dict", weights).items()}
     kind, arguments = recognise(weights)
     model = kind(**{**arguments, **overrides})
-    weights = {k: v for k, v in weights.items() if not k.endswith((".started", ".usage_count"))}  # only training's
+    weights = {k: v for k, v in weights.items() if not k.endswith((".started", ".usage_count"))}  # for training only
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Models: built from settings, recognised from weights, loaded from files of our own and of others.
+"""Builds models from settings, recognises them by their weights, and loads them from files, our own and others'.
 
-To add a model: its own file, one line in `MODELS`, and a preset in config.py. Where it is recognised by its weights'
-names, `load_foreign` says so. Nothing is loaded that could run code: all loading is weights_only.
+To add a model: its own file, one line in `MODELS`, and a preset in config.py. If it shall be recognised by the names
+of its weights, add it to `load_foreign`. Loading runs no code from a file: it is weights_only everywhere.
 """
 import contextlib
 import dataclasses
@@ -41,14 +41,14 @@ MODELS = {"taehv": TAEHV, "vqgan": VQGAN, "vqvae2": VQVAE2, "vqvae_video": VqVae
 
 
 def build_model(name, config):
-    """A model from its name and the dict that its `config` attribute gave. ValueError for arguments that do not fit."""
+    """A model from its name and its arguments (its `config` attribute). ValueError for arguments that do not fit."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
     try:
         check_net({key: tuples(value) for key, value in config.items()})
     except ConfigError as error:
         raise ValueError(f"model {name}: {error}") from None
-    for part in (config, config.get("taehv") or {}):  # TAEHV itself reads files that are named so
+    for part in (config, config.get("taehv") or {}):  # TAEHV's constructor would read a file of that name
         variant = part.get("variant")
         if part.get("checkpoint_path") is not None or variant not in VARIANTS and os.path.isfile(variant or ""):
             raise ValueError(f"model {name}: settings that name another file of weights, which is not read")
@@ -72,8 +72,8 @@ def model_config(config):
 
 
 def with_shape(config, source):
-    """A copy of a training Config in which what it leaves open is as in `source`, a model of its kind (for vq_latents a
-    TAEHV too): variant, patch_size, latent_channels and net. ValueError for a setting of the first three that `source`
+    """A copy of a training Config whose unset variant, patch_size, latent_channels and net are those of `source`, a
+    model of the same kind (for vq_latents also a TAEHV). ValueError names a setting of the first three that `source`
     contradicts."""
     taehv = getattr(source, "taehv", source)
     net = dict(config.net)
@@ -106,15 +106,15 @@ def with_shape(config, source):
 
 
 def fast(model):
-    """A copy of a model in eval mode for inference on a CPU: the same results in less time and memory. The model itself
-    where there is no such copy, and on a GPU, whose own (fast_cuda.py) no GPU has tried yet."""
+    """A copy of a model in eval mode for inference on a CPU: the same results in less time and memory. Returns the
+    model itself if its class has no such copy, and on a GPU, as fast_cuda.py has not run on a GPU yet."""
     quick = {TAEHV: fast_taehv.fast, VQLatents: fast_taehv.fast, VQGAN: fast_vqgan.fast, DCAE: fast_dcae.fast}
     has_one = type(model) in quick and next(model.parameters()).device.type == "cpu"
     return quick[type(model)](model) if has_one else model
 
 
 def fingerprint(model, about=""):
-    """16 hexadecimal digits that differ for other weights (or, for what is no module, another text `about`)."""
+    """A hash, 16 hexadecimal digits, of the text `about` and of the model's weights, if it is a module."""
     digest = hashlib.sha256(about.encode())
     if isinstance(model, torch.nn.Module):
         for name, tensor in model.state_dict().items():
@@ -156,11 +156,11 @@ def make_model(cfg, buckets):
 
 
 def make_fresh_model(cfg, buckets):
-    """The model of these settings; ConfigError for arguments that it does not take, sizes that it does not fit, and
-    what is larger than this machine."""
+    """The model of these settings, with fresh weights. ConfigError for arguments that it does not take, for frame
+    sizes that it does not fit, and for what exceeds this machine's memory."""
     check_memory(cfg, buckets)
     try:
-        if may_be_large(cfg):  # first without memory for its weights; that may take 4 seconds, for PyTorch's imports
+        if may_be_large(cfg):  # first build it without memory for its weights; PyTorch's imports may take 4 seconds
             with torch.device("meta"):
                 check_size(cfg, build_model(cfg.model, model_config(cfg)))
         model = build_model(cfg.model, model_config(cfg))
@@ -191,8 +191,8 @@ def make_fresh_model(cfg, buckets):
 
 
 def check_memory(cfg, buckets):
-    """ConfigError for batches that cannot fit this machine: those that the data processes and a step hold, of bytes,
-    and of one clip in float32 itself, its reconstruction and that one's gradient."""
+    """ConfigError if the batches exceed this machine's memory. Counted are the uint8 batches that the data processes
+    and a step hold, and, in float32, one clip, its reconstruction and the reconstruction's gradient."""
     for bucket in buckets:
         clip = bucket.size ** 2 * bucket.frames * 3
         needed = clip * bucket.batch * cfg.clips_per_open * (cfg.accumulation + max(0, cfg.workers)) + 12 * clip
@@ -203,8 +203,9 @@ def check_memory(cfg, buckets):
 
 
 def check_size(cfg, model):
-    """ConfigError if a model's weights cannot fit this machine: with their average and, where they learn, a gradient
-    and AdamW's two means of it; on a machine with a GPU just the weights, which are made on the host."""
+    """ConfigError if training the model's weights exceeds this machine's memory. Counted are the weights, their moving
+    average and, if all parts learn, gradients and AdamW's two moments; with a GPU, the weights alone, which are
+    made on the host."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     copies = 1 if torch.cuda.is_available() else 5 if cfg.train_encoder and cfg.train_decoder else 2
     if size * copies > (there := host_memory()):
@@ -213,8 +214,8 @@ def check_size(cfg, model):
 
 
 def problem_of(arguments):
-    """What is wrong with the model that these command-line arguments ask for, or "": it is built without memory for
-    its weights, and init_from is not read."""
+    """The error message of the model that these command-line arguments ask for, or "". The model is built without
+    memory for its weights, and init_from is not read."""
     try:
         cfg = load_config(arguments)
         with torch.device("meta"):
@@ -228,10 +229,10 @@ def problem_of(arguments):
 
 
 def load_model(path, variant=None, **overrides):
-    """(model in eval mode, what was loaded in words) from a run folder, a checkpoint of ours, or published weights.
+    """(model in eval mode, a description of it) from a run folder, a checkpoint of ours, or published weights.
 
-    `variant` and `overrides` as in `load_taehv` (or, for another family, in its own function). CheckpointError if that
-    is not possible, or if weights are not finite.
+    `variant` and `overrides` as in `load_taehv` (or, for another family, in its own function). CheckpointError if it
+    cannot be loaded, or if weights are not finite.
     """
     path = str(path)
     if os.path.isdir(path):
@@ -246,7 +247,7 @@ def load_model(path, variant=None, **overrides):
 
 
 def load_file(path, variant, overrides):
-    """From a file of any kind, told by what it holds."""
+    """`load_model` for one file of any kind; its contents tell the kind."""
     try:
         state = read_foreign(path)
         with no_larger_than(path):
@@ -262,7 +263,7 @@ def load_file(path, variant, overrides):
 
 
 def load_own(path, state, variant, overrides):
-    """From a checkpoint of ours: its averaged weights; or from a file of export.py."""
+    """`load_model` for a checkpoint of ours (its averaged weights), or a file that export.py wrote."""
     try:
         arguments = {**state["model_config"], **overrides}
         if variant and state["model_name"] not in ("taehv", "vq_latents"):
@@ -284,9 +285,9 @@ def load_own(path, state, variant, overrides):
 
 
 def load_foreign(path, state, variant, overrides):
-    """From weights alone: the family is told by their names, but for .ckpt, which is taming's VQGAN or OptVQ."""
+    """`load_model` for plain weights: their names tell the family, but a .ckpt is always taming's VQGAN or OptVQ."""
     about = settings_beside(path)
-    if about.get("model") in ("vq_latents", "taehv"):  # their shapes may be their own
+    if about.get("model") in ("vq_latents", "taehv"):  # shapes may differ from the variant's
         arguments = model_config(SimpleNamespace(**about))
         if about["model"] == "vq_latents":
             model = build_model("vq_latents", {**arguments, **overrides})
@@ -313,8 +314,8 @@ def load_foreign(path, state, variant, overrides):
 
 
 def read_foreign(path):
-    """The dict in a file of weights of any kind; a .ckpt may hold objects of the program that wrote it.
-    CheckpointError, or what safetensors raises."""
+    """The dict in a file of weights of any kind; a .ckpt may also hold objects of the program that wrote it.
+    CheckpointError if it is damaged, or what safetensors raises."""
     if path.endswith(".safetensors"):
         about, weights = read_about(path), read_weights(path)
         weights = from_diffusers(weights) if is_diffusers(weights) else weights
@@ -329,7 +330,7 @@ def read_foreign(path):
 
 
 def settings_beside(path):
-    """The settings of the run that the model.pth of a run folder is of, or {}. ValueError if they are damaged."""
+    """The settings in the config.json beside a run's model.pth; {} for other files. ValueError if they are damaged."""
     beside = os.path.join(os.path.dirname(path), "config.json")
     if os.path.basename(path) != "model.pth" or not os.path.isfile(beside):
         return {}
@@ -348,8 +349,9 @@ def settings_beside(path):
 
 @contextlib.contextmanager
 def no_larger_than(path):
-    """Within, ValueError for a model with more numbers than twice this file's bytes, or more layers than could have
-    names in it, as soon as the first that is too much is registered: what a file asks for is not taken from memory."""
+    """Context that protects memory from what a file asks for. A model built in it may have at most about twice as many
+    numbers as the file has bytes, and as many layers as the file has room to name. The first parameter, buffer or layer
+    beyond that raises ValueError when it is registered."""
     size = os.path.getsize(path)
     left = {"numbers": 2 * size + (1 << 20), "layers": size // 256 + 10_000}
 
@@ -381,8 +383,8 @@ def safetensors_errors():
 
 
 def newest_weights(folder):
-    """best.pt of a run folder, or else its newest good checkpoint, or else model.pth; the weights of a diffusers
-    folder."""
+    """best.pt of a run folder, else its newest intact checkpoint, else its model.pth; or the weights of a diffusers
+    folder. CheckpointError if there is none."""
     best = os.path.join(folder, "best.pt")
     if os.path.isfile(best):
         return best

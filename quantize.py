@@ -1,22 +1,22 @@
-"""Vector quantizers: VQ, EMA, SimVQ, Sinkhorn (OptVQ), residual, product, FSQ, LFQ, BSQ. The quantize*.py files work
-alone, with torch: copy all of them.
+"""Vector quantizers: VQ, EMA, SimVQ, Sinkhorn (OptVQ), residual, product, FSQ, LFQ, BSQ. The quantize*.py files need
+torch alone: to use them elsewhere, copy all of them.
 
     quantizer = EMAQuantizer(1024, 256, kmeans_init=True, restart_below=1.0)
     quantized, info = quantizer(z)                         # z: N C H W or N C T H W; the same shape comes back
     quantized = quantizer.codes_to_vectors(info["codes"])  # bit for bit the same (in eval mode: no update in between)
 
-quantize_base.py has what all share, quantize_table.py VQ, EMA and SimVQ, quantize_optvq.py OptVQ, quantize_residual.py
-those that are made of several, quantize_binary.py those without a codebook.
+quantize_base.py has what all have in common, quantize_table.py VQ, EMA and SimVQ, quantize_optvq.py OptVQ,
+quantize_residual.py the quantizers made of several, quantize_binary.py those without a codebook.
 
-`info` has always the same keys:
-    vq_loss     scalar, float32, to be added to the training loss (zero for FSQ; of LFQ and BSQ it may be negative)
+`info` always has the same keys:
+    vq_loss     scalar, float32, to be added to the training loss (zero for FSQ; may be negative for LFQ and BSQ)
     codes       list of `codes_per_position` int64 tensors N H W or N T H W, each in [0, num_codes)
     perplexity  scalar: exp of the entropy of the codes in this batch, mean over the list
-    usage       scalar: share of the codebook that this batch used, mean over the codebooks
-Distances and statistics are float32, inside autocast too, and multiplied as such, whatever the process allows (TF32, or
-bfloat16 on a CPU: see true_float32); `quantized` has the dtype of z. Codebooks stay float32 where a model is cast to
-bfloat16 or float16. Nothing of size positions x codes is ever held: such work is done in blocks of `chunk` numbers (the
-default, 64 MB).
+    usage       scalar: fraction of the codebook that this batch used, mean over the codebooks
+Distances and statistics are true float32, inside autocast too, and where the process allows products in TF32 (or in
+bfloat16 on a CPU): see true_float32. `quantized` has the dtype of z. Codebooks stay float32 if a model is cast to
+bfloat16 or float16. A tensor of positions x codes never exists as a whole: such work is done in blocks of `chunk`
+numbers (64 MB by default).
 
 Several ranks. By default a training forward sums its statistics (codebook averages, perplexity, usage) over all ranks
 before it returns. With deferred=True, or after `defer`, a forward only collects them, without any communication, and
@@ -26,9 +26,10 @@ the loop decides:
     ... forward and backward of all micro-batches ...
     for q in quantizers(model): q.update()       # on all ranks: sum, learn; returns the step's perplexity and usage
 
-so a rank that fails inside its forward leaves no other rank waiting in a reduction (those that are left,
-SinkhornQuantizer's, LFQ's and BSQ's, can ask first: `defer`). Several micro-batches then count as one batch. Eval mode
-never communicates or learns, so ranks may evaluate different numbers of batches.
+so a rank that fails inside its forward leaves no other rank waiting in a reduction. (SinkhornQuantizer, LFQ and BSQ
+still reduce inside forward; before each of these reductions they call the function given to `defer`.) Several
+micro-batches then count as one batch. Eval mode never communicates or learns, so ranks may evaluate different numbers
+of batches.
 """
 import torch
 
@@ -59,15 +60,15 @@ def make_quantizer(kind, dim, n_embed, beta, options):
 
 
 def levels_of(model):
-    """How many levels a residual tokenizer's codes have, of which the first alone stand for the video too; else 0."""
+    """How many levels a residual tokenizer's codes have (the first few alone decode to a coarser video), else 0."""
     quantizer = getattr(model, "quantize", None)
     return quantizer.codes_per_position if getattr(quantizer, "nested", False) else 0
 
 
 def use_levels(model, levels):
-    """From now on a tokenizer with a residual quantizer gives, outside of training, the codes of its first `levels`
-    depths only: fewer bits and a coarser picture. Codes of any number of depths are decoded as before. ValueError for a
-    model without such levels, or of fewer."""
+    """From now on, outside of training, a tokenizer with a residual quantizer gives only the codes of its first
+    `levels` depths: fewer bits, and a coarser picture. It still decodes codes of any number of depths. ValueError for a
+    model that has no such levels, or fewer."""
     most = levels_of(model)
     if not most:
         raise ValueError("its codes have no levels: only a residual quantizer's do (net.quantizer=rvq)")
@@ -85,14 +86,15 @@ class TokenizerStream:
             show(stream.decode(stream.encode(frames)))         # or stream.detokenize(stream.tokenize(frames))
         show(stream.flush())
 
-    Work is done on fixed groups of frames, counted from the clip's start, so the result does not depend on the cutting.
-    A call returns what is complete so far, possibly 0 frames; with last=True, what it takes ends the clip. A group is
-    one latent, or as many as keep the activations under about `memory_limit` bytes (larger groups keep a GPU busy).
+    The stream works on fixed groups of frames, counted from the clip's start, so the results do not depend on how the
+    pieces are cut. A call returns what is complete so far, possibly 0 frames; last=True says that its input ends the
+    clip. A group is one latent, or as many as keep the activations under about `memory_limit` bytes (larger groups keep
+    a GPU busy).
     """
 
     def __init__(self, model, memory_limit=None):
         self.model, self.memory_limit = model, memory_limit
-        self._held = {}  # name of a call: what it has taken of an incomplete group
+        self._held = {}  # {name of a method: its input that does not fill a group yet}
 
     @torch.no_grad()
     def encode(self, frames, last=False):

@@ -1,4 +1,5 @@
-"""What all vector quantizers share: search, statistics over batches and ranks, starts, the gradient. See quantize.py.
+"""What all vector quantizers have in common: nearest-neighbour search, statistics over batches and ranks, k-means
+starts, the gradient through a code. See quantize.py.
 
 This file works alone: it needs only torch.
 """
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 CHUNK = 1 << 24  # numbers in one block of distances
-# The names for precision that PyTorch 2.9 brought. Once one of them was set, reading the older ones is an error.
+# Whether PyTorch has the precision settings that version 2.9 brought. Once one of them is set, reading an older setting
+# is an error.
 NEW_NAMES = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
@@ -55,9 +57,9 @@ def stays_float32(function):
 
 
 def blocks(rows, count, chunk):
-    """Yields (slice of the rows, buffer of as many rows and `count` columns), with at most `chunk` numbers in it.
+    """Yields (slice of the rows, buffer with as many rows and `count` columns) of at most `chunk` numbers each.
 
-    It is the same memory each time: buffers made one by one fragment the heap (4 GB, measured with 16 MB each).
+    All buffers are the same memory: making new ones fragments the heap (by 4 GB, measured with 16 MB each).
     """
     size = max(1, chunk // count)
     buffer = rows.new_empty(min(size, len(rows)), count)
@@ -110,31 +112,32 @@ def world_size():
 
 
 def sum_over_ranks(tensor):
-    """In place, and returned."""
+    """Sums a tensor over all ranks in place; returns it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean_over_ranks(sums, count, before_reduce=None):
-    """`sums` (k,) over as many rows as `count`: their mean over all ranks' rows. Gradients averaged over the ranks are
-    that mean's. Communicates inside forward: see `Quantizer.defer` for before_reduce."""
+    """The mean over all ranks' rows, (k,). sums (k,): this rank's, over `count` rows. Gradients that are averaged over
+    the ranks are those of this mean. Communicates inside forward: see `Quantizer.defer` for before_reduce."""
     mean = sums / count
     if world_size() == 1:
         return mean
-    everyone = torch.cat([sums.detach(), sums.new_full((1,), count)])  # first: memory may run out here on one rank
+    # Allocate before before_reduce, which tells the other ranks if this one ran out of memory.
+    everyone = torch.cat([sums.detach(), sums.new_full((1,), count)])
     if before_reduce:
         before_reduce()
     dist.all_reduce(everyone)
     return everyone[:-1] / everyone[-1] + (mean - mean.detach())
 
 
-def gather_rows(rows, share):
-    """At most `share` rows of each rank, the same on all of them: ((world * share, dim), how many are there, a tensor).
+def gather_rows(rows, per_rank):
+    """At most `per_rank` rows of each rank, on all ranks: ((world * per_rank, dim), a tensor with the number of rows).
 
-    Neighbours come from different ranks. Empty places, and rows that are not finite, come last and do not count.
+    The ranks' rows alternate. Unused rows, and rows that are not finite, come last and are not counted.
     """
-    marked = rows.new_zeros(share, rows.shape[1] + 1)
+    marked = rows.new_zeros(per_rank, rows.shape[1] + 1)
     marked[:len(rows), :-1], marked[:len(rows), -1] = rows, rows.isfinite().all(1).float()
     everyone = [marked]
     if world_size() > 1:
@@ -146,9 +149,10 @@ def gather_rows(rows, share):
 
 
 def check_arguments(cls, given):
-    """ValueError for an argument of a constructor that is of another kind than its default: whole numbers are 1 or more
-    (0 or more where the default is 0), other numbers finite and 0 or more, and tuples hold whole numbers from 0 on.
-    What has no default is a whole number; what has None is not looked at. given: the constructor's locals()."""
+    """ValueError for an argument of a constructor whose type differs from its default's. Whole numbers must be at least
+    1 (or 0 if the default is 0), other numbers finite and at least 0, and tuples must hold whole numbers from 0 on. An
+    argument without a default must be a whole number; one whose default is None is not checked. given: the
+    constructor's locals()."""
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         default, value = parameter.default, given.get(name)
         if name in ("self", "n_in") or parameter.kind == parameter.VAR_KEYWORD or default is None:
@@ -166,17 +170,17 @@ def check_arguments(cls, given):
 
 
 def straight_through(rows, quantized):
-    """The value of `quantized`, exactly, with the gradient going to `rows` unchanged."""
+    """The value of `quantized`, exactly; the gradient goes to `rows` unchanged."""
     return quantized.detach() + (rows - rows.detach())  # the bracket is 0; without it, rounding would change bits
 
 
 def rotated(rows, quantized):
-    """The value of `quantized` (n, dim), exactly, with the gradient going to `rows` turned and scaled: the rotation
-    trick (Fifty et al. 2024, arXiv 2410.06424).
+    """The value of `quantized` (n, dim), exactly; the gradient goes to `rows` rotated and scaled: the rotation trick
+    (Fifty et al. 2024, arXiv 2410.06424).
 
-    R turns a row into its code's direction, in the plane of the two, and s = |code| / |row|; both count as constants.
-    So the gradient is s R^T g: its angle to the row is what its angle to the code was. What differs: a row or a code of
-    length below 1e-6, which has no direction, gets g itself.
+    R rotates a row to its code's direction, in the plane of the two, and s = |code| / |row|; both count as constants.
+    So the gradient is s R^T g: its angle to the row equals the angle of g to the code. What differs: if the row or the
+    code is shorter than 1e-6, it has no direction, and the gradient is g itself.
     """
     with torch.no_grad():
         length, target_length = (x.norm(dim=1, keepdim=True) for x in (rows, quantized))
@@ -194,20 +198,21 @@ ESTIMATORS = {"straight_through": straight_through, "rotation": rotated}
 
 
 def check_estimator(name):
-    """ValueError for the name of no estimator of the gradient through a code."""
+    """ValueError if `name` is no estimator of the gradient through a code (ESTIMATORS)."""
     if name not in ESTIMATORS:
         raise ValueError(f"estimator {name!r} must be one of {', '.join(ESTIMATORS)}")
 
 
 def pass_gradient(estimator, rows, quantized):
-    """The value of `quantized` (n, dim), with the gradient going to `rows` as `estimator` says."""
+    """The value of `quantized` (n, dim); the gradient goes to `rows` as `estimator` says."""
     return ESTIMATORS[estimator](rows, quantized)
 
 
 class Quantizer(nn.Module):
-    """Layout, statistics over batches and ranks, begin/update. A quantizer adds assign(rows) and vectors(codes).
+    """Base class: tensor layout, statistics over batches and ranks, begin and update. A subclass adds assign(rows) and
+    vectors(codes).
 
-    nested: whether the first of its codes alone stand for a vector too, coarsely.
+    nested: whether the first few of a position's codes alone decode to a coarser vector.
     Not for use inside activation checkpointing: a forward that runs twice would be counted twice.
     """
 
@@ -217,7 +222,8 @@ class Quantizer(nn.Module):
         super().__init__()
         self.dim, self.num_codes, self.codes_per_position = dim, num_codes, codes_per_position
         self.deferred, self.before_reduce = deferred, None  # see `defer`
-        # Registered before its memory is touched: what builds a stranger's model looks at sizes there.
+        # Registered before its memory is touched: when models.py builds a model from an untrusted file, it checks the
+        # size of each buffer at its registration.
         self.register_buffer("counts", torch.empty(codes_per_position, num_codes), persistent=False)
         self.counts.zero_()
 
@@ -232,10 +238,9 @@ class Quantizer(nn.Module):
         return quantized.to(z.dtype).view(last.shape).movedim(-1, 1), info
 
     def codes_to_vectors(self, codes):
-        """The list of codes that forward gave (of nested ones, the first some) -> what it quantized to, N C H W or
-        N C T H W.
+        """The list of codes from forward (if nested, the first few will do) -> vectors, N C H W or N C T H W.
 
-        The codes must be below num_codes; that is not checked here, where a GPU would have to wait for it.
+        The codes must be below num_codes. This is not checked, since the host would have to wait for the GPU.
         """
         shapes = [tuple(c.shape) for c in codes]
         most = self.codes_per_position
@@ -247,10 +252,10 @@ class Quantizer(nn.Module):
         return rows.view(*shapes[0], self.dim).movedim(-1, 1)
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(stays_float32(fn), recurse)  # or a model in bfloat16 would find other codes
+        return super()._apply(stays_float32(fn), recurse)  # else a model in bfloat16 would give other codes
 
     def quantize_rows(self, rows):
-        """(n, dim) float32 -> (quantized (n, dim), info with codes (n,))."""
+        """(n, dim) float32 -> (quantized (n, dim), info; its codes are (n,) each)."""
         quantized, codes, loss = self.assign(rows)  # codes: (n, codes_per_position)
         counts = torch.zeros_like(self.counts, dtype=torch.float32)
         counts.scatter_add_(1, codes.t(), counts.new_ones(()).expand(codes.t().shape))
@@ -264,8 +269,8 @@ class Quantizer(nn.Module):
 
     def statistics(self, counts):
         """counts (codes_per_position, num_codes) -> {"perplexity", "usage"}."""
-        shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-        return {"perplexity": torch.special.entr(shares).sum(1).exp().mean(), "usage": counts.any(0).float().mean()}
+        fractions = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        return {"perplexity": torch.special.entr(fractions).sum(1).exp().mean(), "usage": counts.any(0).float().mean()}
 
     def observe(self, rows, codes):
         """Collect from a training batch what `learn` needs besides the counts."""
@@ -274,12 +279,12 @@ class Quantizer(nn.Module):
         """Learn from a step; counts (codes_per_position, num_codes) are those of all ranks."""
 
     def defer(self, before_reduce=None):
-        """From now on learn in `update`, not in forward. before_reduce: called before each reduction that is left in a
-        forward; it raises where another rank has failed."""
+        """From now on learn in `update`, not in forward. before_reduce: called before each reduction that still happens
+        in a forward; it should raise if another rank has failed."""
         self.deferred, self.before_reduce = True, before_reduce
 
     def begin(self):
-        """Forget what was collected since the last update: before a step, and where one is redone or skipped."""
+        """Forget what was collected since the last update. Call it before each step, also to redo or to skip one."""
         self.counts.zero_()
 
     @torch.no_grad()
@@ -297,19 +302,19 @@ class Quantizer(nn.Module):
 
 
 def quantizers(model):
-    """The model's quantizers, each once; those that are parts of another (a residual's) are left to that one."""
+    """The model's quantizers, each once, without those that are part of another (as of a ResidualQuantizer)."""
     found = [m for m in model.modules() if isinstance(m, Quantizer)]
     parts = {id(part) for m in found for part in m.modules() if part is not m}
     return [m for m in found if id(m) not in parts]
 
 
 class StartingQuantizer(Quantizer):
-    """One codebook of code_dim numbers a code that can start from its first batch.
+    """A quantizer with one codebook, of code_dim numbers per code, that can start from its first batch, by k-means.
 
     kmeans_init: the first training batch (of all ranks, at most 8 vectors per code) sets the codebook; with deferred,
-        in the first update(), so that the first step runs on the random one. A loaded codebook counts as started. It
-        adds a small entry to the state_dict, where the published layout has no place for it.
-    A kind of quantizer adds set_codebook(centres).
+        in the first update(), so that the first step uses the random codebook. A loaded codebook counts as started.
+        This adds a small entry to the state_dict, which the published layout does not have.
+    A subclass adds set_codebook(centres).
     """
 
     def __init__(self, dim, num_codes, codes_per_position, kmeans_init, seed, chunk, deferred):
@@ -320,17 +325,18 @@ class StartingQuantizer(Quantizer):
             self.register_buffer("started", torch.tensor(False))
 
     def waits_for_start(self):
-        """The flag is in the state_dict, and also in Python, so that no later step has to ask the GPU."""
+        """Whether the k-means start is still to come. The flag is a buffer, for the state_dict, and also a Python
+        attribute, so that later steps need not wait for the GPU."""
         if self.kmeans_init and not self.is_started:
             self.is_started = bool(self.started)
         return self.kmeans_init and not self.is_started
 
     def draw(self, rows, generator=None):
-        """At most this rank's share of the vectors that a start or a restart needs, at random."""
+        """(random rows, the most that one rank draws): this rank's part of the vectors that a start or restart needs."""
         per_code = 8 if self.waits_for_start() else 1
-        share = math.ceil(per_code * self.num_codes / world_size())
-        order = torch.randperm(len(rows), generator=generator)[:share]
-        return rows[order.to(rows.device, non_blocking=True)], share
+        per_rank = math.ceil(per_code * self.num_codes / world_size())
+        order = torch.randperm(len(rows), generator=generator)[:per_rank]
+        return rows[order.to(rows.device, non_blocking=True)], per_rank
 
     def observe(self, rows, codes):
         if self.waits_for_start():
@@ -346,7 +352,7 @@ class StartingQuantizer(Quantizer):
         if not found:
             return
         centres = kmeans(rows[:int(found)], self.num_codes, generator=generator, chunk=self.chunk)
-        if world_size() > 1:  # the last bits of sums on a GPU vary
+        if world_size() > 1:  # on GPUs the last bits of sums differ between ranks
             dist.broadcast(centres, src=0)
         self.started.fill_(True)
         self.set_codebook(centres)
@@ -361,9 +367,9 @@ class StartingQuantizer(Quantizer):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         for name, default in {"started": torch.tensor(True), "usage_count": self._buffers.get("usage_count")}.items():
-            if name in self._buffers:  # weights saved without the option
+            if name in self._buffers:  # the weights may come from a model without the option
                 state_dict.setdefault(prefix + name, default)
-            else:  # or with it
+            else:  # or from one with it
                 state_dict.pop(prefix + name, None)
-        self.is_started = False  # ask the loaded flag
+        self.is_started = False  # read the loaded flag again
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -10,16 +10,17 @@ from quantize_base import CHUNK, Quantizer, check_arguments, mean_over_ranks, st
 
 
 def project(layer, rows):
-    """A linear layer or none, in float32 also where the layer was loaded in another type."""
+    """Apply a linear layer (or nn.Identity), in float32 even if the layer was loaded in another dtype."""
     return rows if isinstance(layer, nn.Identity) else F.linear(rows, layer.weight.float(), layer.bias.float())
 
 
 class FSQ(Quantizer):
     """Finite scalar quantization (Mentzer et al. 2023): each of len(levels) bounded channels is rounded to its levels.
 
-    Nothing to learn, and no loss. levels: 3 or more each. dim: channels of z; where it is not len(levels), `proj_in`
-    and `proj_out` translate. A code is the mixed-radix number of the channels' levels, the first channel counting ones;
-    vectors are in [-1, 1]. The gradient goes straight through the rounding, but not through the bounding tanh.
+    There is no codebook to learn, and no loss. levels: number of levels of each channel, 3 or more. dim: channels of z;
+    if it is not len(levels), the linear layers `proj_in` and `proj_out` convert. A code is the mixed-radix number whose
+    digits are the channels' levels, the first channel's the least significant; vectors are in [-1, 1]. The gradient
+    goes straight through the rounding, but is that of tanh for the bounding.
     """
 
     def __init__(self, levels=(8, 5, 5, 5), dim=None, deferred=False):
@@ -40,7 +41,7 @@ class FSQ(Quantizer):
         return project(self.proj_out, (codes // self.radix % self.levels - half) / half)
 
     def assign(self, rows):
-        reach = (self.levels - 1) * (1 + 1e-3) / 2  # a little past the outermost level, or it could not be reached
+        reach = (self.levels - 1) * (1 + 1e-3) / 2  # a little beyond the outermost level, which else is unreachable
         offset = (self.levels % 2 == 0) * 0.5  # an even number of levels has no middle one
         bounded = torch.tanh(project(self.proj_in, rows) + torch.atanh(offset / reach)) * reach - offset
         levels = bounded.round().detach()
@@ -50,19 +51,21 @@ class FSQ(Quantizer):
 
 
 class BinaryQuantizer(Quantizer):
-    """The signs of log2(n_embed) channels: what LFQ and BSQ have in common. There is no codebook and no search.
+    """Quantizes log2(n_embed) channels to their signs: what LFQ and BSQ have in common. No codebook, and no search.
 
-    n_embed: a power of 2. dim: channels of z; where it is not log2(n_embed), `proj_in` and `proj_out` translate. A code
-    is the number that has the signs as its bits, the first channel counting ones. beta: weight of the commitment.
-    entropy_weight: of E[H(p)] - diversity * H(E[p]), in nats: each vector is to be sure of its code, and all codes are
-        to be used alike. p has each bit by itself, as the softmax of minus the squared distances over `temperature`
-        has: 1 with probability sigmoid(4 u size / temperature), for u of the channel and codes of -size and size. At a
-        temperature of 1, that of bsq-vit, all codes seem alike to each vector, and BSQ took one code for all.
-    entropy_bits: H(E[p]) of more bits than this is taken as the sum over groups of so many, which are held to be
+    n_embed: a power of 2. dim: channels of z; if it is not log2(n_embed), the linear layers `proj_in` and `proj_out`
+    convert. A code is the number whose bits are the signs, the first channel's the lowest. beta: weight of the
+    commitment loss.
+    entropy_weight: weight of E[H(p)] - diversity * H(E[p]), in nats: each vector should be certain of its code, and all
+        codes should be used equally. p is a vector's distribution over codes, the softmax of minus the squared distances
+        over `temperature`. Its bits are independent: for a channel u that becomes -size or size, the bit is 1 with
+        probability sigmoid(4 u size / temperature). At a temperature of 1, that of bsq-vit, all codes look alike to a
+        vector, and BSQ took one code for all.
+    entropy_bits: with more bits than this, H(E[p]) is the sum over groups of at most so many bits, which are taken as
         independent, as published in BSQ: 2^18 probabilities for each vector are too many.
-    across_ranks: in training E[p] is over all ranks' vectors, and a rank waits in forward for the others: see
-        SinkhornQuantizer. In eval mode the loss is the commitment alone.
-    A kind of it adds size (of a channel) and scaled(rows).
+    across_ranks: in training, E[p] is the mean over all ranks' vectors, so a rank waits in forward for the others: see
+        SinkhornQuantizer. In eval mode the loss is the commitment loss alone.
+    A subclass adds `size`, the absolute value of a quantized channel, and scaled(rows).
     """
 
     def __init__(self, n_embed, dim=None, beta=0.25, entropy_weight=0.1, diversity=1.0, temperature=0.1,
@@ -101,7 +104,8 @@ class BinaryQuantizer(Quantizer):
         return F.mse_loss(u, signs)
 
     def entropies(self, logits):
-        """Logits of the bits being 1, (n, bits) -> (mean entropy of a vector's codes, entropy of the mean), nats."""
+        """Logits that the bits are 1, (n, bits) -> (mean over the vectors of the entropy of p, entropy of the mean p),
+        in nats."""
         sure = (F.softplus(logits) - logits * logits.sigmoid()).sum(1).mean()
         groups = logits.sigmoid().tensor_split(math.ceil(self.bits / self.entropy_bits), 1)
         sums = torch.cat([self.summed(group) for group in groups])
@@ -112,7 +116,7 @@ class BinaryQuantizer(Quantizer):
         return sure, torch.special.entr(mean.clamp(min=1e-12)).sum()
 
     def summed(self, ones):
-        """Probabilities of a group's bits being 1, (n, k) -> sums of those of its 2^k codes over all n, (2^k,)."""
+        """Probabilities that a group's bits are 1, (n, k) -> probabilities of its codes, summed over all n, (2^k,)."""
         def block(ones):
             codes = ones.new_ones(len(ones), 1)
             for one in ones.unbind(1):
@@ -135,8 +139,8 @@ class LFQ(BinaryQuantizer):
 
 
 class BSQ(BinaryQuantizer):
-    """Binary spherical quantization (Zhao et al. 2024, arXiv 2406.07548, github.com/zhaoyue-zephyrus/bsq-vit): as LFQ,
-    of vectors scaled to length 1, so that a code is off by a bounded error. Codes have length 1 too."""
+    """Binary spherical quantization (Zhao et al. 2024, arXiv 2406.07548, github.com/zhaoyue-zephyrus/bsq-vit): LFQ of
+    vectors scaled to length 1, which bounds the quantization error. Codes have length 1 too."""
 
     @property
     def size(self):
@@ -146,4 +150,4 @@ class BSQ(BinaryQuantizer):
         return F.normalize(rows, dim=1)
 
     def commitment(self, u, signs):
-        return (u - signs).square().sum(1).mean()  # of vectors, as published
+        return (u - signs).square().sum(1).mean()  # summed over channels, as published

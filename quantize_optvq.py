@@ -13,24 +13,25 @@ from quantize_base import (
 class SinkhornQuantizer(StartingQuantizer):
     """OptVQ (Zhang et al. 2024, github.com/zbr17/OptVQ): codes by optimal transport between a batch and the codebook.
 
-    It is "optvq" in QUANTIZERS and "sinkhorn" as the kind of a ResidualQuantizer: one thing, after the paper and after
-    the algorithm (Sinkhorn's iterations) that solves the transport.
+    QUANTIZERS calls it "optvq", after the paper. ResidualQuantizer's kind "sinkhorn" is the same class, after the
+    algorithm (Sinkhorn's iterations) that solves the transport.
 
     state_dict: `embedding.weight` (n_embed, dim / num_head), `proj.weight`, `proj.bias`. A vector is cut into num_head
     pieces, all coded with the same (projected) codebook. normalize_mode: how distances become costs: "all" (zero mean,
-    unit deviation), "dim" (over sqrt(dim)), "null". use_prob: draw codes from the plan, not its largest entries.
-    eval_nearest: a piece's code depends on its batch, as published also in inference. True takes the nearest code in
-        eval mode, so that codes do not depend on what else is encoded (a stream, another batch size).
+    unit deviation), "dim" (over sqrt(dim)), "null". use_prob: sample codes from the transport plan instead of taking
+        its largest entries.
+    eval_nearest: as published, a piece's code depends on its batch, in inference too. True takes the nearest code in
+        eval mode, so that codes do not depend on the rest of the batch (as for a stream, or another batch size).
     across_ranks: in training, the marginals are those of all ranks' batches together. This communicates inside forward:
-        where a rank fails before it, the others wait until the process group's timeout. A loop that redoes failed steps
-        gives `defer` a function that is called before each reduction and raises if a rank has failed; or wants
-        False, which balances each rank's batch by itself.
+        if a rank fails before it, the others wait until the process group's timeout. A loop that redoes failed steps
+        gives `defer` a function that is called before each reduction and raises if a rank has failed. False balances
+        each rank's batch by itself, without communication.
     loss_q_type: what pulls pieces and codes together: "l2" or "l1" distance to the code taken, the codes' part times
-        beta; or "ce": the cross-entropy of the code taken among all, with minus the distances (not squared) for logits.
+        beta; or "ce": the cross-entropy of the code taken among all, with minus the distances (not squared) as logits.
     kmeans_init: see StartingQuantizer. The projection then starts as the identity, so that the centres are the codes.
-    What differs: the plan and the logits are never stored (distances are computed again in blocks); the costs' mean and
-    deviation are those of all ranks too, whose batches may be unequal; the published k-means takes other features, a
-    class's at a time, and leaves the random projection in front of its centres.
+    What differs: the plan and the logits are never stored (distances are recomputed in blocks); the costs' mean and
+    deviation are also those of all ranks, whose batches may differ in size; the published k-means takes other features,
+    those of one class at a time, and leaves the random projection in front of its centres.
     """
 
     def __init__(self, n_embed, dim, beta=0.25, num_head=1, epsilon=10.0, n_iters=5, normalize_mode="all",
@@ -69,9 +70,9 @@ class SinkhornQuantizer(StartingQuantizer):
         return straight_through(rows, quantized.view_as(rows)), codes.view(-1, self.codes_per_position), loss
 
     def cross_entropy(self, pieces, codebook, codes):
-        """Of the codes (m,) among all, in blocks that the backward pass computes again; a scalar."""
+        """Mean cross-entropy of the codes (m,) among all codes, a scalar. The backward pass recomputes the blocks."""
         def block(pieces, codes):
-            with true_float32(pieces.device.type):  # the backward pass, which comes here again, is outside of it
+            with true_float32(pieces.device.type):  # the backward pass runs this outside forward's true_float32
                 return F.cross_entropy(-torch.cdist(pieces, codebook), codes, reduction="sum")
 
         size = max(1, self.chunk // self.num_codes)
@@ -91,36 +92,37 @@ class SinkhornQuantizer(StartingQuantizer):
         if self.eval_nearest and not self.training:
             return nearest(pieces, codebook, self.chunk)
         plan = self.plan(pieces, codebook)
-        # As torch.multinomial draws, to the bit, which would have the host wait for a GPU to say that all is finite.
+        # Samples bit for bit like torch.multinomial, which would make the host wait for the GPU's check of the numbers.
         return torch.cat([(p / torch.empty_like(p).exponential_() if self.use_prob else p).argmax(1) for p in plan])
 
     def plan(self, pieces, codebook):
-        """Yields the transport plan in blocks, whose rows are not normalised; each takes the place of the one before.
+        """Yields the transport plan in blocks of rows, which are not normalised. Each block overwrites the one before.
 
-        Sinkhorn's iterations (Cuturi 2013) in log space: the plan is exp(u[code] + v[piece] - scale * distance), so two
-        vectors are all that is kept. The guards of 1e-8 are the published ones, and shape the result: they limit the
-        pull of what is far from everything.
+        Sinkhorn's iterations (Cuturi 2013) in log space: the plan is exp(u[code] + v[piece] - scale * distance), so
+        only the two vectors are stored. The guards of 1e-8 are the published ones, and affect the result: they limit
+        the pull of pieces and codes that are far from all others.
         """
         scale, low, count = self.cost_scale(pieces, codebook)
         u = (scale * low).expand(self.num_codes)  # the largest entry of the first plan is 1
         v = pieces.new_zeros(len(pieces))
         for i in range(self.n_iters):
-            share = pieces.new_zeros(self.num_codes)
+            code_mass = pieces.new_zeros(self.num_codes)
             for part, block, top in self.kernel(pieces, codebook, u, scale):
                 if i > 0:
                     total = (block.sum(1).log() + top + v[part]).exp()
                     v[part] -= ((total + 1e-8) * count).log()
-                share += (top + v[part]).exp() @ block
-            share = self.reduce(share)
+                code_mass += (top + v[part]).exp() @ block
+            code_mass = self.reduce(code_mass)
             if i == 0:  # the first plan is normalised as a whole
-                v -= share.sum().log()
-                share = share / share.sum()
-            u = u - ((share + 1e-8) * self.num_codes).log()
+                v -= code_mass.sum().log()
+                code_mass = code_mass / code_mass.sum()
+            u = u - ((code_mass + 1e-8) * self.num_codes).log()
         for _, block, _ in self.kernel(pieces, codebook, u, scale):
             yield block
 
     def kernel(self, pieces, codebook, u, scale):
-        """Yields (slice of the pieces, exp(u - scale * distance - top), top (rows,)): each row's largest entry is 1."""
+        """Yields (slice of the pieces, exp(u - scale * distance - top), top (rows,)); `top` makes each row's largest
+        entry 1."""
         for part, block in self.distances(pieces, codebook):
             top = block.mul_(-scale).add_(u).amax(1)
             yield part, block.sub_(top.unsqueeze(1)).exp_(), top
@@ -144,7 +146,7 @@ class SinkhornQuantizer(StartingQuantizer):
         entries, total, squares = self.reduce(moments)
         deviation = {"all": ((squares - total.square() / entries) / (entries - 1)).sqrt() + 1e-6,
                      "dim": self.code_dim ** 0.5, "null": 1.0}[self.normalize_mode]
-        scale = low.new_ones(()) * (self.epsilon / deviation)  # a fill: a number from the host would be waited for
+        scale = low.new_ones(()) * (self.epsilon / deviation)  # filled on the device: a copy from the host would wait
         return scale.to(low), low, (entries / self.num_codes).to(low)
 
     def reduce(self, tensor, op="SUM"):

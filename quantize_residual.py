@@ -8,10 +8,10 @@ from quantize_table import EMAQuantizer, VectorQuantizer
 
 
 class Several(Quantizer):
-    """One code from each of `layers`, which are quantizers."""
+    """A quantizer made of several, `layers`: each gives one code for a position."""
 
     def merged(self, infos):
-        """The layers' infos as one, without a vector."""
+        """The infos of the layers as one: means, and all codes."""
         mean = {key: torch.stack([info[key] for info in infos]).mean() for key in ("vq_loss", "perplexity", "usage")}
         return {**mean, "codes": [code for info in infos for code in info["codes"]]}
 
@@ -35,16 +35,16 @@ class Several(Quantizer):
 
 
 class ResidualQuantizer(Several):
-    """RQ-VAE (Lee et al. 2022): each of `depth` quantizers codes what the ones before it left over.
+    """RQ-VAE (Lee et al. 2022): each of `depth` quantizers codes the residual that the ones before it left.
 
     kind: "vq", "ema" or "sinkhorn", with its own **options. shared: one codebook for all depths (update() then counts
     them together). The loss is the mean over the depths, whose commitment terms pull z towards every partial sum, as
-    published. estimator: of the gradient through the sum of all codes (see TableQuantizer). With deferred, k-means
-    starts take one step per depth: what a depth is left with means nothing before those above it have started.
+    published. estimator: of the gradient through the sum of all codes (see TableQuantizer). With deferred, one depth
+    per step gets its k-means start: its residual means nothing before the depths above it have started.
 
-    quantizer_dropout: in training, the probability with which a clip is given to the decoder with its first 1 to depth
-        codes only, a number drawn evenly by PyTorch's CPU generator (SoundStream, Zeghidour et al. 2021, arXiv
-        2107.03312). One model then serves all rates. What differs: all depths learn from all clips.
+    quantizer_dropout: in training, the probability that the decoder gets only the first k codes of a clip, where
+        PyTorch's CPU generator draws k uniformly from 1 to depth (SoundStream, Zeghidour et al. 2021, arXiv
+        2107.03312). One model then serves all bit rates. What differs: all depths learn from all clips.
     levels: how many depths are used outside of training; see `use_levels` in quantize.py.
     """
 
@@ -88,7 +88,7 @@ class ResidualQuantizer(Several):
         return pass_gradient(self.estimator, rows, total), self.merged(infos)
 
     def levels_kept(self, rows):
-        """How many levels of each row the decoder gets, (n, 1): the same in all of a clip."""
+        """How many levels of each row the decoder gets, (n, 1); the same number for all rows of a clip."""
         most = self.codes_per_position
         drawn, dropped = torch.randint(1, most + 1, (self.clips,)), torch.rand(self.clips) < self.quantizer_dropout
         kept = torch.where(dropped, drawn, most).repeat_interleave(len(rows) // self.clips)

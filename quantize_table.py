@@ -1,4 +1,5 @@
-"""Codebooks in a table: VQ, learned by gradient; EMA, by moving averages; SimVQ, through one layer. See quantize.py."""
+"""Codebooks in a table: VQ (learned by gradient), EMA (by moving averages), SimVQ (through one linear layer). See
+quantize.py."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,17 +11,17 @@ from quantize_base import (
 
 
 class TableQuantizer(StartingQuantizer):
-    """Nearest neighbour in one table, with its options; VQ and EMA differ in how the table learns.
+    """Nearest-neighbour search in one codebook, the table. The subclasses, VQ and EMA, differ in how it learns.
 
     kmeans_init: see StartingQuantizer.
     estimator: how the gradient passes a code: "straight_through", or "rotation" (see `rotated`).
     cosine: vectors and codes are scaled to length 1 before they are compared, and what comes out has length 1
         (ViT-VQGAN, Yu et al. 2021, arXiv 2110.04627). Its projection to a few channels, 32 there, is `embed_dim` here.
-    restart_below: after each update, a code with a lower average count per step (the mean of all codes is vectors per
-        step / n_embed; a fifth of that works) becomes a random vector of the step, the same on all ranks. Its count
-        and sums are set along with it, to twice the threshold: else the next average would bring the old vector back.
-        Without any use it then lives log(2) / (1 - decay) steps. Vectors are drawn with PyTorch's CPU generator,
-        which a checkpoint holds. It adds a small entry to the state_dict, as kmeans_init does.
+    restart_below: after each update, a random vector of the step, the same on all ranks, replaces a code whose average
+        count per step is lower. (The mean over all codes is vectors per step / n_embed; a fifth of that works.) The
+        code's count and sums are reset too, to twice the threshold: else the next average would bring back the old
+        vector. A code that stays unused then lives log(2) / (1 - decay) steps. Vectors are drawn with PyTorch's CPU
+        generator, which a checkpoint holds. This adds a small entry to the state_dict, as kmeans_init does.
     """
 
     def __init__(self, n_embed, dim, beta=0.25, decay=0.99, kmeans_init=False, restart_below=0.0,
@@ -33,7 +34,8 @@ class TableQuantizer(StartingQuantizer):
         self.start_size = 2.0 * restart_below or 1.0
 
     def tables(self):
-        """(weight (count, dim), average counts (count,) or None, average sums (count, dim) or None), to write into."""
+        """(weight (count, dim), average counts (count,) or None, average sums (count, dim) or None), to be updated in
+        place."""
         raise NotImplementedError
 
     def vectors(self, codes):
@@ -46,7 +48,7 @@ class TableQuantizer(StartingQuantizer):
         return super().quantize_rows(self.scaled(rows))
 
     def search(self, rows):
-        """(n, dim) -> codes (n, 1), after the k-means start where that is due."""
+        """(n, dim) -> codes (n, 1), after the k-means start if that is due."""
         if self.training and not self.deferred and self.waits_for_start():
             self.start(rows.detach())
         return nearest(rows.detach(), self.scaled(self.tables()[0].detach()).float(), self.chunk).unsqueeze(1)
@@ -70,7 +72,7 @@ class TableQuantizer(StartingQuantizer):
         self.overwrite(self.started.expand(self.num_codes), centres)
 
     def overwrite(self, chosen, vectors):
-        """Where `chosen` (count,) is true, set the code to its vector in (count, dim), with all that goes with it."""
+        """Set the codes that `chosen` (count,) marks to their rows of `vectors` (count, dim); resets their averages."""
         weight, sizes, sums = self.tables()
         weight.copy_(torch.where(chosen.unsqueeze(1), vectors, weight))
         if sizes is not None:
@@ -82,8 +84,8 @@ class TableQuantizer(StartingQuantizer):
 class VectorQuantizer(TableQuantizer):
     """A codebook learned by gradient: taming-transformers' VectorQuantizer2, state_dict `embedding.weight`.
 
-    The loss is |sg(z) - e|^2 + beta |z - sg(e)|^2 (means). With legacy=True, taming's default, beta stands at the first
-    term, the codebook's, instead of the second, the commitment. **options: see TableQuantizer; with restart_below, a
+    The loss is |sg(z) - e|^2 + beta |z - sg(e)|^2 (means). With legacy=True, taming's default, beta weighs the first
+    term (the codebook's) instead of the second (the commitment). **options: see TableQuantizer; with restart_below, a
     buffer `usage_count` holds the average counts.
     """
 
@@ -115,8 +117,8 @@ class EMAQuantizer(TableQuantizer):
     """A codebook of moving averages: taming-transformers' EMAVectorQuantizer. Only the commitment has a gradient.
 
     state_dict: `embedding.weight`, `embedding.cluster_size`, `embedding.embed_avg`: buffers, so no optimizer sees them.
-    What differs: fresh cluster sizes are not 0, with which a code not used at once flies off by 1 / eps. A model with
-    other names or (dim, count) tables overrides `make_tables` and `tables`. **options: see TableQuantizer.
+    What differs: fresh cluster sizes are not 0. From 0, a code that the first step does not use would grow by 1 / eps.
+    A model with other names or (dim, count) tables overrides `make_tables` and `tables`. **options: see TableQuantizer.
     """
 
     def __init__(self, n_embed, dim, beta=0.25, decay=0.99, eps=1e-5, **options):
@@ -156,8 +158,8 @@ class EMAQuantizer(TableQuantizer):
 
 
 class SimVQ(Quantizer):
-    """SimVQ (Zhu et al. 2024, arXiv 2411.02038, github.com/youngsheen/SimVQ): a codebook of random vectors that stay as
-    they are, seen through one linear layer that learns. A code that nothing uses moves along with the others.
+    """SimVQ (Zhu et al. 2024, arXiv 2411.02038, github.com/youngsheen/SimVQ): a codebook of fixed random vectors behind
+    one linear layer that learns, so that unused codes move along with the others.
 
     state_dict: `embedding.weight` (a buffer), `embedding_proj.weight`, `embedding_proj.bias`. The loss is
     |sg(z) - e|^2 + beta |z - sg(e)|^2 (means). estimator: see TableQuantizer.
@@ -173,7 +175,7 @@ class SimVQ(Quantizer):
         self.embedding_proj = nn.Linear(dim, dim)
 
     def codebook(self):
-        """(n_embed, dim), float32 also where the layer was loaded in another type."""
+        """(n_embed, dim), float32 even if the layer was loaded in another dtype."""
         layer = self.embedding_proj
         return F.linear(self.embedding.weight, layer.weight.float(), layer.bias.float())
 
