@@ -28,17 +28,18 @@ NORMS = ("batch", "group", "none")
 
 
 class PatchGAN(nn.Module):
-    """Scores overlapping patches: video N T C H W, RGB in [0, 1] -> real above, fake below 0.
+    """Scores overlapping patches of video N T C H W, RGB in [0, 1]: real ones above 0, fake ones below.
 
-    dims=2: each frame by itself, scores (N T, 1, h, w), h = H / 2^n_layers - 2: at least 3 * 2^n_layers pixels. Names
-    and shapes as NLayerDiscriminator of taming-transformers (pix2pix: kernels of 4, patches of 70 pixels for 3 layers).
-    dims=3: clips of any length, scores (N, 1, ceil(T / 4), h, w), h = ceil(H / 2^n_layers). Names and shapes as
-    NLayerDiscriminator3D of Open-Sora 2 (kernels of 3, the first two layers halve time, and dropout, which draws from
-    PyTorch's generator). An image is a clip of one frame; every kernel is padded, so short and odd clips need no rule.
+    dims=2: each frame by itself, scores (N T, 1, h, w), h = H / 2^n_layers - 2. Needs 3 * 2^n_layers pixels or more.
+    Names and shapes are those of taming-transformers' NLayerDiscriminator (pix2pix: kernels of 4; with 3 layers, a
+    patch has 70 pixels).
+    dims=3: clips of any length, scores (N, 1, ceil(T / 4), h, w), h = ceil(H / 2^n_layers). Names and shapes are those
+    of Open-Sora 2's NLayerDiscriminator3D (kernels of 3; the first two layers halve time; dropout draws from PyTorch's
+    generator). An image is a clip of one frame. Every kernel is padded, so short and odd clips need no special case.
 
-    n_layers: 0 is the published 3 or 5. norm: "batch" as published, over this rank's batch; "group" (32 groups) or
-    "none". dropout: for dims=3. Initial weights as published: normal, deviation 0.02. What differs: the published nets
-    take [-1, 1], which is made inside. ValueError for frames too small to score.
+    n_layers: 0 takes the published 3 or 5. norm: "batch" as published, over this rank's batch; "group" (32 groups) or
+    "none". dropout: for dims=3. Initial weights as published: normal, deviation 0.02. What differs: the published
+    networks take [-1, 1]; this one scales its input to that. ValueError for frames too small to score.
     """
 
     def __init__(self, dims=2, channels=3, ndf=64, n_layers=0, norm="batch", dropout=0.3):
@@ -85,7 +86,7 @@ class PatchGAN(nn.Module):
 
 
 def generator_loss(scores):
-    """What lowers when fakes score higher: minus the mean score, for "hinge" and "vanilla" alike (taming)."""
+    """Minus the mean score of the fakes, a scalar; the same for "hinge" and "vanilla" (as in taming)."""
     return -scores.mean()
 
 
@@ -102,8 +103,8 @@ def adaptive_weight(loss, fake, gradient, last_layer, most=1e4):
     """|d loss / d last_layer| / (|d generator loss / d last_layer| + 1e-4), at most `most` (VQGAN, Esser et al. 2021).
 
     `gradient`: of the generator loss with respect to `fake`. last_layer: the weight of the decoder's last layer, or any
-    other tensor that both depend on (`fake` itself where the model's graph cannot be walked twice, as with
-    torch.compile). 0 where a gradient is not finite. A detached scalar on the device.
+    other tensor that both losses depend on (`fake` itself if backward cannot run twice through the model's graph, as
+    with torch.compile). 0 if a gradient is not finite. Returns a detached scalar on the device.
     """
     towards, = torch.autograd.grad(loss, last_layer, retain_graph=True)
     against, = torch.autograd.grad(fake, last_layer, gradient.to(fake.dtype), retain_graph=True)
@@ -116,19 +117,19 @@ class Adversary(nn.Module):
     """A discriminator with everything that trains it. See the top of this file for the loop.
 
     loss: "hinge" or "vanilla". The generator's term is generator_loss * weight * ramp * adaptive weight (1 if not
-    `adaptive`). Before step `start` nothing runs at all; from there on the term grows to its full weight within `ramp`
+    `adaptive`). Before step `start` nothing runs at all. From then on the term grows to its full weight within `ramp`
     steps, and the discriminator learns in every `every`-th step. lecam: weight of the LeCam regulariser (Tseng et al.
-    2021), which holds real scores near the running mean of fake ones and the other way round; its means are debiased,
-    decay `lecam_decay`. max_weight: the most that the adaptive weight can be. lr, betas, weight_decay: of AdamW.
-    channels, ndf, n_layers, norm, dropout: as PatchGAN, which is `discriminator`; published weights go in by
-    `adversary.discriminator.load_state_dict(...)`.
+    2021), which holds real scores near the running mean of fake scores, and fake scores near that of real ones; the
+    means have decay `lecam_decay` and are debiased. max_weight: upper limit of the adaptive weight. lr, betas,
+    weight_decay: of AdamW. channels, ndf, n_layers, norm, dropout: as in PatchGAN, which is `discriminator`; load
+    published weights with `adversary.discriminator.load_state_dict(...)`.
 
     gradients: ranks.Gradients, or a class with the same calls. It averages gradients, BatchNorm's running statistics
-    and scores over the ranks, so the discriminator stays equal to the bit, and all skip a step that is not finite on
-    one. None: a single process, whose every step counts; ValueError on several ranks. The adaptive weight is each
-    micro-batch's own: a mean over ranks would need them in the middle of the backward pass. Two ranks thus match one
-    rank with two micro-batches, not one with a batch twice as large; the same holds for BatchNorm, which normalises by
-    the micro-batch.
+    and scores over the ranks, so the discriminator stays bit for bit equal on all ranks, and all ranks skip a step that
+    is not finite on one of them. None: a single process, which skips no step; ValueError on several ranks. Each
+    micro-batch has an adaptive weight of its own, since a mean over the ranks would have to communicate in the middle
+    of the backward pass. So two ranks match one rank with two micro-batches, not one with a batch twice as large. The
+    same holds for BatchNorm, which normalises by the micro-batch.
     """
 
     FIGURES = ("discriminator_loss", "generator_loss", "score_real", "score_fake", "adaptive_weight")
@@ -147,8 +148,8 @@ class Adversary(nn.Module):
         self.adaptive, self.max_weight, self.lecam, self.lecam_decay = adaptive, max_weight, lecam, lecam_decay
         self.discriminator = PatchGAN(dims, channels, ndf, n_layers, norm, dropout)
         self.register_buffer("lecam_means", torch.zeros(3))  # sums of real and fake scores, and of their weights
-        self.register_buffer("figures", torch.zeros(len(self.FIGURES)))  # of the last step in which it learned
-        self.register_buffer("skipped", torch.zeros(()))  # steps that were not finite
+        self.register_buffer("figures", torch.zeros(len(self.FIGURES)))  # of the discriminator's last step
+        self.register_buffer("skipped", torch.zeros(()))  # number of steps that were not finite
         self.to(device, memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
         self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=lr, betas=betas,
                                            weight_decay=weight_decay,
@@ -156,8 +157,8 @@ class Adversary(nn.Module):
         self.now, self.make_gradients, self.gradients = -1, gradients, None
 
     def prepare(self):
-        """With `gradients`: before the first step and after loading, on all ranks together, the discriminator becomes
-        rank 0's. Where it was not called, `begin` does, in the first step from `start` on."""
+        """With `gradients`, copy rank 0's discriminator to all ranks. All ranks call it together, before the first step
+        and after loading; if nobody has, `begin` does so in the first step from `start` on."""
         if self.make_gradients:
             self.gradients = self.make_gradients(self.discriminator.parameters(), len(self.FIGURES),
                                                  self.discriminator.buffers())
@@ -165,11 +166,11 @@ class Adversary(nn.Module):
     # ---- one step: begin, generator_term for each micro-batch, step ------------------------------------------------
 
     def active(self):
-        """Whether the step that was begun has come to `start`."""
+        """Whether the current step is `start` or later."""
         return self.now >= self.start
 
     def weighs(self):
-        """Whether generator_term will ask for the reconstruction loss's gradient."""
+        """Whether generator_term needs the gradient of the reconstruction loss in this step."""
         return self.active() and self.adaptive
 
     def learns(self):
@@ -177,8 +178,8 @@ class Adversary(nn.Module):
         return self.active() and (self.now - self.start) % self.every == 0
 
     def begin(self, step):
-        """Start step `step` (from 0), or start it again: what generator_term added up since is forgotten (but not
-        what BatchNorm saw, without `gradients`)."""
+        """Start step `step` (from 0), or start it again: forgets what generator_term has added up since (but without
+        `gradients`, BatchNorm keeps what it saw)."""
         self.now = step
         if not self.active():
             return
@@ -195,11 +196,11 @@ class Adversary(nn.Module):
         """The weighted term to add to the loss, a scalar (0.0 before `start`); adds up the discriminator's gradient.
 
         real, fake: N T C H W in [0, 1], `fake` with its graph. reconstruction_loss, last_layer: as in adaptive_weight
-        (ignored if not adaptive). fraction: this micro-batch's part of the step. If the gradient that the term would
-        give is not finite, the term is left out (weight 0): the reconstruction goes on, `step` skips the
-        discriminator's. Call it within autocast to have the convolutions in bf16 (but for clips on a CPU, see
-        `precision`); the losses are float32 all the same. ValueError for shapes that differ or are too small, and for
-        an adaptive weight without a last layer that is trained.
+        (ignored if not adaptive). fraction: this micro-batch's fraction of the step. If the term's gradient is not
+        finite, the term is left out (weight 0): the model still learns to reconstruct, and `step` skips the
+        discriminator's update. Call it within autocast to run the convolutions in bf16 (except for clips on a CPU, see
+        `precision`); the losses are float32 either way. ValueError for shapes that differ or are too small, and for an
+        adaptive weight without a last layer that is trained.
         """
         if not self.active():
             return 0.0
@@ -207,9 +208,9 @@ class Adversary(nn.Module):
             raise ValueError(f"real {tuple(real.shape)} and fake {tuple(fake.shape)} differ in shape")
         if self.adaptive and (last_layer is None or not last_layer.requires_grad):
             raise ValueError("the adaptive weight needs a last layer that is trained; without one set adaptive=False")
-        # A leaf of its own: one pass over the fakes gives the gradients of both players, and neither graph sees the
-        # other. Published trainers pass the fakes twice, and walk back through the discriminator twice for the weight:
-        # 0.55 s where this takes 0.41 s (2D; 3D 0.58 and 0.44 s; TAEHV, 6 frames of 96 pixels, CPU time of one core).
+        # With a leaf of their own, one pass over the fakes gives the gradients of both networks, and neither graph sees
+        # the other. Published trainers pass the fakes twice, and run backward through the discriminator twice for the
+        # weight: 0.55 s instead of 0.41 s (2D; 3D 0.58 and 0.44 s; TAEHV, 6 frames of 96 pixels, CPU time of one core).
         leaf = fake.detach().float().requires_grad_()
         with self.precision(fake.device.type):
             scores_fake = self.discriminator(leaf)
@@ -227,14 +228,14 @@ class Adversary(nn.Module):
                 self.learn(scores_real.float(), scores_fake, value.detach(), weight, fraction)
             factor = weight * (self.weight * min(1.0, (self.now - self.start + 1) / max(1, self.ramp)))
             value, gradient = (torch.where(weight > 0, x.detach() * factor, 0.0) for x in (value, gradient))
-            term = (fake * gradient).sum()  # the wanted gradient; and the wanted value:
-            return term + (value - term).detach()
+            term = (fake * gradient).sum()         # has the right gradient ...
+            return term + (value - term).detach()  # ... and now the right value too
 
     def precision(self, kind):
-        """The caller's autocast; on a CPU, none for clips. PyTorch's (oneDNN's) bf16 3D convolutions are wrong on CPUs
-        with AMX or AVX-512: the weights' gradient is stale memory, even NaN, for kernel rows that see padding alone
-        (clips of 1 and 2 frames; seen with torch 2.14 and 2.15), and so is the result one pixel wide behind a stride
-        (github.com/pytorch/pytorch/pull/188426)."""
+        """A context: the caller's autocast, but none for clips on a CPU. There, PyTorch's (oneDNN's) bf16 3D
+        convolutions are wrong on CPUs with AMX or AVX-512: the weights' gradient is stale memory, even NaN, for kernel
+        rows that see only padding (clips of 1 and 2 frames; seen with torch 2.14 and 2.15), and so is a result one
+        pixel wide after a stride (github.com/pytorch/pytorch/pull/188426)."""
         wrong = kind == "cpu" and self.discriminator.dims == 3
         return torch.autocast(kind, enabled=False) if wrong else contextlib.nullcontext()
 
@@ -250,11 +251,11 @@ class Adversary(nn.Module):
         self.totals += figures * fraction
 
     def step(self, limit=0.0):
-        """End the step; all ranks call it. The gradient's norm is held to `limit` if that is above 0.
+        """End the step; all ranks call it. limit: if above 0, the gradient's norm is clipped to it.
 
-        With `gradients`, a gradient, score or statistic that is not finite on any rank: no rank changes anything.
-        Returns the figures of the last step in which the discriminator learned, means over the ranks, as scalars on the
-        device: FIGURES (zeros before the first), and "skipped", how many steps were.
+        With `gradients`, no rank changes anything if a gradient, score or statistic is not finite on any rank. Returns
+        scalars on the device: FIGURES, means over the ranks, of the last step in which the discriminator learned (zeros
+        before the first), and "skipped", the number of skipped steps.
         """
         if self.learns():
             self.update(limit)
@@ -264,7 +265,7 @@ class Adversary(nn.Module):
 
     @torch.no_grad()
     def update(self, limit):
-        """The discriminator's own step, of all ranks together; nothing changes where a figure is not finite."""
+        """The discriminator's optimizer step, all ranks together; nothing changes if a figure is not finite."""
         if self.gradients:
             _, bad = self.gradients.step(self.optimizer, limit)
         else:
@@ -283,12 +284,13 @@ class Adversary(nn.Module):
     def training_state(self):
         """All that an exact resume needs, the same on all ranks; torch.load(weights_only=True) reads it.
 
-        The tensors are those in use: save or copy them before the next step.
+        The tensors are not copies: save or copy them before the next step.
         """
         return {"adversary": self.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_training_state(self, state):
-        """What training_state gave; today's settings of the optimizer stay. ValueError for another discriminator's."""
+        """Load what training_state gave, but keep the optimizer's current settings (lr, betas, ...). ValueError for the
+        state of another discriminator."""
         own, given = self.state_dict(), state["adversary"]
         different = [k for k in own.keys() | given.keys() if k not in own or k not in given
                      or own[k].shape != given[k].shape]

@@ -5,23 +5,24 @@
     video = quick.decode(quick.encode(video))               # all of the model's methods, streams included
 
 This file works with torch, model_taehv.py and fast_taehv.py beside it. Results are those of the model up to rounding.
-The copy is for inference in eval mode, on the device and in the type that the model had when it was made; later changes
-of the weights do not reach it. It runs on a CPU too, where fast_taehv.py is quicker. Its arithmetic is tested there;
-what only a GPU has (cuDNN's fused calls, CUDA graphs) has not run yet: tests/test_gpu.py tests it where there is one.
+The copy is for inference in eval mode, on the device and in the dtype that the model had when the copy was made; later
+changes of the weights do not reach it. It runs on a CPU too, where fast_taehv.py is faster. Its arithmetic is tested on
+a CPU. What only a GPU has (cuDNN's fused calls, CUDA graphs) has not run yet; tests/test_gpu.py tests it on a GPU.
 
-What it does otherwise than the model's layers:
-- All frames of a group are one batch, channels-last, in the order of time, the clips side by side (T N C H W): the
-  frames before are a view.
-- A memory block's first convolution, over a frame and the one before, is the sum of two. cuDNN adds, and applies the
-  ReLU, while it writes its result.
-- Temporal growth (1x1), nearest upsampling and the 3x3 convolution behind them are for each output frame one transposed
-  convolution with a 4x4 kernel: 16 multiplications for each 36. Where it grows time the frames are then put in order, a
-  copy; growing first, at a quarter of the size, would copy less and multiply an eighth more. As a 3x3 convolution to
-  four times the channels and a shuffle cuDNN could apply the ReLU, for 36 multiplications. A GPU has to decide.
-- Temporal pooling merges with the strided convolution. The first layer runs on each place in the pool's groups for
-  itself, so that no map of full size is copied.
-- Input channels of the first and output channels of the last convolutions are filled up with zeros to multiples of 8,
-  which tensor cores want.
+How it differs from the model's layers:
+- All frames of a group are one batch, channels-last and time-major (T N C H W: frame 0 of all clips, frame 1, ...), so
+  the previous frames are a view.
+- A memory block's first convolution, over a frame and the one before, is computed as the sum of two convolutions. cuDNN
+  adds, and applies the ReLU, while it writes its result.
+- Temporal growth (1x1), nearest upsampling and the 3x3 convolution after them are, for each output frame, one
+  transposed convolution with a 4x4 kernel: 16 multiplications instead of 36. If time grows, a copy then puts the frames
+  in order. Two alternatives wait for a measurement on a GPU: growing time first, at a quarter of the size, would copy
+  less and multiply an eighth more; and with a 3x3 convolution to four times the channels and a shuffle, cuDNN could
+  apply the ReLU, but for 36 multiplications.
+- Temporal pooling is merged with the strided convolution. The first layer runs separately on the first frames of the
+  pool's groups, the second frames, ..., so that no full-size map is copied.
+- Zeros fill up the input channels of the first and the output channels of the last convolution to multiples of 8, which
+  tensor cores need.
 """
 import copy
 import functools
@@ -34,12 +35,12 @@ import torch.nn.functional as F
 from fast_taehv import GrownConv, build_steps, grow_kernels, pool_kernels
 from model_taehv import TAEHV, TGrow
 
-INDEX = 1 << 31  # numbers in a map: PyTorch splits larger ones for cuDNN, but not in the fused calls
+INDEX = 1 << 31  # most numbers in a map: PyTorch splits larger maps for cuDNN, but not in the fused calls
 
 
 @functools.cache
 def has_fused(device, dtype):
-    """Whether cuDNN's fused convolutions are there for a device and type, and right: they are tried on a small map."""
+    """Whether cuDNN's fused convolutions exist for a device and dtype, and give the right result on a small map."""
     if device.type != "cuda" or not hasattr(torch, "cudnn_convolution_add_relu"):
         return False
     x, weight = (torch.randn(size, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -63,7 +64,8 @@ def fused_conv(x, weight, bias, add, stride, padding):
 
 
 class Conv:
-    """A convolution, perhaps with something of the result's shape added and a ReLU: in one call where cuDNN has it."""
+    """A convolution, optionally plus a tensor `add` of the result's shape, optionally then a ReLU: one cuDNN call if it
+    has such a call."""
 
     def __init__(self, weight, bias=None, stride=1, padding=1):
         self.weight = weight.contiguous(memory_format=torch.channels_last)
@@ -81,7 +83,7 @@ class Conv:
 
 
 class Edge(Conv):
-    """A convolution whose numbers of channels are any, filled up to multiples of 8."""
+    """A convolution with any numbers of channels, which zeros fill up to multiples of 8."""
 
     def __init__(self, layer):
         self.channels, (self.more_in, more_out) = len(layer.weight), (-n % 8 for n in layer.weight.shape[1::-1])
@@ -94,7 +96,7 @@ class Edge(Conv):
         return super().__call__(x, relu=relu)[:, :self.channels]
 
 
-# ---- steps: frames (T * N, C, H, W) of N clips -> the same; kept: {step: what it needs of the frame before} --------
+# ---- steps: frames (T * N, C, H, W) of N clips -> the same; kept: {step: what it needs of the previous frame} -------
 
 
 def places(x, count, n):
@@ -104,7 +106,7 @@ def places(x, count, n):
 
 
 def interleave(frames, n):
-    """What `places` takes apart, put together."""
+    """The inverse of `places`: the lists of first, second, ... frames, put back in order."""
     if len(frames) == 1:
         return frames[0]
     frames = [frame.permute(0, 2, 3, 1).unflatten(0, (-1, n)) for frame in frames]
@@ -112,8 +114,8 @@ def interleave(frames, n):
 
 
 def before(x, step, n, kept):
-    """The frames one earlier. What was kept of the last call is the first; at a clip's start it is zeros. The tensor in
-    `kept` is always the same, since CUDA graphs know its address: `keep` overwrites it."""
+    """x shifted by one frame: the frame kept from the last call comes first, or zeros at a clip's start. The tensor in
+    `kept` stays the same one, since CUDA graphs know its address: `keep` overwrites it."""
     if step not in kept:
         kept[step] = torch.zeros_like(x[:n])
     return kept[step] if len(x) == n else torch.cat([kept[step], x[:-n]])
@@ -144,7 +146,7 @@ class ConvRelu:
 
 
 class Memory:
-    """A memory block: what its first convolution makes of the frames before is kept, not the frames."""
+    """A memory block. It keeps not the previous frame, but that frame's part of the first convolution's sum."""
 
     def __init__(self, block):
         first, second, third = block.conv[0], block.conv[2], block.conv[4]
@@ -161,7 +163,7 @@ class Memory:
 
 
 class WholeMemory:
-    """A memory block as it is: of a super or wide decoder, or with LeakyReLU."""
+    """A memory block run as in the model: one of a super or wide decoder, or with LeakyReLU."""
 
     def __init__(self, block):
         self.block = block
@@ -173,7 +175,7 @@ class WholeMemory:
 
 
 class PoolConv:
-    """Temporal pooling and the strided convolution behind it; perhaps with the encoder's first layer before."""
+    """Temporal pooling merged with the strided convolution after it; optionally the encoder's first layer before."""
 
     def __init__(self, pool, layer, first=None):
         self.convs, self.first = [Conv(w, stride=2) for w in pool_kernels(pool, layer)], first
@@ -191,7 +193,8 @@ class FirstPoolConv(PoolConv):
 
 
 class GrowConv:
-    """Nearest upsampling, temporal growth, the convolution behind them; then, perhaps, a ReLU and the last layer."""
+    """Nearest upsampling, temporal growth and the convolution after them, merged; optionally a ReLU and the last layer.
+    """
 
     def __init__(self, scale, grow, layer, last=None):
         self.kernels = [(Conv if scale == 1 else GrownConv)(w) for w in grow_kernels(grow, layer)]
@@ -211,12 +214,12 @@ STEPS = SimpleNamespace(Plain=Plain, ConvRelu=ConvRelu, Memory=Memory, WholeMemo
 
 
 def record(call, device):
-    """Record call() as a CUDA graph: (function that replays it, the tensor in which its result then stands)."""
+    """Record call() as a CUDA graph: (function that replays it, the tensor that then holds its result)."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call()  # libraries set themselves up, which must not be recorded
+            call()  # lets libraries initialise themselves, which must not be recorded
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -225,13 +228,13 @@ def record(call, device):
 
 
 class Graph:
-    """A call for groups of one shape, which reads and overwrites tensors in `kept`."""
+    """A recorded call for groups of one shape; it reads and overwrites tensors in `kept`."""
 
     def __init__(self, call, x, kept):
         self.x = x.clone()
         originals = [tensor.clone() for tensor in kept.values()]
         self.replay, self.result = record(lambda: call(self.x), x.device)
-        for tensor, original in zip(kept.values(), originals):  # the first call that `record` makes was for nothing
+        for tensor, original in zip(kept.values(), originals):  # undo the call that `record` makes as a warm-up
             tensor.copy_(original)
 
     def __call__(self, x):
@@ -241,15 +244,16 @@ class Graph:
 
 
 class Session:
-    """What is kept of one run of clips, and the graphs that are bound to its addresses. When that run ends the next one
-    of such clips takes it over; two at a time have one each."""
+    """The tensors kept during one run of clips, and the graphs that are bound to their addresses. After the run, the
+    next run of clips of the same size reuses them. Runs at the same time have a Session each."""
 
     def __init__(self):
-        self.kept, self.graphs = {}, {}  # graphs: {shape of a group: Graph, or None if it came once}
-        self.user = lambda: None         # the Clips that use it, while they live
+        self.kept, self.graphs = {}, {}  # graphs: {shape of a group: Graph, or None if it occurred once}
+        self.user = lambda: None         # gives the Clips that use it, None after they are gone
 
     def run(self, call, x):
-        """call(x). A shape that comes again is recorded: last groups of odd lengths seldom do."""
+        """call(x). A shape is recorded when it occurs the second time, since the odd lengths of last groups rarely do.
+        """
         if x.shape not in self.graphs:
             self.graphs[x.shape] = None
             return call(x)
@@ -259,7 +263,8 @@ class Session:
 
 
 class Clips:
-    """A run of clips: lives in the `memory` of their stream, and ends with it. It begins with nothing kept."""
+    """A run of clips: lives in their stream's `memory`, and ends with it. Its first past frames are zeros.
+    """
 
     def __init__(self, session):
         self.session, session.user = session, weakref.ref(self)
@@ -268,7 +273,7 @@ class Clips:
 
 
 class CudaTAEHV(TAEHV):
-    """What `fast` gives. sessions: {(half, shape, ...): [Session]}."""
+    """The copy that `fast` returns. sessions: {("encoder" or "decoder", shape, ...): [Session]}."""
 
     @torch.no_grad()
     def _run(self, blocks, x, memory=None, progress=None):
@@ -300,9 +305,9 @@ class CudaTAEHV(TAEHV):
 def fast(model, graph=False):
     """A derived, inference-only copy of a TAEHV in eval mode, or of a tokenizer of its latents (model_vq_latents.py).
 
-    graph: record what is run as a CUDA graph, for each size and number of frames that comes a second time, and replay
-    it from then on: the GPU then never waits for Python. A graph keeps the memory that it works in, as long as the copy
-    lives. From one thread only. ValueError in training mode, or for graphs on another device.
+    graph: when a size and number of frames occurs the second time, record the work as a CUDA graph, and replay it from
+    then on, so that the GPU never waits for Python. A graph keeps its working memory as long as the copy lives. Use it
+    from one thread only. ValueError in training mode, or for graphs on another device.
     """
     if model.training:
         raise ValueError("fast() is for inference: call model.eval() before")

@@ -4,17 +4,18 @@
     video = quick.decode(quick.encode(video))            # all of the model's methods, streams and tiles included
 
 This file works with torch, model_dcae.py and fast_taehv.py beside it. Results are those of the model up to rounding
-(about 2e-6 of the largest value in float32, like the model's own error). The copy is for inference in
-eval mode, on the device and in the type that the model had when it was made; later changes of the weights do not reach
-it. Its kernels take up to four times the memory of the weights they are made of. Images go through the model's layers.
+(about 2e-6 of the largest value in float32, like the model's own error). The copy is for inference in eval mode, on the
+device and in the dtype that the model had when the copy was made; later changes of the weights do not reach it. Its
+kernels take up to four times the memory of the weights they are made from. Images go through the model's own layers.
 
-What pays (measured figures: docs/speed.md):
-- In the stages of residual blocks frames flow one at a time, depth first: few maps exist at once, all channels-last.
-- A 3D convolution is a sum of 2D convolutions over neighbouring frames. Four frames from six products instead of twelve
-  (Winograd, in time alone): the sums that this needs are of whole frames. Only in float32.
-- Nearest upsampling and the convolution behind it are a transposed convolution: 16 multiplications for each 36.
-- The shortcuts beside changes of size are linear: they are added to the kernels.
-- To three channels, one convolution makes the parts for three frames; from three channels, one sees three frames.
+What helps (measured figures: docs/speed.md):
+- In the stages of residual blocks, frames flow one at a time, depth first: few maps exist at once, all channels-last.
+- A 3D convolution is a sum of 2D convolutions over neighbouring frames. Winograd's algorithm, in time alone, makes four
+  frames with six 2D convolutions instead of twelve; its other sums are over whole frames. Only in float32.
+- Nearest upsampling and the convolution after it are a transposed convolution: 16 multiplications instead of 36.
+- The shortcuts beside changes of size are linear, so they are added to the kernels.
+- The last layer, to three channels, is one 2D convolution that gives a frame's contributions to three output frames.
+  The first layer, from three channels, is one 2D convolution over three frames.
 """
 import copy
 
@@ -28,18 +29,18 @@ from model_dcae import DCAE, TIME_STAGES, AttentionBlock, Average, Duplicate, Re
 
 
 def windows(frames, size):
-    """Lists of size + 2 consecutive frames, `size` further each time; None beyond the ends."""
+    """Yields lists of size + 2 consecutive frames, each `size` frames after the one before; None beyond the ends."""
     window = [None]
     for x in frames:
         window.append(x)
         if len(window) == size + 2:
             ready, window = [window], window[size:]
-            yield ready.pop()  # no frame is held here that is not needed again
+            yield ready.pop()  # hold no frame here that is not needed again
     yield window + [None] * (size + 2 - len(window))
 
 
 class Taps:
-    """Three kernels: for the frame before, the frame itself and the one behind."""
+    """A 3D convolution as three 2D kernels: for the previous frame, the frame itself and the next one."""
 
     def __init__(self, weight, bias, kernel):
         self.kernels = [kernel(w, bias if d == 1 else None) for d, w in enumerate(weight.unbind(2))]
@@ -52,9 +53,9 @@ class Taps:
 
 
 class Winograd:
-    """Four frames from six products instead of twelve (Winograd 1980, F(4, 3)); clips have a multiple of four.
+    """Four frames with six 2D convolutions instead of twelve (Winograd 1980, F(4, 3)); clips have a multiple of four.
 
-    Each product is a convolution of a sum of frames; `even` and `odd` are sums that two frames of the result share.
+    Each of the six is a convolution of a weighted sum of frames. `even` and `odd` are sums that two result frames need.
     """
 
     def __init__(self, weight, bias, kernel):
@@ -83,7 +84,7 @@ class Winograd:
 
 
 class First:
-    """Few input channels: those of three frames side by side."""
+    """The first layer, with few input channels: a 2D convolution over the channels of three frames."""
 
     def __init__(self, layer):
         self.conv = Conv(layer.weight.transpose(1, 2).flatten(1, 2), layer.bias)
@@ -96,7 +97,8 @@ class First:
 
 
 class Last:
-    """A norm, a ReLU, and a convolution to few channels: those for three frames side by side."""
+    """The last layers: a norm, a ReLU, and a 2D convolution that gives a frame's contributions to three output frames.
+    """
 
     def __init__(self, norm, layer):
         self.norm, self.bias = norm, layer.bias.view(-1, 1, 1)
@@ -122,13 +124,13 @@ class Grow:
 
 
 def time_conv(weight, bias, stride=1):
-    pays = stride == 1 or len(weight) >= 64  # the strided one's sums are of frames four times its result's size
-    exact = weight.dtype == torch.float32    # bf16 would lose too much
+    pays = stride == 1 or len(weight) >= 64  # with a stride, the sums are over frames four times the result's size
+    exact = weight.dtype == torch.float32    # bf16 would lose too much precision
     return (Winograd if pays and exact else Taps)(weight, bias, lambda w, b: Conv(w, b, stride))
 
 
 def down(residual):
-    """The layer at a stage's end, its shortcut merged into the kernel: averages of cells."""
+    """The layer at a stage's end; its shortcut, averages of cells, is merged into the kernel."""
     layer = residual.main.conv
     weight, (n_out, n_in) = layer.weight.clone(), layer.weight.shape[:2]
     for k in range(4 * n_in):
@@ -137,7 +139,7 @@ def down(residual):
 
 
 def up(residual):
-    """The layer at a stage's start, its shortcut merged into the kernel: copies."""
+    """The layer at a stage's start; its shortcut, copies, is merged into the kernel."""
     layer = residual.main.conv.conv
     n_out, n_in = layer.weight.shape[:2]
     kernel = up_kernel(layer.weight)  # (n_out, n_in, 3, 4, 4)
@@ -155,7 +157,7 @@ def normed(x, norm):
 
 
 class Branch:
-    """A branch of steps over frames, with a norm behind it, added to its input."""
+    """A residual branch over frames: steps and a norm, whose result is added to the branch's input."""
 
     def __init__(self, steps, norm):
         self.steps, self.norm = steps, norm
@@ -186,7 +188,7 @@ class Each:
 
 
 class Whole:
-    """A layer that wants the whole clip."""
+    """A layer that needs the whole clip."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -230,7 +232,7 @@ def block_steps(block):
 
 
 class FastDCAE(DCAE):
-    """What `fast` gives."""
+    """The copy that `fast` returns."""
 
     def _encoded(self, x):
         return super()._encoded(x) if x.shape[2] == 1 else run(self.steps["encoder"], x)

@@ -3,18 +3,20 @@
     quick = fast(load_taehv("taew2_1.pth"))          # a derived copy, the model itself is untouched
     video = quick.decode(quick.encode(video))        # all of the model's methods, streams included
 
-This file works with torch and model_taehv.py beside it; fast_cuda.py is its fellow for GPUs. Results are those of the
+This file works with torch and model_taehv.py beside it; fast_cuda.py is the one for GPUs. Results are those of the
 model up to rounding (about 1e-6 of the largest value in float32). The copy is for inference in eval mode, on the device
-and in the type that the model had when it was made; later changes of the weights do not reach it.
+and in the dtype that the model had when the copy was made; later changes of the weights do not reach it.
 
-What was measured to pay, one 64-channel block at 240x416 or one 240x416 -> 480x832 growth, float32, one AVX-512 core:
+What helps, measured on one 64-channel block at 240x416 or one 240x416 -> 480x832 growth, float32, one AVX-512 core:
 - Frames flow through the layers one at a time, depth first: nothing is concatenated, and few maps exist at a time.
-- A memory block's first convolution, over a frame and the one before, is the sum of two; the second one's half is made
-  when its frame is at hand, and kept. oneDNN adds, and applies the ReLU, while it writes its result (360 ms, not 480).
-- At full size there are only bands of rows: of the encoder's first layers and of the decoder's last.
-- Temporal growth (1x1), nearest upsampling and the 3x3 convolution behind them are linear: merged, they are for each
-  output frame one transposed convolution with a 4x4 kernel. (1250 -> 750 ms as four 2x2 convolutions, one for each
-  place in a 2x2 cell; which take 1.05 to 1.24 times as long.) Temporal pooling merges with the strided convolution.
+- A memory block's first convolution, over a frame and the one before, is computed as the sum of two convolutions. A
+  frame's part in the next frame's sum is computed at once, and kept. oneDNN adds, and applies the ReLU, while it writes
+  its result (360 ms instead of 480).
+- Full-size maps exist only as bands of rows: in the encoder's first layers and the decoder's last.
+- Temporal growth (1x1), nearest upsampling and the 3x3 convolution after them are linear. Merged, they are, for each
+  output frame, one transposed convolution with a 4x4 kernel. (As four 2x2 convolutions, one for each position in a 2x2
+  cell, 1250 ms became 750; those take 1.05 to 1.24 times as long as the transposed one.) Temporal pooling is merged
+  with the strided convolution.
 """
 import copy
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from torch import nn
 
 from model_taehv import MEMORY_BLOCKS, TAEHV, MemBlock, TPool
 
-BAND = 1 << 22  # numbers of a full-size map that exist at a time: bounds memory, costs no time (1 << 17 costs 5 %)
+BAND = 1 << 22  # numbers in a band of a full-size map: bounds memory, and costs no time (1 << 17 costs 5 %)
 
 
 def has_onednn(dtype):
@@ -36,10 +38,10 @@ def has_onednn(dtype):
 
 
 class Conv:
-    """A convolution, perhaps with something added and a ReLU, in one call of oneDNN where that can be had.
+    """A convolution, optionally plus a tensor, optionally then a ReLU: one call of oneDNN if this PyTorch has it.
 
-    `into`: a tensor of the result's shape that is added; it may be overwritten. Channels-last, or a copy is made:
-    PyTorch hands only those to oneDNN, and its own sum with a ReLU behind it does not exist in bfloat16.
+    `into`: a tensor of the result's shape to add; it may be overwritten. If it is not channels-last, it is copied:
+    PyTorch passes only channels-last tensors to oneDNN, and its own fallback has no bfloat16.
     """
 
     def __init__(self, weight, bias=None, stride=1, padding=1):
@@ -66,7 +68,8 @@ class Conv:
 
 # ---- steps: generators of frames (N C H W, channels-last) from frames; memory: a dict, as in model_taehv -----------
 #
-# A step lets go of a frame before it hands it on (`yield done.pop()`): else one map too many would live for each step.
+# A step drops its own reference to a frame when it yields it (`yield done.pop()`). Else each step would keep one map
+# alive that nobody needs.
 
 
 class Plain:
@@ -92,9 +95,9 @@ class ConvRelu:
 
 
 class Memory:
-    """A memory block. It overwrites the frames that it gets. Large ones (three bands or more) are done band by band,
-    each with six rows more: then no other maps exist than the frame and what is kept of the one before, in the type
-    memory["kept"]."""
+    """A memory block. It overwrites its input frames. For the next frame it keeps this frame's part of the first
+    convolution's sum, in the dtype memory["kept"]. Large frames (three bands or more) are computed band by band, with
+    three rows more at each inner edge: then the frame and the kept map are the only full maps."""
 
     def __init__(self, block):
         first, second, third = block.conv[0], block.conv[2], block.conv[4]
@@ -116,28 +119,28 @@ class Memory:
         return self.third(self.second(self.now(x, past, relu=True), relu=True), x, relu=True)
 
     def in_bands(self, batch, kept, cuts):
-        """Overwrites the frames with the result, and `kept` with what the next ones need of them."""
+        """Overwrites the frames with the result, and `kept` with what the next frames need."""
         above = torch.empty_like(batch[:1, :, :6], memory_format=torch.channels_last).split(3, 2)
         for x, past in zip(batch.split(1), kept.split(1)):
             for start, end in cuts:
                 first, last = start > 0, end < x.shape[2]  # the edges that lie within the frame
                 slab, old = (torch.cat([rows] * first + [m[:, :, start:end + 3 * last].to(x.dtype)], 2)
-                             for rows, m in zip(above, (x, past)))  # (an empty first piece: no channels-last result)
-                for rows, m in zip(above, (slab, old)):  # what is overwritten here and the next band needs
+                             for rows, m in zip(above, (x, past)))  # (with an empty first piece, not channels-last)
+                for rows, m in zip(above, (slab, old)):  # save the rows that this band overwrites and the next needs
                     rows.copy_(m[:, :, 3 * first + end - start - 3:][:, :, :3])
 
-                def good(rows):  # each convolution spoils a row more, for want of those beyond
+                def valid(rows):  # at each inner edge, a convolution makes one more row wrong: drop it
                     return rows[:, :, first:rows.shape[2] - last]
-                y = good(self.second(good(self.now(slab, old, relu=True)), relu=True))
-                slab = good(good(slab))
-                past[:, :, start:end] = good(self.before(slab))
-                x[:, :, start:end] = good(self.third(y, slab, relu=True))
-                del slab, old, y  # before the next band: the allocator then has one hole for all of them
+                y = valid(self.second(valid(self.now(slab, old, relu=True)), relu=True))
+                slab = valid(valid(slab))
+                past[:, :, start:end] = valid(self.before(slab))
+                x[:, :, start:end] = valid(self.third(y, slab, relu=True))
+                del slab, old, y  # free them before the next band, which then reuses the same memory
         return batch
 
 
 class WholeMemory:
-    """A memory block as it is: of a super or wide decoder, or with LeakyReLU, which oneDNN does not add and apply."""
+    """A memory block run as in the model: of a super or wide decoder, or with LeakyReLU, which oneDNN does not fuse."""
 
     def __init__(self, block):
         self.block = block
@@ -150,24 +153,24 @@ class WholeMemory:
 
 
 class PoolConv:
-    """Temporal pooling and the strided convolution behind it: a sum over frames, added up as they come."""
+    """Temporal pooling merged with the strided convolution after it: a sum over frames, added up as they come."""
 
     def __init__(self, pool, layer):
         self.convs = [Conv(w, stride=2) for w in pool_kernels(pool, layer)]
 
     def __call__(self, frames, memory):
-        total, place = [None], 0
+        total, position = [None], 0  # position of the next frame in its group
         for x in frames:
-            total.append(self.convs[place](x, total.pop()))
-            place = (place + 1) % len(self.convs)
+            total.append(self.convs[position](x, total.pop()))
+            position = (position + 1) % len(self.convs)
             del x
-            if place == 0:
+            if position == 0:
                 yield total.pop()
                 total.append(None)
 
 
 class FirstPoolConv:
-    """The encoder's first layer, temporal pooling, the strided convolution behind it."""
+    """The encoder's first layer, temporal pooling and the strided convolution after it, in bands of rows."""
 
     def __init__(self, first, pool, layer):
         self.first, self.convs = Conv(first.weight, first.bias), PoolConv(pool, layer).convs
@@ -177,7 +180,7 @@ class FirstPoolConv:
             height, width = group[0].shape[-2:]
             half, out = -(-height // 2), None
             for start, end in bands(half, 4 * 64 * width):
-                top, slab = max(0, 2 * start - 2), None  # of what follows, the first row is wrong there
+                top, slab = max(0, 2 * start - 2), None  # starts higher, since the band's first row comes out wrong
                 for conv, x in zip(self.convs, group):
                     slab = conv(self.first(x[:, :, top:2 * end + 1], relu=True), slab)
                 out = paste(out, slab[:, :, start - top // 2:end - top // 2], start, half)
@@ -185,13 +188,13 @@ class FirstPoolConv:
 
 
 def bands(height, row_size):
-    """[(first row, row behind the last)] of bands of equal height, at least 4, that hold about BAND numbers each."""
+    """[(first row, end row)] of bands of about equal height, at least 4 rows, with about BAND numbers each."""
     count = -(-height // max(8, BAND // row_size))
     return [(height * k // count, height * (k + 1) // count) for k in range(count)]
 
 
 def paste(out, rows, start, height):
-    """Put rows, N C h W, into a map of `height` rows, made with the first of them; returns it."""
+    """Copy rows, N C h W, into the map `out` of `height` rows, from row `start` on. out=None: makes it. Returns it."""
     if out is None:
         if rows.shape[2] == height:
             return rows
@@ -202,7 +205,8 @@ def paste(out, rows, start, height):
 
 
 class GrowConv:
-    """Nearest upsampling, temporal growth, the convolution behind them; then, perhaps, a ReLU and the last layer."""
+    """Nearest upsampling, temporal growth and the convolution after them, merged; optionally a ReLU and the last layer.
+    """
 
     def __init__(self, scale, grow, layer, last=None):
         self.scale, self.width = scale, len(layer.weight)
@@ -211,23 +215,23 @@ class GrowConv:
 
     def __call__(self, frames, memory):
         for x in frames:
-            for place, kernel in enumerate(self.kernels, 1):
+            for number, kernel in enumerate(self.kernels, 1):
                 done = [kernel(x) if self.last is None else self.in_bands(x, kernel)]
-                if place == len(self.kernels):
+                if number == len(self.kernels):
                     del x
                 yield done.pop()
 
     def in_bands(self, x, kernel):
         out, scale, height = None, self.scale, x.shape[2]
         for start, end in bands(height, scale * x.shape[3] * scale * self.width):
-            top = max(0, start - (3 - scale))  # nearest upsampling needs one row less around
+            top = max(0, start - (3 - scale))  # with upsampling, a band needs one row around it instead of two
             slab = self.last(kernel(x[:, :, top:end + 3 - scale], relu=True))
             out = paste(out, slab[:, :, scale * (start - top):scale * (end - top)], scale * start, scale * height)
         return out
 
 
 class GrownConv:
-    """Nearest upsampling (x2) and a 3x3 convolution behind it, as one transposed convolution."""
+    """Nearest upsampling (x2) and a 3x3 convolution after it, as one transposed convolution."""
 
     def __init__(self, weight, bias=None):
         self.kernel = up_kernel(weight).transpose(0, 1).contiguous(memory_format=torch.channels_last)
@@ -239,25 +243,26 @@ class GrownConv:
 
 
 def up_kernel(weight):
-    """Kernels (..., 3, 3) behind a nearest x2 upsampling -> kernels (..., 4, 4) of a transposed convolution of stride 2
-    and padding 1 (which wants output and input channels swapped): 16 multiplications for each 36."""
+    """Kernels (..., 3, 3) of a convolution after nearest x2 upsampling -> kernels (..., 4, 4) of a transposed
+    convolution of stride 2 and padding 1: 16 multiplications instead of 36. The caller swaps output and input channels,
+    as a transposed convolution needs."""
     kernel = F.pad(weight.float().flip(-2, -1), (1, 1, 1, 1))
     kernel = kernel[..., :-1, :] + kernel[..., 1:, :]
     return (kernel[..., :-1] + kernel[..., 1:]).to(weight.dtype)
 
 
 def pool_kernels(pool, layer):
-    """Temporal pooling merged with the convolution behind it: a kernel for each of the frames that it joins."""
+    """Temporal pooling merged with the convolution after it: a kernel for each of the frames that it joins."""
     return merged(layer, pool.conv.weight).chunk(pool.stride, 1)
 
 
 def grow_kernels(grow, layer):
-    """Temporal growth merged with the convolution behind it: a kernel for each of the frames that it makes."""
+    """Temporal growth merged with the convolution after it: a kernel for each of the frames that it makes."""
     return [merged(layer, weight) for weight in grow.conv.weight.chunk(grow.stride)]
 
 
 def merged(layer, weight):
-    """The kernel of a 1x1 convolution without bias and the one behind it. Made on the CPU: a GPU may use TF32."""
+    """The kernel of a 1x1 convolution without bias followed by `layer`. Computed on the CPU: a GPU may use TF32."""
     kernel = torch.einsum("ocyx,ci->oiyx", layer.weight.float().cpu(), weight[:, :, 0, 0].float().cpu())
     return kernel.to(layer.weight)
 
@@ -267,8 +272,8 @@ STEPS = SimpleNamespace(Plain=Plain, ConvRelu=ConvRelu, Memory=Memory, WholeMemo
 
 
 def build_steps(blocks, kinds):
-    """Steps for the layers of an encoder or decoder, in the orders that model_taehv builds. kinds: the steps' classes,
-    as in STEPS."""
+    """The steps for the layers of an encoder or decoder, in the order in which model_taehv.py builds them. kinds: the
+    classes of the steps, such as STEPS."""
     steps, blocks = [], list(blocks)
 
     def followed_by(*layers):
@@ -297,10 +302,10 @@ def build_steps(blocks, kinds):
 
 
 class FastTAEHV(TAEHV):
-    """What `fast` gives.
+    """The copy that `fast` returns.
 
-    `kept`: the type in which memory blocks keep the frame before; None for the model's own. What is kept is most of the
-    memory that large frames take. torch.float16 halves it, at an error of about 1e-4 of the largest value.
+    `kept`: the dtype in which memory blocks keep the previous frame; None for the model's own. These maps are most of
+    the memory that large frames take. torch.float16 halves it, at an error of about 1e-4 of the largest value.
     """
 
     kept = None
@@ -330,8 +335,8 @@ class FastTAEHV(TAEHV):
 @torch.no_grad()
 def fast(model):
     """A derived, inference-only copy of a TAEHV in eval mode, or of a tokenizer of its latents (model_vq_latents.py).
-    ValueError in training mode, and of a model in float64. NaN in its input may come out as numbers: oneDNN's ReLU
-    makes 0 of it."""
+    ValueError in training mode, and for a model in float64. NaN in the input may come out as numbers: oneDNN's ReLU
+    turns NaN into 0."""
     if model.training:
         raise ValueError("fast() is for inference: call model.eval() before")
     if next(model.parameters()).dtype == torch.float64:

@@ -4,12 +4,12 @@
     video = quick.detokenize(quick.tokenize(video))  # all of the model's methods, streams included
 
 This file works with torch, model_vqgan.py and fast_taehv.py beside it. Results are those of the model up to rounding,
-so codes are the same but for near ties. The copy is for inference in eval mode, on the device and in the type that the
-model had when it was made; later changes of the weights do not reach it.
+so codes are the same except for near ties. The copy is for inference in eval mode, on the device and in the dtype that
+the model had when the copy was made; later changes of the weights do not reach it.
 
-Nine tenths of the time are convolutions at the rate of a matrix product. What pays beside (docs/speed.md has figures):
-- Nearest upsampling and the convolution behind it are a transposed convolution: 16 multiplications for each 36.
-- Norms' results are overwritten by the activation, a block's input by its result; oneDNN adds the shortcut.
+Nine tenths of the time are convolutions, as fast as matrix products. What else helps (figures: docs/speed.md):
+- Nearest upsampling and the convolution after it are a transposed convolution: 16 multiplications instead of 36.
+- The activation overwrites a norm's result, and a block's result its input; oneDNN adds the shortcut.
 - Attention has two 1x1 convolutions instead of four, and no copies into another layout.
 """
 import copy
@@ -43,9 +43,11 @@ class Block:
 
 
 class Attention:
-    """Self-attention; overwrites its input. Of its four 1x1 convolutions two are left, by merging neighbours.
+    """Self-attention; overwrites its input. Its four 1x1 convolutions are merged into two: query with key, value with
+    output.
 
-    A key's bias adds the same to all weights of a query, which a softmax does not see, and a value's adds to its mean.
+    The key's bias adds the same number to all of a query's logits, which does not change the softmax, so it is dropped.
+    The value's bias is added to every output, so it goes into the output's bias.
     """
 
     def __init__(self, block):
@@ -87,7 +89,7 @@ def middle_steps(mid):
 
 
 class FastVQGAN(VQGAN):
-    """What `fast` gives."""
+    """The copy that `fast` returns."""
 
     @torch.no_grad()
     def _encoded(self, frames):

@@ -1,13 +1,13 @@
-"""Fits the weights of a fresh TAEHV to clips in closed form: seconds that stand for the first hundreds of steps.
+"""Fits the weights of a fresh TAEHV to clips in closed form: a few seconds replace the first hundreds of steps.
 
     fit(model, video)                           # the autoencoder of the clips' principal components
-    fit(model, video, latents)                  # the linear way to a teacher's latents, and back from them
-    start_from_clips(model, batches, frames)    # the same, from what a training loader gives
+    fit(model, video, latents)                  # linear maps to a teacher's latents, and back from them
+    start_from_clips(model, batches, frames)    # the same, with clips from a training loader
 
-The layers are fitted one after the other, each to what the fitted layers before it give: by principal components in the
-encoder, by reduced-rank regression of the pixels in the decoder. A *feature* is carried by two channels, for ReLU keeps
-one sign each. The decoder's first memory block brings in the latent before; all other memory blocks pass on what they
-get, as they do in any fresh TAEHV. Weights that no feature needs stay random, so that all of them can learn.
+The layers are fitted one after the other, each to the outputs of the fitted layers before it: by principal components
+in the encoder, by reduced-rank regression of the pixels in the decoder. Two channels carry a *feature*, since ReLU
+keeps one sign each. The decoder's first memory block adds features of the previous latent; all other memory blocks pass
+on their input, as in any fresh TAEHV. Weights that no feature needs stay random, so that all weights can learn.
 
 This file needs torch, model_taehv.py and init_taehv.py beside it.
 """
@@ -20,24 +20,24 @@ from torch import nn
 import init_taehv
 from model_taehv import MemBlock, TGrow, TPool
 
-SAMPLES = 40_000    # places in all clips that a regression looks at
-CLIPS = 48          # clips to fit to: 21.59 dB on unseen clips, with 96 21.49
-RIDGE = 1e-3        # added to covariances, times their mean: 20.67 dB on unseen clips, where 1e-4 gives 20.58
-LEAST_DETAIL = 1e-3  # mean change from pixel to pixel below which clips are flat: a fit to them goes astray, to 1e7
-SPREAD = 0.5        # deviation of the latents that are fitted without a teacher: the soft clamp at 3 hardly bends them
+SAMPLES = 40_000    # positions, over all clips, that a regression uses
+CLIPS = 48          # number of clips to fit to: 21.59 dB on unseen clips; 96 clips give 21.49
+RIDGE = 1e-3        # added to covariances, times their mean variance: 20.67 dB on unseen clips; 1e-4 gives 20.58
+LEAST_DETAIL = 1e-3  # clips whose mean change from pixel to pixel is lower are flat: a fit to them diverges, to 1e7
+SPREAD = 0.5        # deviation of latents fitted without a teacher: small enough for the soft clamp at 3
 
 
 class Features(NamedTuple):
     """What a layer's channels carry."""
     values: torch.Tensor  # N T k h w
-    plus: list            # for each of the k features, the channel that holds it where it is positive ...
-    minus: list           # ... and the one that holds its other sign
-    gain: float = 1.0     # the difference of the two, by the feature: above 1 where LeakyReLU lets other signs through
+    plus: list            # for each of the k features, the channel that holds its positive part ...
+    minus: list           # ... and the one that holds its negative part
+    gain: float = 1.0     # (plus - minus) / feature: above 1 after a LeakyReLU, which also lets the other sign through
 
 
 def can_fit(model, with_teacher=False):
-    """Whether `fit` knows this model's layers. The super and the wide decoder, previews and very narrow models are
-    left out, and H3 with a teacher, whose clips come in chunks."""
+    """Whether `fit` can fit this model. It cannot fit a super or wide decoder, previews, very narrow models, and H3
+    (whose clips come in chunks) with a teacher."""
     widths = [layer.out_channels for blocks in (model.encoder, model.decoder) for layer in blocks[:-1]
               if isinstance(layer, nn.Conv2d)]
     return (init_taehv.is_plain(model.decoder) and model.space_upscale == model.space_factor and min(widths) >= 6
@@ -48,8 +48,8 @@ def can_fit(model, with_teacher=False):
 def fit(model, video, latents=None):
     """Fits a fresh TAEHV that `can_fit`, on the CPU, and returns it.
 
-    video: N T 3 H W in [0, 1], some dozens of clips of whole cells. latents: N T' C h w, what a teacher made of them;
-    None: the model's own will be principal components of deviation SPREAD. Weights that are not fitted stay random.
+    video: N T 3 H W in [0, 1], some dozens of clips; H and W are multiples of the space factor. latents: the teacher's
+    latents of these clips, N T' C h w; None: the model's latents become principal components of deviation SPREAD.
     """
     missing = -video.shape[1] % model.time_factor
     pixels = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) - 0.5
@@ -63,7 +63,7 @@ def fit(model, video, latents=None):
     index = [model.time_factor * i + position - shift for i in range(latents.shape[1])
              for position in model.frame_positions]
     target = pixels[:, [max(i, 0) for i in index]]
-    # The first latent's frames before the clip are dropped, so that it tells little about the others.
+    # The decoder drops most frames of the first latent, which lie before the clip: leave this latent out.
     skipped = 1 if shift and latents.shape[1] > 1 else 0
     fit_decoder(model.decoder, latents, target.unflatten(1, (latents.shape[1], -1)), skipped, slope)
     if model.output_range == (-1, 1):
@@ -73,9 +73,10 @@ def fit(model, video, latents=None):
 
 
 def start_from_clips(model, batches, frames):
-    """Lets a fresh TAEHV, on the CPU, start from the first CLIPS or so clips of an iterator over training batches,
-    {"video": uint8 N T 3 H W, "latents": where there is a teacher}: `fit` to squares of them that are up to 8 cells
-    wide. A model that cannot be fitted starts from colours, for clips of `frames` frames. Says which, in words."""
+    """Fits a fresh TAEHV, on the CPU, to about the first CLIPS clips of `batches`, an iterator over {"video": uint8
+    N T 3 H W, "latents": if there is a teacher}. Of each clip it uses a square of at most 8 x 8 latents. A model that
+    cannot be fitted starts from `init_taehv.colours` for clips of `frames` frames. Returns a text for the log that says
+    which start it was."""
     video, latents = [], []
     for batch in batches:
         if not can_fit(model, with_teacher="latents" in batch):
@@ -88,7 +89,7 @@ def start_from_clips(model, batches, frames):
         if sum(map(len, video)) >= CLIPS:
             break
     clips = torch.cat(video)
-    if max(clips.diff(dim=dim).abs().mean() for dim in (-2, -1)) < LEAST_DETAIL:  # there is nothing to regress on
+    if max(clips.diff(dim=dim).abs().mean() for dim in (-2, -1)) < LEAST_DETAIL:  # nothing to regress on
         init_taehv.colours(model, frames)
         return ", from mean colours, as its first clips are flat"
     fit(model, clips, torch.cat(latents) if latents else None)
@@ -99,8 +100,8 @@ def start_from_clips(model, batches, frames):
 
 
 def fit_encoder(encoder, pixels, latents, slope):
-    """Fits the layers to pixels around 0, N T C H W, and returns the latents that the decoder is to be fitted to: those
-    given, or the ones that this encoder makes."""
+    """Fits the layers to pixels around 0, N T C H W. Returns the latents to fit the decoder to: the given ones, or, if
+    None, those that this encoder makes."""
     first, last = encoder[0], encoder[-1]
     values = pixels
     for layer in encoder:
@@ -140,7 +141,7 @@ def fit_encoder(encoder, pixels, latents, slope):
 
 def fit_decoder(decoder, latents, target, skipped, slope):
     """Fits the layers to latents N T C h w and the pixels around 0 that they stand for, N T frames C H W. The first
-    `skipped` latents of each clip are there as the past of the next one only."""
+    `skipped` latents of each clip serve only as the past of the next one."""
     features = fit_first_layers(decoder, decoder[0](latents), target, skipped, slope)
     target, cell = target[:, skipped:], target.shape[-1] // latents.shape[-1]
     last = decoder[-1]
@@ -154,8 +155,8 @@ def fit_decoder(decoder, latents, target, skipped, slope):
             cell //= 2
             values = features.values.flatten(0, 1).repeat_interleave(2, -1).repeat_interleave(2, -2)
             aim = target if layer is not enlarging[-1] else neighbours(target)  # the last layer looks at neighbours too
-            places = sample(values, aim, cell)
-            maps = reduced_rank(*places, layer.out_channels // 2).unflatten(1, (-1, 3, 3))
+            samples = sample(values, aim, cell)
+            maps = reduced_rank(*samples, layer.out_channels // 2).unflatten(1, (-1, 3, 3))
             gain = 1 + slope ** (1 if layer is enlarging[-1] else 3)
             features = write(layer, maps, values.unflatten(0, features.values.shape[:2]), gain)
     maps, bias = regression(*sample(features.values.flatten(0, 1), target, 1))
@@ -165,8 +166,8 @@ def fit_decoder(decoder, latents, target, skipped, slope):
 
 
 def fit_first_layers(decoder, latents, target, skipped, slope):
-    """The first convolution passes the latents on; the first memory block adds features of 3 x 3 latents and of the
-    latents before them, those that tell most about the pixels. Returns the features of all but the skipped latents."""
+    """Lets the first convolution pass on the latents, and the first memory block add the features of 3 x 3 latents, and
+    of the previous 3 x 3, that best predict the pixels. Returns the features of all but the skipped latents."""
     layer, width = decoder[1], decoder[1].out_channels
     count = min(layer.in_channels, width // 4)  # half of the channels are for what the memory block adds
     maps = torch.eye(count) if count == layer.in_channels else components(columns(latents.flatten(0, 1)), count)
@@ -208,9 +209,9 @@ def fit_growth(layer, features, target, cell):
         return Features(features.values, [*range(k)], [])
     inputs, maps = features.values.flatten(0, 1), []
     for frame in range(g):
-        places = sample(inputs, target[:, :, frame], cell, window=1)
-        maps.append(regression(*places)[0])
-    root = power(places[0], 0.5)
+        samples = sample(inputs, target[:, :, frame], cell, window=1)
+        maps.append(regression(*samples)[0])
+    root = power(samples[0], 0.5)
     directions, sizes, _ = torch.linalg.svd(torch.cat([m @ root for m in maps], 1), full_matrices=False)
     count = min(width, int((sizes > 1e-4 * sizes[0]).sum()))
     scale = sizes[:count] ** -0.5 * sizes[:count].square().mean() ** -0.25
@@ -227,24 +228,25 @@ def fit_growth(layer, features, target, cell):
 
 
 def write(layer, maps, values, gain):
-    """Lets a convolution's first channels hold the features that `maps`, k c a a, makes of `values`, N T c H W, which
-    come in its first c channels: k channels with one sign, then k with the other. Returns the Features."""
+    """Sets a convolution's first output channels to features: the results of `maps`, kernels k c a a, for `values`,
+    N T c H W, which are its first c input channels. k channels hold one sign, then k the other. Returns the Features.
+    """
     k, c, size, _ = maps.shape
-    room = (layer.kernel_size[0] - size) // 2
+    padding = (layer.kernel_size[0] - size) // 2
     layer.weight[:2 * k] = 0
-    layer.weight[:2 * k, :c] = F.pad(torch.cat([maps, -maps]), (room,) * 4)
+    layer.weight[:2 * k, :c] = F.pad(torch.cat([maps, -maps]), (padding,) * 4)
     flat = values.flatten(0, 1)
     result = torch.cat([F.conv2d(piece, maps, stride=layer.stride, padding=size // 2) for piece in flat.split(32)])
     return Features(result.unflatten(0, values.shape[:2]), [*range(k)], [*range(k, 2 * k)], gain)
 
 
 def read(layer, rows, features, maps=None, start=0):
-    """Lets these output channels of a convolution be `maps`, rows k a a, of the features that come in from channel
-    `start` on; None: the features themselves. The rows' other weights stay."""
+    """Sets a convolution's output channels `rows` to `maps`, kernels (rows, k, a, a), of the features, which are its
+    input channels from `start` on. maps=None: to the features themselves. The rows' other weights stay."""
     k, rows = features.values.shape[2], torch.tensor([*rows])[:, None]
     maps = torch.eye(k)[..., None, None] if maps is None else maps
-    room = (layer.kernel_size[0] - maps.shape[-1]) // 2
-    maps = F.pad(maps, (room,) * 4) / features.gain
+    padding = (layer.kernel_size[0] - maps.shape[-1]) // 2
+    maps = F.pad(maps, (padding,) * 4) / features.gain
     layer.weight[rows, torch.tensor(features.plus) + start] = maps
     if features.minus:
         layer.weight[rows, torch.tensor(features.minus) + start] = -maps
@@ -259,7 +261,7 @@ def columns(x):
 
 
 def windows(x):
-    """n c h w -> n*h*w c*9: each place with its neighbours."""
+    """n c h w -> n*h*w c*9: each position with its neighbours."""
     return F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
 
 
@@ -271,8 +273,9 @@ def neighbours(target):
 
 
 def sample(values, target, cell, window=3):
-    """(what a convolution sees, places c*window*window; the squares of `cell` pixels there, places frames*C*cell*cell)
-    for about SAMPLES places, the same ones for the same shapes. values: n c h w; target: N T frames C H W, N T = n."""
+    """(inputs of a convolution with a kernel of `window`, (samples, c*window*window); the squares of `cell` pixels at
+    the same positions, (samples, frames*C*cell*cell)) at about SAMPLES random positions, the same ones for the same
+    shapes. values: n c h w; target: N T frames C H W, N T = n."""
     target = target.flatten(0, 1).flatten(1, 2)
     each, generator, parts = max(1, SAMPLES // len(values)), torch.Generator().manual_seed(0), []
     for some, aims in zip(values, target):
@@ -288,8 +291,8 @@ def covariance(a, b):
 
 
 def power(inputs, exponent):
-    """A power of the covariance of inputs, places c, whose diagonal is first raised: by RIDGE of its mean, and by more
-    where places are few."""
+    """A power of the covariance of inputs, (samples, c). First its diagonal grows by RIDGE of its mean, by more if
+    there are few samples."""
     matrix, ridge = covariance(inputs, inputs), RIDGE * (1 + 100 * inputs.shape[1] / len(inputs))
     matrix = matrix + ridge * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
     values, directions = torch.linalg.eigh(matrix)
@@ -297,7 +300,7 @@ def power(inputs, exponent):
 
 
 def regression(inputs, outputs):
-    """(maps, bias) of the linear map from inputs, places c, to outputs, places d: d c and d."""
+    """(maps (d, c), bias (d,)) of the linear regression from inputs, (samples, c), to outputs, (samples, d)."""
     mean_in, mean_out = inputs.mean(0), outputs.mean(0)
     inputs = inputs - mean_in
     maps = covariance(outputs - mean_out, inputs).float() @ power(inputs, -1)
@@ -305,19 +308,20 @@ def regression(inputs, outputs):
 
 
 def components(inputs, count, deviation=None):
-    """The first principal components of inputs, places c: count c, each of length 1, or such that the components have
-    this deviation."""
+    """The first principal components of inputs, (samples, c), as maps (count, c): each of length 1, or, given a
+    `deviation`, scaled so that its outputs have that deviation."""
     values, directions = torch.linalg.eigh(covariance(inputs, inputs))
     maps = directions.flip(1).T[:count]
     return (maps if deviation is None else maps * deviation / values.flip(0)[:count, None].sqrt()).float()
 
 
 def reduced_rank(inputs, outputs, count):
-    """The `count` linear maps of inputs, places c, from which outputs, places d, can best be predicted: k c, k <= count
-    (reduced-rank regression, Izenman 1975). What tells more is larger, by the root of its deviation in the outputs."""
+    """The `count` linear maps of inputs, (samples, c), from which outputs, (samples, d), can best be predicted: (k, c),
+    k <= count (reduced-rank regression, Izenman 1975). A map is scaled by the root of the deviation that it explains.
+    """
     whiten = power(inputs, -0.5)
-    told = whiten @ covariance(inputs, outputs).float()
-    values, directions = torch.linalg.eigh((told @ told.T).double())
+    explained = whiten @ covariance(inputs, outputs).float()
+    values, directions = torch.linalg.eigh((explained @ explained.T).double())
     values, directions = values.flip(0)[:count], directions.flip(1)[:, :count]
     keep = values > 1e-9 * values[0]
     values, directions = values[keep], directions[:, keep].float()

@@ -1,11 +1,11 @@
-"""How the weights of a fresh TAEHV start.
+"""Initial weights for a fresh TAEHV.
 
-    model = colours(TAEHV(), frames=12)    # as the autoencoder that keeps the mean colour of each cell in each frame
-    model = pytorch_weights(TAEHV())       # as the published training notebook
-    scale_to_teacher(model, latents)       # whatever the scale of a teacher's latents
+    model = colours(TAEHV(), frames=12)    # the autoencoder that keeps each cell's mean colour in each frame
+    model = pytorch_weights(TAEHV())       # as in the published training notebook
+    scale_to_teacher(model, latents)       # adapts the model to the scale of a teacher's latents
 
-`colours` works on the random weights that a TAEHV has (model_taehv.draw_weights), and draws none of its own. This file
-needs torch and model_taehv.py beside it.
+A cell is the square of pixels that one latent stands for. `colours` overwrites some of the random weights that a TAEHV
+has (model_taehv.draw_weights), and draws none itself. This file needs torch and model_taehv.py beside it.
 """
 import math
 
@@ -15,22 +15,22 @@ from torch import nn
 
 from model_taehv import Clamp, MemBlock, TGrow, TPool, WideMemBlock
 
-REACH = 6.0   # latents whose mean and two deviations lie beyond are lost to the soft clamp at 3, which gives 2.9 there
-LEAST = 0.25  # root mean square of latents below which AdamW's steps are coarse for the layer that makes them
-FLOOR = 0.1   # least deviation of a channel that is scaled, by that of all: one that tells nothing is not blown up
+REACH = 6.0   # largest |mean| + 2 deviations of latents: the soft clamp at 3 turns 6 into 2.9, and beyond loses them
+LEAST = 0.25  # smallest root mean square of latents: below it, AdamW's steps are coarse for the layer that makes them
+FLOOR = 0.1   # least deviation of a channel, relative to that of all channels: nearly constant ones are not scaled up
 
 
 @torch.no_grad()
 def colours(model, frames=1):
-    """Let a fresh TAEHV start as the autoencoder that keeps the mean colour of each cell in each frame. Returns it.
+    """Turn a fresh TAEHV into the autoencoder that keeps each cell's mean colour in each frame. Returns it.
 
-    For each frame of a group, six channels carry colours above and below mid-grey (ReLU keeps one sign each) through
-    all layers, and three latents hold twice the difference. All other weights stay random. With fewer than three
-    latents for each frame, the group's first frame stands for all.
+    For each frame of a group (the frames of one latent), six channels carry colours above and below mid-grey through
+    all layers (ReLU keeps one sign each), and three latent channels hold twice the difference. All other weights stay
+    random. With fewer than three latent channels per frame, the group's first frame stands for all its frames.
 
-    frames: the length of the clips. It matters to CogVideoX alone: an even number of latents is not trimmed, so that
-    decoded frames stand for others than in an odd number. At 64 px, 16 frames begin at 17.7 dB, where weights for 17
-    frames give 15.9; 17 frames at 17.7, where weights for 16 give 17.1 (16 clips of four real videos).
+    frames: the length of the clips. It matters to CogVideoX alone: an even number of latents is not trimmed, so decoded
+    frames then stand for other input frames. At 64 px, weights for the right length start at 17.7 dB. Weights for 17
+    frames give 15.9 dB on 16 frames; weights for 16 frames give 17.1 dB on 17 (16 clips of four real videos).
     """
     encoder, decoder, positions = model.encoder, model.decoder, model.frame_positions
     shift = delay(model, model.latent_frames(frames))
@@ -42,8 +42,8 @@ def colours(model, frames=1):
 
 
 def pytorch_weights(model):
-    """Let a TAEHV start as the published training notebook does: with PyTorch's own random weights, mid-grey at the
-    end. Returns it."""
+    """Give a TAEHV the start of the published training notebook: PyTorch's default random weights, and mid-grey as the
+    last bias. Returns it."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
@@ -53,8 +53,8 @@ def pytorch_weights(model):
 
 @torch.no_grad()
 def fits_teacher(model, latents):
-    """Whether a TAEHV's layers can have a teacher's latents, N T C h w of some hundred clips, with the scale that the
-    model has for them."""
+    """Whether a TAEHV's layers can work with a teacher's latents at the model's present scale. latents: N T C h w, of
+    some hundred clips."""
     channels = model._own(latents.float()).movedim(2, 0).flatten(1)
     reach = channels.mean(1).abs() + 2 * channels.std(1)
     return bool(reach.max() <= REACH and channels.square().mean().sqrt() >= LEAST)
@@ -62,25 +62,26 @@ def fits_teacher(model, latents):
 
 @torch.no_grad()
 def scale_to_teacher(model, latents):
-    """Lets a fresh TAEHV's layers have a teacher's latents with mean 0 and deviation 1 in each channel. latents: N T C
-    h w, of some hundred clips."""
+    """Makes a fresh TAEHV scale a teacher's latents to mean 0 and deviation 1 in each channel for its layers. latents:
+    N T C h w, of some hundred clips."""
     channels = latents.double().movedim(2, 0).flatten(1)
     deviation = channels.std(1)
-    spread = deviation.square().mean().sqrt().clamp(min=1e-6)
-    model.scale_latents(channels.mean(1), deviation.clamp(min=FLOOR * spread))
+    overall = deviation.square().mean().sqrt().clamp(min=1e-6)
+    model.scale_latents(channels.mean(1), deviation.clamp(min=FLOOR * overall))
 
 
 # ---- which layers, and which frames, for fit_taehv.py too ---------------------------------------------------------
 
 
 def is_plain(decoder):
-    """Whether it is neither the super decoder, which shuffles channels into pixels, nor the wide one, whose channels
-    are in groups."""
+    """Whether this is a plain decoder: not the super one, which shuffles channels into pixels, nor the wide one, whose
+    convolutions are grouped."""
     return isinstance(decoder[0], Clamp) and not any(isinstance(layer, WideMemBlock) for layer in decoder)
 
 
 def delay(model, latents):
-    """A decoded frame of a clip of `latents` latents stands for the one so many frames before its own position."""
+    """By how many frames decoded frames lag in a clip of `latents` latents: the decoder's frame i, trimmed ones
+    counted, stands for input frame i - delay."""
     trimmed = not (model.is_h3 or model.is_cogvideox and latents % 2 == 0)
     return model.time_factor - 1 if trimmed else 0
 
@@ -89,8 +90,8 @@ def delay(model, latents):
 
 
 def room_for_colours(encoder, decoder, frames, frames_out):
-    """Whether the layers can carry the colours of `frames` frames of a group, and give back `frames_out` frames. A
-    decoder that is not plain keeps its random weights."""
+    """Whether the layers have channels enough to carry the colours of `frames` frames of a group, and to give back
+    `frames_out` frames. False for a decoder that is not plain."""
     widths = [[layer.out_channels for layer in blocks[:-1] if isinstance(layer, nn.Conv2d)]
               for blocks in (encoder, decoder)]
     return (is_plain(decoder) and 3 * frames <= max(3, encoder[-1].out_channels) and min(widths[0]) >= 6 * frames
@@ -98,11 +99,11 @@ def room_for_colours(encoder, decoder, frames, frames_out):
 
 
 def carry_colours(encoder, decoder, cell, sources):
-    """Let the layers carry colours, six channels for each frame: red, green and blue above mid-grey, then the same
-    below it. cell: the pixels that `patch_size` folds into channels. sources: for each decoded frame of a group, the
-    frame that it stands for, counted from the group's first (negative: from the group before)."""
+    """Set the weights so that six channels carry the colours of a frame: red, green and blue above mid-grey, then the
+    same below. cell: number of pixels that `patch_size` folds into channels. sources: for each decoded frame of a
+    group, the frame that it stands for, counted from the group's first (negative: in the group before)."""
     own = torch.zeros(3, 3)
-    own[1, 1] = 1                              # a pixel alone
+    own[1, 1] = 1                              # the kernel of the identity
     mean = F.pad(torch.full((2, 2), 0.25), (1, 0, 1, 0))
     smooth = torch.tensor([0.1, 0.8, 0.1])     # 20.9 dB on four real videos; 20.6 for nearest, 20.3 for linear (0.25)
     smooth = smooth[:, None] * smooth
@@ -132,8 +133,8 @@ def carry_colours(encoder, decoder, cell, sources):
         if latent < encoder[-1].out_channels:
             encoder[-1].weight[latent, i, 1, 1], decoder[1].weight[i, latent, 1, 1] = 2 * sign, 0.5 * sign
 
-    # Some decoded frames stand for frames of the latent before: the first memory block passes these on. The first frame
-    # of that latent is left out, for no decoded frame stands for it.
+    # Some decoded frames stand for frames of the previous latent: the first memory block passes these on. It leaves out
+    # that latent's first frame, since no decoded frame stands for it.
     first, second, third = next(b for b in decoder if isinstance(b, MemBlock)).conv[::2]
     pass_on(first, range(first.in_channels // 2 + 6, first.in_channels // 2 + n), own)
     pass_on(second, range(n - 6), own)
@@ -143,7 +144,7 @@ def carry_colours(encoder, decoder, cell, sources):
     channels = [start + i for start in starts for i in range(6)]
     for layer in decoder:
         if isinstance(layer, TGrow):
-            size = len(channels) // layer.stride  # the first half of the frames to come, then the second
+            size = len(channels) // layer.stride  # the channels of the first half of the frames, then of the second
             for k in range(layer.stride):
                 pass_on(layer.conv, channels[k * size:(k + 1) * size], start=k * layer.conv.in_channels)
             channels = range(size)
@@ -152,15 +153,15 @@ def carry_colours(encoder, decoder, cell, sources):
 
 
 def move_range(first, last):
-    """Let layers that carry colours of pixels in [0, 1] see them in [-1, 1]: the same results but at the frames'
-    edges. (The last bias is mid-grey in either range.)"""
+    """Adapt layers for pixels in [0, 1] to pixels in [-1, 1]. The results stay the same except at the frames' edges.
+    (The last bias is mid-grey in either range.)"""
     first.weight.mul_(0.5)
     first.bias.add_(first.weight.sum((1, 2, 3)))
     last.weight.mul_(2)
 
 
 def pass_on(layer, channels, kernel=1.0, start=0):
-    """Let a convolution's outputs from `start` on be these input channels, through `kernel`."""
+    """Set a convolution's output channels from `start` on to these input channels, filtered by `kernel`."""
     rows = list(range(start, start + len(channels)))
     layer.weight[rows] = 0
     layer.weight[rows, list(channels)] = torch.as_tensor(kernel)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 LATENTS = ".latents.npz"
-# Bytes of `about`; how many times its size a file may be when unpacked (as written, it is not packed).
+# Most bytes of `about`; most unpacked bytes per byte of the file (the files that we write are not compressed).
 MAX_ABOUT, MAX_RATIO = 1 << 22, 100
 
 
@@ -28,8 +28,8 @@ def in_tiles(tiles):
 
 
 class LatentWriter:
-    """Writes `path` latent by latent, `total` of them in all; nothing for an empty path. A context manager; the file
-    gets its name when the block ends without an exception. tiles: words for the tiles it is encoded in."""
+    """Writes `total` latents to `path`, some at a time; an empty path writes nothing. A context manager: the file gets
+    its name when the block ends without an exception. tiles: describes the tiles that the video was encoded in."""
 
     def __init__(self, path, model, reader, frames, total, tiles=""):
         self.path = path
@@ -58,7 +58,7 @@ class LatentWriter:
         if not self.path:
             return
         try:
-            with self.archive:  # what a full disk leaves of it is closed too
+            with self.archive:  # closes it also if the disk is full
                 if self.file is not None:
                     self.file.close()
                 if error_type is None:
@@ -72,8 +72,9 @@ class LatentWriter:
 
 
 class LatentReader:
-    """Reads such a file latent by latent. LatentFileError if it is damaged, foreign, or not the model's. `note`: if
-    it is another variant's, or encoded in other tiles than `tiles`, in which it is to be decoded."""
+    """Reads such a file latent by latent. LatentFileError if it is damaged, foreign, or from a model that does not
+    match. `note`: a warning, or "", if it is from another variant, or was encoded in other tiles than `tiles`, those of
+    the decoder."""
 
     def __init__(self, path, model, tiles=""):
         self.path = path
@@ -85,7 +86,7 @@ class LatentReader:
                                       f"{os.path.getsize(path)}: these are no latents")
             for part in parts:
                 with self.archive.open(part) as file:
-                    while file.read(1 << 20):  # to its end, where its checksum is compared
+                    while file.read(1 << 20):  # to its end, where zipfile compares the checksum
                         pass
             with self.archive.open("about.npy") as file:
                 about = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
@@ -125,7 +126,7 @@ class LatentReader:
         return shape, dtype
 
     def __iter__(self):
-        """float32 tensors 1 1 C h w."""
+        """Yields float32 tensors 1 1 C h w."""
         size = 4 * int(np.prod(self.shape[1:]))
         with self.archive.open("latents.npy") as file:
             self.header(file)

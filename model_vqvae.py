@@ -361,7 +361,8 @@ def make_groups(widths, blocks, sizes, between):
 
 
 class Half(nn.Module):
-    """Encoder or decoder: `blocks_spatial` sees single frames, `blocks_tempo` clips with frames folded into channels."""
+    """Encoder or decoder: `blocks_spatial` sees single frames, `blocks_tempo` clips, their frames folded into channels.
+    """
 
     def __init__(self, spatial, tempo):
         super().__init__()

@@ -4,11 +4,11 @@
     python prune.py taew2_1 --parameters 5M --data videos/ --out taew2_1_small.pth  # at most 5 million
     python prune.py runs/tiny --keep 0.5 --data cache/ --part decoder               # by a teacher's latents
 
-Importance is what a channel does to the output, by the gradients of a few clips. A stage loses as many channels
-everywhere, its least important ones. Which stage is next: the one that loses least importance for each parameter saved.
-Then the channels that went are predicted from those that stay, by least squares over these clips, and the layers that
-read them get the prediction. prune_taehv.py does all this. PSNR is that of held-out clips. Without --data the sizes of
-weights decide, and nothing is predicted.
+A channel's importance is its effect on the output, estimated from the gradients of a few clips. All layers of a stage
+lose the same number of channels, the least important ones. The stage that loses the least importance for each parameter
+saved is cut next, until the budget is met. Then least squares over the same clips predicts the removed channels from
+those that stay, and the layers that read them get the prediction. prune_taehv.py does all this. PSNR is measured on
+held-out clips. Without --data, importance is the size of the weights, and nothing is predicted.
 """
 from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
@@ -44,15 +44,15 @@ MISTAKES = (CheckpointError, DeviceError, ExportError, OSError, DataError)
 
 
 class PruneError(Exception):
-    """What cannot be cut so; the message names the reason."""
+    """A model that cannot be cut as asked; the message names the reason."""
 
 
 # ---- clips ---------------------------------------------------------------------------------------------------------
 
 
 def find_samples(options, model):
-    """(clips to learn from, held-out clips, the part of train.py's command that names them): lists of {"video": uint8
-    T 3 H W, and, from a latent cache, "latents"}."""
+    """(clips to learn from, held-out clips, train.py's preset and data settings as text). Clips are lists of {"video":
+    uint8 T 3 H W, and, from a latent cache, "latents"}."""
     if os.path.isfile(os.path.join(options.data, "index.json")):
         return cached_samples(options, model)
     sources, held_out = readable(options.data), []
@@ -74,7 +74,7 @@ def find_samples(options, model):
 
 
 def preset_for(options):
-    """train.py's preset for what was cut, from videos alone: an encoder that was cut has to learn as well."""
+    """train.py's preset for fine-tuning on videos; if the encoder was cut, it has to be trained too."""
     return "taehv_finetune" if options.part == "decoder" else "taehv_finetune train_encoder=true"
 
 
@@ -95,7 +95,7 @@ def readable(path):
 
 
 def cached_samples(options, model):
-    """([(clip, latents), ...] to learn from, the same held out, train.py's settings for them) from a cache."""
+    """`find_samples` from a cache of latent_cache.py."""
     cache, plain = open_cache(options.data, model)
     mine, held_out, _ = cache.split_by_file(0 if options.val_data else HELD_OUT)
     other = cache
@@ -116,7 +116,7 @@ def cached_samples(options, model):
 
 
 def open_cache(path, model):
-    """(a LatentCache, whether it has clips alone)"""
+    """(a LatentCache, whether it holds clips without latents). PruneError if it does not fit the model."""
     cache = LatentCache(path, clips_only=True)
     plain = cache.teacher.get("spec") == "none"
     if cache.size % model.space_factor:
@@ -137,7 +137,7 @@ def open_cache(path, model):
 
 
 def check_model(model, path):
-    """PruneError for what this does not know how to cut."""
+    """PruneError for anything but a TAEHV with a plain decoder."""
     if not isinstance(model, TAEHV):
         raise PruneError(f"{path} is a {type(model).__name__}: prune.py cuts TAEHVs")
     if model.arch_variant:
@@ -145,7 +145,7 @@ def check_model(model, path):
 
 
 def check_name(model, out):
-    """PruneError unless models.py will know this model by the file `out` of its weights."""
+    """PruneError unless models.py can load this model again from the file `out` of its weights."""
     if out.endswith(".safetensors"):
         if importlib.util.find_spec("safetensors") is None:
             raise PruneError(f"--out {out} needs a package: pip install safetensors")
@@ -154,7 +154,7 @@ def check_name(model, out):
         raise PruneError(f"--out {out}: a name that ends in .pth or .safetensors is wanted")
     if os.path.basename(out) == "model.pth":
         raise PruneError(f"--out {out}: a model.pth is taken for that of a run; choose another name")
-    with torch.device("meta"):  # its settings alone are wanted
+    with torch.device("meta"):  # only its settings are needed
         found = TAEHV(**recognise(model.state_dict(), out))
     if found.config != model.config:
         raise PruneError(f"--out {out}: by this name the weights would be taken for {found.variant} without its own "
@@ -162,7 +162,8 @@ def check_name(model, out):
 
 
 def run(options):
-    """Everything from the options to the file of weights. PruneError and MISTAKES; nothing is written after one."""
+    """Do everything, from the options to the file of weights. PruneError or one of MISTAKES; then nothing is written.
+    """
     model, words = models.load_model(options.checkpoint, options.variant)
     check_model(model, options.checkpoint)
     layers, full = layers_of(model), sum(p.numel() for p in model.parameters())
@@ -200,7 +201,7 @@ def run(options):
 
 
 def print_table(model, small, held_out, device):
-    """Both models beside each other: size, quality, speed."""
+    """Print size, quality and speed of both models beside each other."""
     rows = {"parameters": [f"{sum(p.numel() for p in m.parameters()):,}" for m in (model, small)]}
     for part in ("encoder", "decoder"):
         rows[f"{part}_widths"] = [",".join(map(str, getattr(m, f"{part}_widths"))) for m in (model, small)]
@@ -240,7 +241,7 @@ def number(text):
 
 
 def fraction(text):
-    """A number between 0 and 1, both left out."""
+    """A number above 0 and below 1. ValueError for any other."""
     value = float(text)
     if not 0 < value < 1:
         raise ValueError

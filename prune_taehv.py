@@ -1,15 +1,16 @@
-"""Which channels of a TAEHV belong together, what each does to the output, and the model without some of them.
+"""Structured pruning of a TAEHV: which channels belong together, how important each is, and the model without some.
 
     layers = layers_of(model)
     scores = by_taylor(model, layers, samples, device)        # or by_magnitude(model, layers)
     kept = plan(model, layers, scores, budget=5_000_000)      # which channels stay
     small = cut(model, layers, kept)
-    compensate(model, small, layers, kept, samples, device)   # what the others carried, predicted from these
+    compensate(model, small, layers, kept, samples, device)   # predicts the removed channels from those that stay
 
-A group is what has to lose the same channels: the residual stream of a stage, with all layers that read or write it; a
-memory block's inner maps; what a layer gives that pools or grows time. The groups of a stage have one width, so each
-loses as many channels, its least important ones. `samples` are clips as `evaluate` takes them: a list of {"video":
-uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}.
+A group is a set of channels that several layers have in common, so that all of them lose the same ones: the residual
+stream of a stage, with all layers that read or write it; a memory block's inner maps; the output of a layer that pools
+or grows time. The groups of a stage have one width, so each loses the same number of channels, its least important
+ones. `samples` are clips as `evaluate` takes them: a list of {"video": uint8 T 3 H W, and, from a latent cache,
+"latents": T' C h w}.
 
 This file needs torch, tqdm and model_taehv.py beside it. prune.py is its command.
 """
@@ -26,18 +27,18 @@ from model_taehv import TAEHV, MemBlock, TGrow, TPool
 
 PARTS = ("encoder", "decoder")
 LEAST = 8            # channels that a stage keeps at least
-DIRECTIONS = 2       # random directions of the output in which importance looks, per clip
-RIDGE = 1e-4         # added to the covariance of the channels that stay, times its mean
-PIXELS = 600_000     # of the clips that least squares look at: their maps of full size are held in memory
+DIRECTIONS = 2       # random directions of the output, per clip, from which importance is estimated
+RIDGE = 1e-4         # added to the covariance of the channels that stay, times its mean variance
+PIXELS = 600_000     # pixels of the clips that least squares use: their full-size maps are held in memory
 
 
 class Layer(NamedTuple):
     """A convolution and its groups, which are (part, stage, name); None: pixels or latents."""
     name: str      # of the convolution, as in the state_dict
     writes: tuple  # group of its output channels ...
-    frames: int    # ... which a layer that grows time has so many times, one frame's after the other's
+    frames: int    # ... and how many times it has them: once for each frame that a layer makes of one
     reads: tuple   # group of its input channels ...
-    copies: int    # ... which come so many times: a frame and the one before it, or those that a pool joins
+    copies: int    # ... and how many times it has them: once for each frame that it reads (in memory blocks and pools)
 
 
 # ---- what belongs together -----------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def widths_of(model):
 
 
 def count(model, layers, widths):
-    """Parameters of a model like this one, of these widths."""
+    """Number of parameters of a model like this one with these widths."""
     total = 0
     for layer in layers:
         conv = model.get_submodule(layer.name)
@@ -97,13 +98,14 @@ def per_column(values, copies):
 
 @torch.enable_grad()
 def by_taylor(model, layers, samples, device):
-    """What the output loses with a channel: the mean square of its change, to first order, relative to its error.
+    """Importance by a Taylor expansion: the mean square of the output's change without a channel, to first order,
+    relative to the output's mean square error.
 
-    Without the weights w that read a channel the output changes by about J w, J being its derivative by them. The
-    square of v J w, for random signs v, has the squared length of J w as its mean, and takes one backward pass. (Theis
+    Without the weights w that read a channel, the output changes by about J w, where J is its derivative by them. For
+    random signs v, the square of v J w has the squared length of J w as its mean, and takes one backward pass. (Theis
     et al. 2018 and Molchanov et al. 2019 square derivatives of the loss, clip by clip. These vanish where a model has
-    learned its clips.) The output is the video; with a teacher's latents it is the latents for the encoder, and for the
-    decoder the video from the teacher's.
+    learned its clips.) The output is the video. With a teacher's latents it is the latents for the encoder, and the
+    video decoded from the teacher's latents for the decoder.
     """
     model = copy.deepcopy(model).to(device).train()  # in training mode the video is not clamped
     scores, errors, signs = {}, {}, torch.Generator().manual_seed(0)
@@ -127,7 +129,7 @@ def by_taylor(model, layers, samples, device):
 
 
 def outputs_of(model, sample, device):
-    """Yields ((parts that it judges), output, target) of a clip; its teacher's latents count if it has them."""
+    """Yields ((the parts, encoder or decoder, that made the output), output, target) of a clip; see `by_taylor`."""
     video = sample["video"][None].to(device).float().div_(255)
     if "latents" not in sample:
         yield PARTS, model(video)[0], model.targets(video)
@@ -141,7 +143,8 @@ def outputs_of(model, sample, device):
 
 @torch.no_grad()
 def by_magnitude(model, layers):
-    """The share of a channel in the squared weights that write it, times that in those that read it."""
+    """Importance by the weights' size: a channel's fraction of its group's squared weights, among those that write the
+    group, times the same among those that read it."""
     written, read = {}, {}
     for layer in layers:
         squares = model.get_submodule(layer.name).weight.square().double()
@@ -153,6 +156,7 @@ def by_magnitude(model, layers):
 
 
 def by_chance(model, layers, seed=0):
+    """Random importance, to compare with."""
     widths, generator = widths_of(model), torch.Generator().manual_seed(seed)
     return {group: torch.rand(widths[group[:2]], generator=generator) for group in groups_of(layers)}
 
@@ -165,25 +169,26 @@ def groups_of(layers):
 
 
 def narrower(width, multiple):
-    """The next width down, or None."""
+    """The next smaller width, or None."""
     lower = max((width - 1) // multiple * multiple, LEAST)
     return lower if lower < width else None
 
 
 def smallest(model, layers, parts=PARTS):
-    """Parameters that are left with LEAST channels in each stage of these parts."""
+    """Number of parameters with LEAST channels in each stage of these parts."""
     return count(model, layers, {stage: min(width, LEAST) if stage[0] in parts else width
                                  for stage, width in widths_of(model).items()})
 
 
 def plan(model, layers, scores, budget, parts=PARTS, multiple=16):
-    """{group: the channels that stay, in order} with at most `budget` parameters, no fewer than `smallest`. Widths of
-    the stages that are cut become multiples of `multiple`, or LEAST: a CPU's kernels take blocks of 16 channels, so
-    that a stage of 56 decodes no faster than one of 64 (22.7 frames/s, and 22.2), and one of 48 does (27.5)."""
+    """{group: the channels that stay, in order} with at most `budget` parameters; the budget must be at least
+    `smallest`. The widths of stages that are cut become multiples of `multiple`, or LEAST: a CPU's kernels work on
+    blocks of 16 channels, so a stage of 56 decodes no faster than one of 64 (22.7 and 22.2 frames/s), but one of 48
+    does (27.5)."""
     widths = widths_of(model)
     ordered = {group: score.argsort(descending=True, stable=True) for group, score in scores.items()}
     while (now := count(model, layers, widths)) > budget:
-        prices = {}
+        prices = {}  # {importance lost for each parameter saved: (stage, its next width)}
         for stage, width in widths.items():
             if stage[0] in parts and (lower := narrower(width, multiple)):
                 lost = sum(float(score[ordered[group][lower:width]].sum()) for group, score in scores.items()
@@ -196,7 +201,7 @@ def plan(model, layers, scores, budget, parts=PARTS, multiple=16):
 
 
 def cut(model, layers, kept):
-    """A model with the channels `kept` alone."""
+    """A copy of the model, in eval mode, with only the channels `kept`."""
     widths = {part: [len(kept[part, stage, "stream"]) for stage in range(4)] for part in PARTS}
     small = TAEHV(**{**model.config, "encoder_widths": widths["encoder"], "decoder_widths": widths["decoder"]})
     with torch.no_grad():
@@ -213,7 +218,7 @@ def cut(model, layers, kept):
 
 
 def channel_indices(kept, group, copies, channels):
-    """The numbers, among a layer's channels, of those that are kept."""
+    """Indices of the kept channels among all `channels` of a layer, which has the group's channels `copies` times."""
     if group is None:
         return torch.arange(channels)
     return torch.cat([kept[group] + i * channels // copies for i in range(copies)])
@@ -224,10 +229,10 @@ def channel_indices(kept, group, copies, channels):
 
 @torch.no_grad()
 def compensate(model, small, layers, kept, samples, device, parts=PARTS):
-    """Lets each layer of `small` read the prediction of the model's channels from its own, in place.
+    """Changes the weights of `small` in place, so that each layer reads a prediction of the full model's channels.
 
-    Both run side by side, layer after layer, so that a prediction also makes up for what the layers before it changed.
-    A memory block reads a frame and the one before it: both are predicted alike, and so are frames that are pooled.
+    Both models run side by side, layer after layer, so that a prediction also corrects the errors of the layers before.
+    A memory block reads a frame and the one before it: one prediction serves both. The same holds for pooled frames.
     """
     model, small, by_name = copy.deepcopy(model).to(device), small.to(device), {layer.name: layer for layer in layers}
     most = max(1, PIXELS // samples[0]["video"][:, 0].numel())
@@ -265,13 +270,14 @@ def compensate(model, small, layers, kept, samples, device, parts=PARTS):
 
 
 def before(maps, clips):
-    """For each frame of these clips the one before it, zeros for the first: (frames, C, H, W)."""
+    """The previous frame for each frame of these clips, zeros for the first: (frames, C, H, W)."""
     maps = maps.unflatten(0, (clips, -1))
     return F.pad(maps, (0, 0) * 3 + (1, 0))[:, :-1].flatten(0, 1)
 
 
 def fold(layer, conv, own, x, y, kept):
-    """Lets the convolution `own` read y, the channels that are left, as `conv` read x. x: (frames, C, H, W)."""
+    """Sets the weights of `own` so that its result for y, the small model's channels, is close to that of `conv` for x,
+    the full model's. x, y: (frames, C, H, W)."""
     if layer.reads is None:
         return
     stay, x, y = kept[layer.reads], x.flatten(2), y.flatten(2)
@@ -283,7 +289,7 @@ def fold(layer, conv, own, x, y, kept):
         missing[stay.to(a.device)] -= b
         cross += (missing @ b.T).cpu().double()
     gram += RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(stay), dtype=torch.float64)
-    maps = torch.linalg.solve(gram, cross.T).T  # C, kept: what is missing, from what is there
+    maps = torch.linalg.solve(gram, cross.T).T  # (C, kept): predicts what is missing from the channels that stay
     maps[stay, torch.arange(len(stay))] += 1
     rows = channel_indices(kept, layer.writes, layer.frames, conv.out_channels)
     weight = conv.weight.cpu().double()[rows].unflatten(1, (layer.copies, -1))

@@ -332,7 +332,7 @@ class StartingQuantizer(Quantizer):
         return self.kmeans_init and not self.is_started
 
     def draw(self, rows, generator=None):
-        """(random rows, the most that one rank draws): this rank's part of the vectors that a start or restart needs."""
+        """(random rows, how many one rank draws at most): this rank's part of what a start or a restart needs."""
         per_code = 8 if self.waits_for_start() else 1
         per_rank = math.ceil(per_code * self.num_codes / world_size())
         order = torch.randperm(len(rows), generator=generator)[:per_rank]

@@ -57,10 +57,10 @@ class BinaryQuantizer(Quantizer):
     convert. A code is the number whose bits are the signs, the first channel's the lowest. beta: weight of the
     commitment loss.
     entropy_weight: weight of E[H(p)] - diversity * H(E[p]), in nats: each vector should be certain of its code, and all
-        codes should be used equally. p is a vector's distribution over codes, the softmax of minus the squared distances
-        over `temperature`. Its bits are independent: for a channel u that becomes -size or size, the bit is 1 with
-        probability sigmoid(4 u size / temperature). At a temperature of 1, that of bsq-vit, all codes look alike to a
-        vector, and BSQ took one code for all.
+        codes should be used equally. p is a vector's distribution over codes: the softmax of minus the squared
+        distances over `temperature`. Its bits are independent: for a channel u that becomes -size or size, the bit is 1
+        with probability sigmoid(4 u size / temperature). At a temperature of 1, that of bsq-vit, all codes look alike
+        to a vector, and BSQ took one code for all.
     entropy_bits: with more bits than this, H(E[p]) is the sum over groups of at most so many bits, which are taken as
         independent, as published in BSQ: 2^18 probabilities for each vector are too many.
     across_ranks: in training, E[p] is the mean over all ranks' vectors, so a rank waits in forward for the others: see

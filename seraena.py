@@ -11,15 +11,15 @@
             (loss * fraction).backward()
         figures = seraena.step()                             # all ranks together; the model's own step beside it
 
-A patch discriminator learns to tell groups of frames from their reconstructions, given the latents; the correction is
+A patch discriminator learns to tell groups of frames from their reconstructions, given the latents. The correction is
 the direction that brings its scores of the reconstruction to those of the original. Method, state_dict names and
 results are those of github.com/madebyollin/seraena (seraena.py), whose own call, `step_and_make_correction_targets`,
-is here too. What differs: the replayed samples have a byte budget, and it can be saved and resumed exactly. Given
+is here too. What differs: the replayed samples have a byte budget, and training can be saved and resumed exactly. Given
 `gradients=Gradients` (of ranks.py), it works on several ranks, and a step that is not finite or is done again leaves no
 trace.
 
-This file works alone: torch only. Only `begin` (once) and `step` talk to the other ranks: `targets`, which may run out
-of memory on one rank alone, never waits for another. Nothing here waits for the GPU, but saving.
+This file works alone: torch only. Only `begin` (once) and `step` talk to the other ranks. `targets`, which may run out
+of memory on one rank alone, never waits for another. Only saving waits for the GPU.
 """
 import math
 
@@ -32,7 +32,7 @@ from torch import nn
 def group_frames(video, n):
     """N T C H W -> (N ceil(T / n)) (n C) H W: each n consecutive frames, from the clip's start on, as one image.
 
-    The last group of a clip is filled up with the clip's last frame. Any T from 1.
+    The clip's last frame fills up its last group. T may be any number from 1 on.
     """
     missing = -video.shape[1] % n
     if missing:
@@ -41,7 +41,7 @@ def group_frames(video, n):
 
 
 def ungroup_frames(images, frames, n):
-    """The inverse of group_frames for clips of `frames` frames: (N groups) (n C) H W -> N T C H W, the filling gone."""
+    """The inverse of group_frames for clips of `frames` frames: (N groups) (n C) H W -> N T C H W, without padding."""
     groups = math.ceil(frames / n)
     return images.unflatten(0, (-1, groups)).unflatten(2, (n, -1)).flatten(1, 2)[:, :frames]
 
@@ -49,8 +49,9 @@ def ungroup_frames(images, frames, n):
 class PatchDiscriminator(nn.Module):
     """Scores patches of images at six depths: N c_im H W in [0, 1], context N c_ctx h w -> N 6 H/8 W/8.
 
-    The context (latents, of any size) is enlarged to the images' size, nearest. Fakes score 1, originals -1. Names and
-    shapes as PatchDiscWithContext of the published seraena.py. ValueError for other channels, or below 16x16 pixels.
+    The context (latents, of any size) is resized to the images' size (nearest). Fakes should score 1, originals
+    -1. Names and shapes are those of PatchDiscWithContext in the published seraena.py. ValueError for other numbers of
+    channels, or fewer than 16x16 pixels.
     """
 
     def __init__(self, c_im, c_ctx):
@@ -77,11 +78,11 @@ class PatchDiscriminator(nn.Module):
 
 
 class ReplayBuffer:
-    """Samples of past steps, as rows in one piece of memory of at most `limit` bytes that is taken once and kept.
+    """Samples of past steps, as rows of one tensor of at most `limit` bytes, which is allocated once and kept.
 
-    The shapes that occur share it equally. A full part loses random rows to new ones, as published: old samples grow
-    rare but some stay, so the discriminator keeps knowing faults that the model had long ago; oldest-first would forget
-    them at a stroke. `bytes` is the memory taken, `counts` the number of rows for each shape.
+    The shapes that occur get equal parts of it. In a full part, new rows replace random ones, as published: old samples
+    grow rare but some stay, so the discriminator remembers faults that the model had long ago. (Replacing the oldest
+    would forget all of these at once.) `bytes` is the memory taken, `counts` the number of rows for each shape.
     """
 
     def __init__(self, limit, dtype=torch.bfloat16):
@@ -93,14 +94,14 @@ class ReplayBuffer:
         return 0 if self.memory is None else self.memory.numel() * self.dtype.itemsize
 
     def reserve(self, shapes, device):
-        """Make room for samples of these shapes, ((c_im, H, W), ..., (c_ctx, h, w)) each, beside those known.
+        """Make room for samples of these shapes, ((c_im, H, W), ..., (c_ctx, h, w)) each, besides the known ones.
 
         A new shape divides the memory anew, and empties it. ValueError if a part cannot hold a single sample.
         """
         shapes = list(dict.fromkeys([*self.parts, *shapes]))
         if len(shapes) == len(self.parts):
             return
-        part = self.limit // self.dtype.itemsize // len(shapes)  # numbers
+        part = self.limit // self.dtype.itemsize // len(shapes)  # size of a part, in numbers
         lengths = [sum(math.prod(s) for s in shape) for shape in shapes]
         if max(lengths) > part:
             channels, height, width = shapes[lengths.index(max(lengths))][0]
@@ -140,8 +141,8 @@ class ReplayBuffer:
                 for shape, part in self.parts.items()]
 
     def load(self, state, device):
-        """What `state` gave, of the shapes that are reserved, or all if none is; of more rows than there is room for
-        now, the first."""
+        """Load what `state` gave: the reserved shapes, or all if none is reserved. If there are more rows than room,
+        the first ones. ValueError for rows that do not fit their shape."""
         samples = [(saved["shape"], saved["rows"]) for saved in state]
         for shape, rows in samples:
             if rows.shape[1:] != (sum(map(math.prod, shape)),):
@@ -159,24 +160,24 @@ class Seraena(nn.Module):
     """The discriminator with everything that trains it. See the top of this file for the loop.
 
     c_im: channels of one image that the discriminator sees; 3 n for groups of n RGB frames. c_ctx: channels of the
-    latents. lr, betas: of AdamW. replay_bytes: at most so much memory on each rank for replayed samples, all of it
-    taken at the first step, on the module's device, stored as replay_dtype.
-    seed: of the initial weights and, with the rank, of everything random; PyTorch's global generators are not touched.
-    Make it after init_process_group.
+    latents. lr, betas: of AdamW. replay_bytes: most memory for replayed samples on each rank. The first step allocates
+    all of it on the module's device. replay_dtype: dtype in which the samples are stored.
+    seed: seeds the initial weights and, together with the rank, everything random. PyTorch's global generators are not
+    touched. Create a Seraena after init_process_group.
 
     Each sample that the discriminator learns from is an original with probability 1/2, else a fresh or a replayed fake
     with equal probability. (Published: fresh ones are the first half of the batch. With a clip's groups in a row, those
     would be the starts of clips.) Replayed samples come from earlier steps.
 
-    pairs: not published. Each fake, fresh or replayed with equal probability, comes with its own original, so it learns
-    from twice as many samples. What a picture shows is then no hint, and in small batches it learns to tell where it
-    otherwise does not (docs/results.md, "Adversarial stages"). Originals are kept with the fakes, so that replay_bytes
-    hold about half as many samples.
+    pairs: not published. Each fake, fresh or replayed with equal probability, comes with its own original, so the
+    discriminator learns from twice as many samples. What a picture shows is then no hint, so in small batches the
+    discriminator learns where it otherwise does not (docs/results.md, "Adversarial stages"). Originals are stored with
+    the fakes, so replay_bytes hold about half as many samples.
 
     gradients: ranks.Gradients, or a class with the same calls. It averages gradients and BatchNorm's running statistics
-    over the ranks, so the discriminator stays equal to the bit, and all skip a step that is not finite on one. None: a
-    single process, whose every step counts, as published; ValueError on several ranks. In training mode BatchNorm
-    normalises by the micro-batch.
+    over the ranks, so the discriminator stays bit for bit equal on all ranks, and all ranks skip a step that is not
+    finite on one of them. None: a single process, which skips no step, as published; ValueError on several ranks. In
+    training mode BatchNorm normalises by the micro-batch.
     """
 
     def __init__(self, c_im, c_ctx, lr=3e-4, betas=(0.9, 0.99), replay_bytes=512 << 20, replay_dtype=torch.bfloat16,
@@ -195,17 +196,17 @@ class Seraena(nn.Module):
         self.make_gradients, self.gradients = gradients, None
 
     def reserve(self, *sizes):
-        """Optional, before training: divide the replay memory among all sizes (H, W, h, w), of frames and of latents,
-        that will come. Otherwise each size does so when it first occurs, and empties the buffer.
+        """Optional, before training: divide the replay memory among all sizes (H, W, h, w) of frames and latents that
+        will occur. Without this call, each new size divides the memory anew, and empties it.
 
-        ValueError if the budget is too small for one sample of each; without this call, `targets` raises it.
+        ValueError if the budget is too small for one sample of each size; without this call, `targets` raises it.
         """
         self.replay.reserve([((self.c_im, *size[:2]),) * (1 + self.pairs) + ((self.c_ctx, *size[2:]),)
                              for size in sizes], self.device())
 
     def prepare(self):
-        """With `gradients`: before the first step and after loading, on all ranks together, the discriminator becomes
-        rank 0's."""
+        """With `gradients`, copy rank 0's discriminator to all ranks. All ranks call it together, before the first step
+        and after loading."""
         if self.make_gradients:
             self.gradients = self.make_gradients(self.disc.parameters(), 5, self.disc.buffers())
 
@@ -216,10 +217,10 @@ class Seraena(nn.Module):
 
     @torch.no_grad()
     def begin(self):
-        """Start a step, or start it again: of what `targets` did since, only the random numbers stay consumed (and what
-        BatchNorm saw, without `gradients`).
+        """Start a step, or start it again: undoes what `targets` did since, except that random numbers stay consumed
+        (and that without `gradients`, BatchNorm keeps what it saw).
 
-        All ranks call it; the first time, and after loading, it calls `prepare`, where nobody has.
+        All ranks call it. The first time, and after loading, it calls `prepare` if nobody has.
         """
         self.pending = []
         if not self.make_gradients:
@@ -236,13 +237,12 @@ class Seraena(nn.Module):
 
         real, fake: N T C H W in [0, 1] (fake may exceed it), T from 1; C divides c_im. latents: N T' c_ctx h w, any T',
         h and w; every group of frames (group_frames) of a clip gets the mean over all its latents as context, as in the
-        published notebook. fraction: this micro-batch's part of the step. Call it within autocast to have the
-        convolutions in bf16; scores, loss and correction are float32 all the same. ValueError for shapes that do
-        not fit.
+        published notebook. fraction: this micro-batch's fraction of the step. Call it within autocast to run the
+        convolutions in bf16; scores, loss and correction are float32 either way. ValueError for shapes that do not fit.
 
-        The correction is from the discriminator as it was before this step's update (published: after it), for the
-        update waits for all ranks, which must not happen before each has got through its own backward passes. Its eps
-        is the published one for frames of 64x64 pixels, as in the published notebook.
+        The correction comes from the discriminator before this step's update (published: after it). The update waits
+        for all ranks, and a rank must not wait before it has got through its own backward passes. eps is the published
+        one at 64x64 pixels, the frame size of the published notebook.
         """
         if real.ndim != 5 or real.shape != fake.shape or self.c_im % real.shape[2]:
             raise ValueError(f"real {tuple(real.shape)} and fake {tuple(fake.shape)} should have one shape, N T C H W, "
@@ -253,7 +253,8 @@ class Seraena(nn.Module):
         real, fake = (group_frames(video.detach().float(), n) for video in (real, fake))
         context = latents.detach().float().mean(1, keepdim=True)
         context = context.expand(-1, math.ceil(frames / n), -1, -1, -1).flatten(0, 1)
-        # A pixel's gradient is inverse to the number of pixels: so the correction is equally strong at all sizes.
+        # A pixel's gradient is inversely proportional to the number of pixels. With eps scaled like it, the correction
+        # is equally strong at all sizes.
         eps = 1e-5 * 64 ** 2 / math.prod(real.shape[-2:])
         corrected = fake + self.correction(real, fake, context, eps)
         self.learn(real, fake, context, fraction)
@@ -261,12 +262,13 @@ class Seraena(nn.Module):
 
     @torch.no_grad()
     def step(self, limit=0.0):
-        """End the step; all ranks call it. The gradient's norm is held to `limit` if that is above 0.
+        """End the step; all ranks call it. limit: if above 0, the gradient's norm is clipped to it.
 
-        With `gradients`, where a gradient, score or statistic is not finite on any rank, no rank's discriminator
-        changes. The step's fakes become replayable either way, held to a sane range. Returns scalars on the device,
-        means over the ranks: "disc_loss" (1 from ignorance, 0 from certainty), "score_real" and "score_fake" (0 if none
-        was drawn), and "skipped", 1 if the step was not finite (then the others may not be either).
+        With `gradients`, no rank's discriminator changes if a gradient, score or statistic is not finite on any rank.
+        The step's fakes, clamped to a sane range, go to the replay buffer either way. Returns scalars on the device,
+        means over the ranks: "disc_loss" (1 for a discriminator that knows nothing, 0 for one that is certain),
+        "score_real" and "score_fake" (0 if none was drawn), and "skipped", 1 if the step was not finite (the others may
+        then not be finite either).
         """
         if self.gradients:
             _, bad = self.gradients.step(self.optimizer, limit)
@@ -286,9 +288,9 @@ class Seraena(nn.Module):
         """The published call, a whole step at once: real, fake N c_im H W in [0, 1], ctx N c_ctx h w ->
         (fake + correction, debug).
 
-        The discriminator is updated first. All ranks call it together, and none can leave it alone: a loop that must
-        survive running out of memory uses begin, targets and step. debug, tensors on the device: "disc_loss", and what
-        the discriminator was given and gave: "disc_in", "disc_in_ctx", "disc_pred", "disc_targets".
+        The discriminator is updated first. All ranks must call it together: a loop that has to survive running out of
+        memory on one rank uses begin, targets and step. debug: tensors on the device, "disc_loss" and the
+        discriminator's inputs, outputs and targets, "disc_in", "disc_in_ctx", "disc_pred", "disc_targets".
         """
         real, fake, ctx = (x.detach().float() for x in (real, fake, ctx))
         self.begin()
@@ -299,17 +301,19 @@ class Seraena(nn.Module):
     # ---- its parts -------------------------------------------------------------------------------------------------
 
     def scores(self, images, context):
-        """The discriminator's, float32, within the caller's autocast but without its cache of bf16 weights: a copy made
-        where no gradient is recorded has none later on (PyTorch issue 112583), and misses the optimizer's step."""
+        """The discriminator's scores, float32, within the caller's autocast but without its cache of bf16 weights. A
+        copy that is cached without gradient recording has no gradient later (PyTorch issue 112583), and is stale after
+        the optimizer's step."""
         kind = images.device.type
         with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
             return self.disc(images, context).float()
 
     def correction(self, real, fake, context, eps=1e-5):
-        """What brings the scores of `fake` to those of `real`: minus the gradient of their squared distance, divided by
-        (its deviation over the batch + eps). real, fake: N c_im H W, context: N c_ctx h w, float32. N c_im H W.
+        """What to add to `fake` to bring its scores to those of `real`: minus the gradient of the scores' squared
+        distance, divided by (that gradient's deviation over the batch + eps). real, fake: N c_im H W; context: N c_ctx
+        h w, float32. Returns N c_im H W.
 
-        eps matters: it is about as large as the deviation, so corrections grow as the discriminator learns to tell.
+        eps matters: it is about as large as the deviation, so corrections grow as the discriminator learns.
         """
         self.disc.eval()
         with torch.no_grad():
@@ -321,8 +325,8 @@ class Seraena(nn.Module):
         return -gradient / (gradient.std(correction=0) + eps)
 
     def learn(self, real, fake, context, fraction):
-        """Adds up the gradient of the discriminator's loss * fraction, and keeps the fakes, with `pairs` the originals
-        too, for `step` to store."""
+        """Adds up the gradient of the discriminator's loss * fraction. Keeps the fakes (with `pairs` the originals too)
+        until `step` puts them into the replay buffer."""
         # In range and without NaN: a bad step must not come back as a replayed sample.
         kept = [(fake, (-1, 2)), *([(real, (-1, 2))] if self.pairs else []), (context, (-1e3, 1e3))]
         shape = tuple(tuple(x.shape[1:]) for x, _ in kept)
@@ -347,10 +351,11 @@ class Seraena(nn.Module):
         return {"disc_loss": loss, "disc_in": images, "disc_in_ctx": contexts, "disc_pred": scores,
                 "disc_targets": wanted.expand(scores.shape)}
 
-    # Chance is the host's, and so is the choice: on the device it would be a mask, and unused samples to fetch.
+    # Random numbers are drawn and samples chosen on the host. On the device, the choice would be a mask, and samples
+    # would be fetched that nobody uses.
 
     def choose(self, shape, real, fake, context):
-        """What to learn from, as published: ([(fake, context), ...], [(original, context), ...])."""
+        """The samples to learn from, as published: ([(fake, context), ...], [(original, context), ...])."""
         chance = torch.rand(len(real), generator=self.generator).tolist()
         fresh = [i for i, x in enumerate(chance) if x < (0.25 if self.replay.counts[shape] else 0.5)]
         kept = [i for i, x in enumerate(chance) if x >= 0.5]
@@ -372,7 +377,8 @@ class Seraena(nn.Module):
         return {"seraena": self.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_training_state(self, state):
-        """What training_state gave; today's learning rate and betas stay. ValueError for another discriminator's."""
+        """Load what training_state gave, but keep the current learning rate and betas. ValueError for the state of
+        another discriminator."""
         own, given = self.state_dict(), state["seraena"]
         different = [k for k in own.keys() | given.keys() if k not in own or k not in given
                      or own[k].shape != given[k].shape]
@@ -386,14 +392,14 @@ class Seraena(nn.Module):
         self.gradients = None
 
     def rank_state(self, with_replay=True):
-        """What only this rank has, between two steps: its generator and, if asked for, its replayed samples (up to
-        replay_bytes, on the CPU). Without them a resumed run goes on, but not exactly: the buffer fills anew."""
+        """This rank's own state between two steps: its generator and, with_replay, its replayed samples (up to
+        replay_bytes, on the CPU). Without these a resumed run is not exact: the buffer fills anew."""
         return {"generator": self.generator.get_state(), "replay": self.replay.state() if with_replay else None}
 
     def load_rank_state(self, state):
-        """What rank_state gave. Call it after moving the module to its device. Samples of sizes other than those
-        reserved, or of a run with other `pairs`, are left out. ValueError for anything else, after which nothing is
-        replayed that was before."""
+        """Load what rank_state gave. Call it after moving the module to its device. Samples of sizes that are not
+        reserved, or from a run with another `pairs`, are left out. ValueError for anything else; the replay buffer is
+        then empty."""
         try:
             self.generator.set_state(state["generator"].cpu())
             if state["replay"] is not None:

@@ -4,17 +4,17 @@
 
 This file works with torch and model_taehv.py beside it, on any device, under autocast, with gradient checkpointing.
 
-What pays, and by how much: 64x64x12, batch 4, float32, seconds of one AVX-512 core for a step and memory for a clip.
+What helps, and by how much: 64x64x12, batch 4, float32, seconds of one AVX-512 core for a step and memory for a clip.
 The published routine (bench.py) takes 3.95 s and 188 MB, this one 2.71 s and 103 MB.
-- Frames are in the order of time, the clips of a batch side by side: the frames before are a view. Cut out clip by
-  clip, they cost a map of zeros and a change of layout for each clip and block in the backward pass.
-- A memory block's first convolution, over a frame and the one before, is the sum of two; of the block only its input
-  and the results of its three ReLUs are kept (2.85 s and 139 MB with a concatenation and autograd).
-- Nearest upsampling and the 3x3 convolution behind it are one transposed convolution with a 4x4 kernel and stride 2: 16
-  multiplications for each 36, in all three passes (2.88 s and 119 MB without; 13 % slower than those, with many copies,
-  as one 2x2 convolution to four times the channels and a pixel shuffle).
-- Temporal pooling (1x1) merges with the strided convolution behind it; layers before the first pool run on each place
-  in the pool's groups for itself. That saves memory (122 MB without), not time (2.64 s).
+- Tensors are time-major (frame 0 of all clips, frame 1 of all clips, ...), so the previous frames are a view. Cutting
+  them out clip by clip costs a map of zeros and a change of layout for each clip and block in the backward pass.
+- A memory block's first convolution, over a frame and the one before, is computed as the sum of two convolutions. Only
+  the block's input and the results of its three ReLUs are stored (2.85 s and 139 MB with a concatenation and autograd).
+- Nearest upsampling and the 3x3 convolution after it are one transposed convolution with a 4x4 kernel and stride 2: 16
+  multiplications instead of 36, in all three passes (2.88 s and 119 MB without; 13 % slower than those, with many
+  copies, as one 2x2 convolution to four times the channels and a pixel shuffle).
+- Temporal pooling (1x1) is merged with the strided convolution after it. Layers before the first pool run separately on
+  the first frames of the pool's groups, the second frames, ... That saves memory (122 MB without), not time (2.64 s).
 """
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def run_blocks(blocks, video, checkpointing=False):
 
 
 def remember(block, x, n):
-    """A memory block over all frames. x: (T * N, C, H, W), `n` clips."""
+    """A memory block over all frames. x: (T * N, C, H, W), time-major, of `n` clips."""
     if not isinstance(block, MemBlock) or not isinstance(block.act, nn.ReLU):  # MemoryPass knows ReLU alone
         return block(x, torch.cat([torch.zeros_like(x[:n]), x[:-n]]))
     device = x.device.type
@@ -61,7 +61,7 @@ def remember(block, x, n):
 
 
 class MemoryPass(torch.autograd.Function):
-    """A MemBlock of equal widths with ReLU; everything is of one type."""
+    """A MemBlock of equal widths with ReLU; all tensors have one dtype."""
 
     @staticmethod
     def forward(ctx, x, n, w1, b1, w2, b2, w3, b3):
@@ -111,12 +111,13 @@ def conv_backward(g, x, weight, *wanted):
 
 
 def pool_conv(before, pool, conv, x, n):
-    """Layers that see single frames; a temporal pool (1x1); a strided convolution."""
+    """`before`, layers that see single frames; then a temporal pool (1x1) and a strided convolution, merged. x: (T * N,
+    C, H, W) of `n` clips -> (T / stride * N, C', H / 2, W / 2)."""
     with torch.autocast(x.device.type, enabled=False):
         merged = torch.einsum("ocyx,ci->oiyx", conv.weight, pool.conv.weight[:, :, 0, 0])
-    total, places = None, x.permute(0, 2, 3, 1).unflatten(0, (-1, pool.stride, n)).unbind(1)
-    for place, weight in zip(places, merged.chunk(pool.stride, 1)):
-        y = place.flatten(0, 1).permute(0, 3, 1, 2)
+    total, positions = None, x.permute(0, 2, 3, 1).unflatten(0, (-1, pool.stride, n)).unbind(1)
+    for frames, weight in zip(positions, merged.chunk(pool.stride, 1)):  # first frames of all groups, second, ...
+        y = frames.flatten(0, 1).permute(0, 3, 1, 2)
         for layer in before:
             y = layer(y)
         y = F.conv2d(y, weight.contiguous(memory_format=torch.channels_last), stride=2, padding=1)
@@ -134,7 +135,7 @@ def grow(layer, x, n):
 
 
 def up_conv(conv, x):
-    """Nearest upsampling (x2) and a 3x3 convolution without bias."""
+    """Nearest upsampling (x2) and a 3x3 convolution without bias, as one transposed convolution."""
     kernel = F.pad(conv.weight.flip(2, 3).transpose(0, 1), (1, 1, 1, 1))
     kernel = kernel[..., :-1, :] + kernel[..., 1:, :]
     kernel = kernel[..., :-1] + kernel[..., 1:]

@@ -1,4 +1,4 @@
-"""Teachers: the video autoencoders whose latents a small one learns to speak.
+"""Teachers: the video autoencoders whose latents a small one learns to produce and to decode.
 
     taehv:FILE                 weights of the TAEHV family (a file, or a published name), a checkpoint or run folder of
                                ours
@@ -12,9 +12,9 @@
 
 Latents are what the diffusion model consumes: a diffusers class's own scale and shift are applied here.
 
-A teacher whose `pools_pairs` is True halves time as CogVideoX's VAE does, and takes 8k or 8k + 1 frames (why: see
-check_cogvideox_frames in model_taehv.py). That is known of diffusers classes and TAEHVs; what python: or torchscript:
-gives may say so by an attribute of that name.
+A teacher whose `pools_pairs` is True halves time as CogVideoX's VAE does, and takes 8k or 8k + 1 frames (see
+check_cogvideox_frames in model_taehv.py). It is set for diffusers classes and TAEHVs; the object that python: or
+torchscript: gives may have an attribute of that name.
 """
 import difflib
 import importlib.util
@@ -35,15 +35,16 @@ KINDS = "taehv:FILE, torchscript:FILE, python:FILE.py:FUNCTION or diffusers:CLAS
 
 
 class TeacherError(Exception):
-    """A teacher that cannot be used; the message says what and the way out. `clip`: which of a batch it is about."""
+    """A teacher that cannot be used; the message says why, and what to do. `clip`: which clip of a batch it is about.
+    """
 
     clip = 0
 
 
 class Teacher:
-    """An autoencoder behind two calls that check what comes out. `spec` is how it was asked for, `name` what it is,
-    `fingerprint` a hash of its weights (of its source, where it shows none), `pools_pairs` True, False or, where it
-    does not say, None (see above)."""
+    """An autoencoder behind two methods that check its outputs. `spec`: its specification. `name`: a description.
+    `fingerprint`: a hash of its weights, or of its source code if it has no weights. `pools_pairs`: True, False, or
+    None for unknown (see above)."""
 
     def __init__(self, spec, name, source, encode, decode, fingerprint, device, dtype):
         self.spec, self.name, self.fingerprint = spec, name, fingerprint
@@ -52,7 +53,7 @@ class Teacher:
         self.can_decode = decode is not None
 
     def check_frames(self, frames):
-        """TeacherError if it does not take clips of `frames` frames."""
+        """TeacherError if the teacher does not take clips of `frames` frames."""
         try:
             if self.pools_pairs:
                 check_cogvideox_frames(frames)
@@ -60,16 +61,16 @@ class Teacher:
             raise TeacherError(f"teacher {self.spec}: {error}") from None
 
     def filled(self, frames, time_factor):
-        """The least number of frames from `frames` on that it takes: 1 + n * time_factor as causal video VAEs want it,
-        8k or 8k + 1 where it pools pairs."""
+        """The smallest number of frames, at least `frames`, that the teacher takes: 1 + n * time_factor, as causal
+        video VAEs need, or 8k or 8k + 1 if it pools pairs."""
         if self.pools_pairs:
             return frames if frames % 8 <= 1 else frames + -frames % 8
         return frames + (1 - frames) % time_factor
 
     @torch.no_grad()
     def encode(self, video, shape=None):
-        """N T 3 H W in [0, 1] -> latents N T' C h w, float32, finite. shape: the T' C h w that are wanted, where that
-        is known. TeacherError if what comes out is something else."""
+        """N T 3 H W in [0, 1] -> latents N T' C h w, float32, finite. shape: the expected T' C h w, if known.
+        TeacherError if the teacher returns anything else."""
         latents = self._encode(video.to(self.device, self.dtype))
         return self.checked(latents, f"encode, given a video of shape {tuple(video.shape)},",
                             f"floating-point latents {(len(video), *shape)} are" if shape else
@@ -81,20 +82,20 @@ class Teacher:
         """Latents as `encode` gives them -> video N T 3 H W in [0, 1], float32. TeacherError as above."""
         if self._decode is None:
             raise TeacherError(f"teacher {self.spec} has no decode")
-        video = self._decode(latents.to(self.device, self.dtype, copy=True))  # it may work in place
+        video = self._decode(latents.to(self.device, self.dtype, copy=True))  # a teacher may work in place
         return self.checked(video, f"decode, given latents of shape {tuple(latents.shape)},",
                             "a floating-point video N T 3 H W is",
                             lambda got: len(got) == 5 and got[0] == len(latents) and got[2] == 3).clamp_(0, 1)
 
     def checked(self, output, call, wanted, fits):
-        """What a call gave, as float32 in memory of its own: a teacher may write to the same buffer again. TeacherError
-        unless its shape `fits`, and its numbers are real and finite."""
+        """The output of a call as a float32 copy (a teacher may write to the same buffer again). TeacherError unless
+        fits(shape) is true and all numbers are real and finite. call, wanted: for the message."""
         shape = tuple(output.shape) if torch.is_tensor(output) else ()
         if not torch.is_tensor(output) or not output.is_floating_point() or not fits(shape) or 0 in shape:
             kind = str(output.dtype).removeprefix("torch.") if torch.is_tensor(output) else type(output).__name__
             raise TeacherError(f"teacher {self.spec}: {call} gave {kind} {shape or ''}".rstrip() + f"; {wanted} wanted")
         output = output.detach().to(self.device, torch.float32, copy=True)
-        if not all(extreme.isfinite() for extreme in output.aminmax()):  # without a map of its size
+        if not all(extreme.isfinite() for extreme in output.aminmax()):  # needs no mask as large as the output
             error = TeacherError(f"teacher {self.spec}: {call} gave numbers that are not finite"
                                  + ": try --precision fp32" * (self.dtype != torch.float32))
             error.clip = next(n for n, one in enumerate(output) if not one.isfinite().all())
@@ -103,12 +104,13 @@ class Teacher:
 
 
 def is_spec(text):
-    """Whether it begins as a teacher's specification does."""
+    """Whether the text begins like a teacher's specification."""
     return text.startswith(("taehv:", "torchscript:", "python:", "diffusers:"))
 
 
 def load_teacher(spec, device="cpu", dtype=torch.float32):
-    """A Teacher from its specification (see above). TeacherError or CheckpointError with one line otherwise."""
+    """The Teacher of a specification (see above). TeacherError or CheckpointError, of one line, if it cannot be loaded.
+    """
     kind, _, rest = spec.partition(":")
     loaders = {"taehv": load_taehv, "torchscript": load_torchscript, "python": load_python,
                "diffusers": load_diffusers}
@@ -122,14 +124,15 @@ def load_teacher(spec, device="cpu", dtype=torch.float32):
 
 
 def load_taehv(_, path):
-    """FILE: what `models.load_model` takes."""
+    """FILE: anything that `models.load_model` takes. Returns (name, model, encode, decode, text for the fingerprint),
+    as the loaders below do."""
     model, words = models.load_model(path)
     model.pools_pairs = getattr(getattr(model, "taehv", model), "is_cogvideox", False)
     return words, model, model.encode, model.decode, str(model.config)
 
 
 def load_torchscript(spec, path):
-    """FILE: a module with `encode` and, for comparisons, `decode`."""
+    """FILE: a TorchScript module with `encode` and, for comparisons, `decode`."""
     if not os.path.isfile(path):
         raise TeacherError(f"teacher {spec}: {path!r} does not exist")
     try:
@@ -146,7 +149,7 @@ def load_torchscript(spec, path):
 
 
 def load_python(spec, rest):
-    """FILE.py:FUNCTION. The file's own errors come through as they are; it is the user's program."""
+    """FILE.py:FUNCTION. The file is the user's program, so its errors are not caught."""
     path, _, function = rest.rpartition(":")
     if not path.endswith(".py") or not os.path.isfile(path):
         raise TeacherError(f"teacher {spec}: python:FILE.py:FUNCTION is wanted, and {path or rest!r} is no such file")
@@ -176,14 +179,14 @@ DIFFUSERS = ("AutoencoderDC AutoencoderKL AutoencoderKLAllegro AutoencoderKLCogV
 
 
 def load_diffusers(spec, rest):
-    """CLASS:FOLDER, of a video VAE or an image VAE (which takes frame by frame). The latents are normalised as the
-    pipelines do it before they hand them to the diffusion model, see `latent_scale`."""
+    """CLASS:FOLDER of a video VAE, or of an image VAE, which gets each frame by itself. Latents are normalised as the
+    pipelines normalise them for the diffusion model: see `latent_scale`."""
     name, _, folder = rest.partition(":")
     model = read_diffusers(spec, name, folder)
     mean, std, scale = latent_scale(name, model)
     images = not any(isinstance(module, torch.nn.Conv3d) for module in model.modules())
     patch = 2 if name == "AutoencoderKLFlux2" else 1  # its pipeline folds 2x2 positions into channels
-    # LTX's later decoders take the noise that is left in the latents: none, as their pipelines have it by default.
+    # LTX's later decoders are told how much noise is left in the latents: none, the default of their pipelines.
     noisy = getattr(model.config, "timestep_conditioning", False)
 
     def encode(video):
@@ -209,8 +212,8 @@ def load_diffusers(spec, rest):
 
 
 def read_diffusers(spec, name, folder):
-    """The autoencoder in a folder; TeacherError for another class than it was saved from, or for weights that do not
-    fit, which diffusers itself fills up with random ones."""
+    """The autoencoder in a folder. TeacherError if it was saved from another class, or if weights do not fit (diffusers
+    itself would fill in random ones)."""
     try:
         import diffusers
     except ImportError:
@@ -226,7 +229,7 @@ def read_diffusers(spec, name, folder):
         folder = os.path.join(folder, "vae")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise TeacherError(f"teacher {spec}: {folder!r} holds no config.json: download the model's vae folder first")
-    diffusers.utils.logging.set_verbosity_error()  # advice on packages that nothing here needs
+    diffusers.utils.logging.set_verbosity_error()  # else it recommends packages that nothing here needs
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             saved_from = json.load(file).get("_class_name", name)
@@ -242,18 +245,19 @@ def read_diffusers(spec, name, folder):
         raise TeacherError(f"teacher {spec}: the weights in {folder!r} are not those of its {name}: {wrong[0]}"
                            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     model.pools_pairs = name == "AutoencoderKLCogVideoX"
-    if name == "AutoencoderKLHunyuanVideo15":  # whose attention mask (in diffusers 0.42) fits one clip at a time
+    if name == "AutoencoderKLHunyuanVideo15":  # its attention mask (in diffusers 0.42) fits only one clip at a time
         model.enable_slicing()
     return model
 
 
 def latent_scale(name, model):
     """(mean, deviation, scale) of a diffusers autoencoder: its pipelines give (z - mean) * scale / deviation to the
-    diffusion model. Numbers, lists of one for each channel (Cosmos: of one for each channel and latent), or None.
+    diffusion model. Each is a number, a list with a number for each channel (Cosmos: for each channel and latent), or
+    None.
 
-    Most classes keep them in their config. LTX keeps mean and deviation as buffers, FLUX.2 as batch statistics.
-    CogVideoX's invert_scale_latents is about images that condition it, not about what it generates; Cosmos' scheduler
-    has a factor of its own (sigma_data), which is left to it.
+    Most classes keep them in their config. LTX keeps mean and deviation as buffers, FLUX.2 as batch statistics. Not
+    applied: CogVideoX's invert_scale_latents, which is for conditioning images, and the factor that Cosmos' scheduler
+    applies itself (sigma_data).
     """
     config = model.config
     scale = getattr(config, "scaling_factor", None) or 1.0
@@ -266,7 +270,7 @@ def latent_scale(name, model):
 
 
 def per_channel(values, latents):
-    """What `latent_scale` gave, to be broadcast over latents N T C h w."""
+    """A value of `latent_scale` as a tensor that broadcasts over latents N T C h w."""
     values = torch.as_tensor(values, device=latents.device, dtype=latents.dtype)
     if values.ndim:
         values = values.reshape(1, latents.shape[2], -1, 1, 1)[:, :, :latents.shape[1]].transpose(1, 2)

@@ -10,13 +10,13 @@
         show(stream.decode(stream.encode(frames)))
     show(stream.flush())
 
-This file works alone: it needs torch, and takes any model that has time_factor, space_factor, latent_channels, encode,
-decode, stream, latent_frames and frame_index as the models of this repository have them (video N T 3 H W in [0, 1],
-latents N T C h w). Inference only: no gradients.
+This file works alone with torch. It takes any model with time_factor, space_factor, latent_channels, encode, decode,
+stream, latent_frames and frame_index as in this repository's models (video N T 3 H W in [0, 1], latents N T C h w).
+Inference only: no gradients.
 
 Tiles are blended by normalised overlap-add in float32: the weights of a pixel add up to one however many tiles cover
-it. (Blending each tile with its left, upper and previous neighbours one after the other, as Open-Sora and diffusers do,
-drops the diagonal neighbour, and miscounts frames and pixels where tiles do not divide the length.)
+it. (Open-Sora and diffusers blend each tile with its left, upper and previous neighbours one after the other. That
+drops the diagonal neighbour, and miscounts frames and pixels if tiles do not divide the length.)
 """
 import collections
 import itertools
@@ -26,19 +26,21 @@ import torch.nn.functional as F
 
 
 def starts(size, tile, overlap):
-    """Where tiles begin along height or width; the last one moves back to be whole. tile 0: the whole size at once."""
+    """Where tiles begin along an axis. The last tile begins earlier if need be, so that it is whole. tile 0: one tile.
+    """
     return [0] if not tile or size <= tile else [*range(0, size - tile, tile - overlap), size - tile]
 
 
 def windows(size, tile, overlap, unit):
     """[(start, weights)] of the tiles along one axis; the weights add up to one everywhere, and are never 0.
 
-    A tile weighs 1 in its middle and falls off linearly over the overlap at both ends, before all is divided by the
-    sum. size, tile, overlap and start count latents; the weights (float32) count output values, `unit` for each latent.
+    At first a tile's weights are 1 in its middle, and fall linearly over the overlap at both ends; then all are divided
+    by their sum over the tiles. size, tile, overlap and start are in latents; the weights, float32, are one for each
+    output value, `unit` for each latent.
     """
     length = unit * min(size, tile or size)
-    place = torch.arange(length) + 0.5
-    window = torch.minimum(place, length - place).div(max(overlap * unit, 0.5)).clamp(max=1)
+    position = torch.arange(length) + 0.5
+    window = torch.minimum(position, length - position).div(max(overlap * unit, 0.5)).clamp(max=1)
     begins, total = starts(size, tile, overlap), torch.zeros(size * unit)
     for start in begins:
         total[start * unit:start * unit + length] += window
@@ -48,15 +50,15 @@ def windows(size, tile, overlap, unit):
 class Tiled:
     """A model, used tile by tile: its methods for whole clips, and `stream`.
 
-    use_spatial_tiling, use_temporal_tiling: which axes are cut. spatial_tile_size: pixels, a multiple of the model's
-    space factor; temporal_tile_size: frames, a multiple of its time factor; tile_overlap_factor: overlap of
-    neighbours as a part of the tile, 0 to 0.5, rounded down to whole latents. The published Video DC-AE takes 256
-    pixels, 32 frames and 0.25. A video that one tile covers gives exactly the model's own result.
+    use_spatial_tiling, use_temporal_tiling: which axes are cut. spatial_tile_size: in pixels, a multiple of the model's
+    space factor. temporal_tile_size: in frames, a multiple of its time factor. tile_overlap_factor: how much of a tile
+    its neighbour covers too, a fraction from 0 to 0.5, rounded down to whole latents. The published Video DC-AE takes
+    256 pixels, 32 frames and 0.25. A video that fits into one tile gives exactly the model's own result.
 
-    Without temporal tiling, whole clips are one tile in time, and a stream leaves time to the model's own `stream`, one
-    for each spatial tile: the way for causal models (TAEHV), which begin without memory in a temporal tile. ValueError
-    for sizes that do not fit; for temporal tiling of models whose output frames are not their input frames; and for
-    tokenizers: the mean of two tiles' codes is no code.
+    Without temporal tiling, a clip is one tile in time, and a stream uses one of the model's own streams for each
+    spatial tile. That is right for causal models (TAEHV), which would start each temporal tile without memory.
+    ValueError for sizes that do not fit, for temporal tiling of models whose output frames are not their input frames,
+    and for tokenizers: codes of overlapping tiles cannot be averaged.
     """
 
     def __init__(self, model, use_spatial_tiling=True, use_temporal_tiling=True, spatial_tile_size=256,
@@ -69,7 +71,7 @@ class Tiled:
             raise ValueError(f"tile_overlap_factor is a part of the tile from 0 to 0.5, got {tile_overlap_factor}")
         self.model = model
         self.overlap = tile_overlap_factor
-        self.space_tile = self.space_overlap = self.time_tile = self.time_overlap = 0  # in latents; tile 0: the whole
+        self.space_tile = self.space_overlap = self.time_tile = self.time_overlap = 0  # in latents; tile 0: not tiled
         if use_spatial_tiling:
             self.space_tile = in_latents("spatial_tile_size", spatial_tile_size, model.space_factor)
             self.space_overlap = int(self.space_tile * tile_overlap_factor)
@@ -80,7 +82,7 @@ class Tiled:
             if any(model.frame_index(frames) != list(range(frames)) for frames in lengths):
                 raise ValueError("this model cannot be tiled in time, since its frames do not keep their places: "
                                  "use_temporal_tiling=False leaves time to its own stream")
-            if not self.time_overlap:  # a clip's rest could be a single latent, which the DCAE takes for an image
+            if not self.time_overlap:  # the last tile could be a single latent, which the DCAE takes for an image
                 raise ValueError(f"temporal tiles must overlap by one latent: a tile_overlap_factor of "
                                  f"{1 / self.time_tile:.3g} or more, or a larger temporal_tile_size")
 
@@ -112,12 +114,12 @@ class Tiled:
         return video[:, :len(self.model.frame_index(frames)) if frames else None, :, :height, :width]
 
     def __call__(self, video):
-        """Returns (reconstruction N T' 3 H W, {"latents": ...}); T' = T but for models that drop frames (`targets`)."""
+        """Returns (reconstruction N T' 3 H W, {"latents": ...}); T' = T unless the model drops frames (`targets`)."""
         latents = self.encode(video)
         return self.decode(latents, video.shape[1], video.shape[-2:]), {"latents": latents}
 
     def stream(self, memory_limit=None, total_latents=None):
-        """A TiledStream. The arguments go to the model's own streams, where time is left to them."""
+        """A TiledStream. Without temporal tiling, the arguments go to the model's own streams."""
         return TiledStream(self, memory_limit, total_latents)
 
     def _pad(self, video):
@@ -145,8 +147,8 @@ class Tiled:
     def _blend(self, run, x, size, unit_in, unit_out):
         """The weighted sum, float32, of run(i, tile i of x) over all spatial tiles.
 
-        x: N T C H W, or None, as are its tiles then. size: of the whole in latents; a latent is unit_in of x's pixels
-        and unit_out of the result's.
+        x: N T C H W, or None; then run gets None as the tile. size: height and width of the whole, in latents. A latent
+        is unit_in pixels wide in x, and unit_out in the result.
         """
         rows, columns = (windows(side, self.space_tile, self.space_overlap, unit_out) for side in size)
         total = None
@@ -155,8 +157,8 @@ class Tiled:
             out = run(i, None if x is None else x[..., top * unit_in:bottom * unit_in, left * unit_in:right * unit_in])
             if total is None:
                 total = out.new_zeros(*out.shape[:3], *(side * unit_out for side in size), dtype=torch.float32)
-            place = total[..., top * unit_out:bottom * unit_out, left * unit_out:right * unit_out]
-            place.addcmul_(out.float(), (row_weights[:, None] * column_weights).to(out.device))
+            region = total[..., top * unit_out:bottom * unit_out, left * unit_out:right * unit_out]
+            region.addcmul_(out.float(), (row_weights[:, None] * column_weights).to(out.device))
         return total
 
 
@@ -171,21 +173,21 @@ def latent_size(frames, factor):
 
 
 class TimeTiles:
-    """Tiles along time, of one direction: input as it comes, finished output as soon as no later tile can change it.
+    """Encodes or decodes tiles along time. Takes input as it comes; gives output once no later tile can change it.
 
-    run: function of N t C H W input -> float32 output. tile, overlap: in latents; unit_in, unit_out: input and output
-    frames of a latent. Tiles begin every tile - overlap latents; the last takes what is left, more than the overlap.
-    Over the overlap, one fades linearly into the next: no more than two meet at a time, so their weights add up to one.
+    run: function of N t C H W input -> float32 output. tile, overlap: in latents. unit_in, unit_out: input and output
+    frames per latent. A tile begins every `tile - overlap` latents; the last takes the rest, more than the overlap.
+    Over the overlap, a tile fades linearly into the next. At most two tiles overlap, so their weights add up to one.
     """
 
     def __init__(self, run, tile, overlap, unit_in, unit_out):
         self.run, self.tile, self.overlap = run, tile * unit_in, overlap * unit_in  # in input frames
         self.kept = overlap * unit_out                                              # in output frames
-        self.buffer, self.filled = None, 0  # input of the tile to come: N tile C H W, and how much of it is there
-        self.tail = None                    # end of the last tile's output, float32, that the next one overlaps
+        self.buffer, self.filled = None, 0  # input of the next tile, N tile C H W, and how many of its frames are there
+        self.tail = None                    # the end of the last tile's output, float32, which the next tile overlaps
 
     def push(self, x):
-        """Take N t C H W input; yields finished output, N t' C' H' W' in the input's dtype. To be run to its end."""
+        """Take N t C H W input; yields finished output, N t' C' H' W', in the input's dtype. Exhaust the iterator."""
         if self.buffer is None:
             self.buffer = x.new_empty(x.shape[0], self.tile, *x.shape[2:])
         while x.shape[1]:
@@ -215,7 +217,8 @@ class TimeTiles:
 
 
 class OwnStreams:
-    """Where time is not tiled: pieces go to the model's own streams, one for each spatial tile. As TimeTiles."""
+    """Used instead of TimeTiles if time is not tiled: pieces go to the model's own streams, one for each spatial tile.
+    """
 
     def __init__(self, tiled, streams, call, flush, unit_in, unit_out):
         self.tiled, self.streams, self.call, self.end = tiled, streams, call, flush
@@ -236,9 +239,9 @@ class OwnStreams:
 class TiledStream:
     """Encodes and decodes clips piece by piece in blended tiles. With temporal tiling it computes what `Tiled` does.
 
-    `encode` and `decode` take pieces of any length, return what is finished, possibly N 0 C H W, and lag behind by
-    up to a temporal tile. Height and width are padded and cropped back; exactly the frames that came in come out (of
-    a model that drops frames, those it keeps).
+    `encode` and `decode` take pieces of any length and return what is finished, possibly N 0 C H W; they lag behind by
+    up to a temporal tile. Height and width are padded, and cropped back. Exactly the frames that came in come out (if
+    the model drops frames, those that it keeps).
     """
 
     def __init__(self, tiled, memory_limit=None, total_latents=None):
@@ -290,7 +293,7 @@ class TiledStream:
     def _show(self, pieces):
         height, width = self._no_frames.shape[-2:]
         frames = joined([*pieces], self._no_frames)[..., :height, :width]
-        if self._ended and self.tiled.time_tile:  # the model's own streams count for themselves
+        if self._ended and self.tiled.time_tile:  # the model's own streams count their frames themselves
             frames = frames[:, :self._seen - self._shown]
         self._shown += frames.shape[1]
         return frames
