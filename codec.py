@@ -1,4 +1,4 @@
-"""A model at work on uint8 frames of any size: encoding, decoding, and decoding from files of latents or tokens.
+"""Runs a model on uint8 frames of any size: encodes, decodes, and decodes files of latents or tokens.
 
 Used by infer.py.
 """
@@ -27,8 +27,8 @@ from token_file import TokenReader
 from video_writer import VideoWriter, check_video_size
 
 TOKENS = ".tokens"
-LARGE = 1280 * 720  # pixels
-MAX_FRAMES = 10 ** 7  # that a file of latents or tokens may say it has
+LARGE = 1280 * 720  # pixels of a frame above which memory is saved, at some cost
+MAX_FRAMES = 10 ** 7  # most frames that a file of latents or tokens may claim
 
 
 class InputError(Exception):
@@ -36,7 +36,7 @@ class InputError(Exception):
 
 
 class Job(NamedTuple):
-    """What all inputs of a command share. model_hash: of the weights as they were loaded, whatever the precision."""
+    """What all inputs of a command need. model_hash: of the weights as loaded, independent of the precision."""
     model: torch.nn.Module
     tiled: object  # a Tiled of the model, or None
     model_hash: str
@@ -47,21 +47,21 @@ class Job(NamedTuple):
     teacher: object
     options: argparse.Namespace
     fid: object = None   # a metrics.FID, or None
-    fid_frames: int = 0  # how many frames of each input it gets
-    teacher_factors: object = None  # (time, space), where the teacher itself takes the model's place
+    fid_frames: int = 0  # how many frames of each input the FID gets
+    teacher_factors: object = None  # (time factor, space factor) if a teacher reconstructs instead of the model
     busy: object = None  # a Counter: seconds that "reading", "model", "metrics" and "writing" took
-    # Held by whoever computes on a GPU: metrics switch TF32 off for the whole process while they are at it.
+    # A lock for all that computes on a GPU, since metrics switch TF32 off for the whole process while they run.
     turn: object = contextlib.nullcontext()
 
 
 class Codec:
-    """A model on its device, fed with uint8 frames of any size, with the time it takes.
+    """Encodes and decodes uint8 frames of any size with a model on its device, and measures the time.
 
-    What it passes from encoder to decoder is a `piece`: latents 1 t C h w, or a tokenizer's codes, [int64 1 t h w].
+    A `piece` goes from encoder to decoder: latents 1 t C h w, or a tokenizer's codes, [int64 1 t h w].
     """
 
     def __init__(self, job, total_latents, reader):
-        """reader: of the video or latents, for its height and width. `note`: what is odd about it, or ""."""
+        """reader: of the video or latents; its height and width are used. `note`: a note for the report, or ""."""
         self.model, self.device, self.dtype, self.note, self.large = job.model, job.device, job.dtype, "", False
         quick = getattr(job.model, "taehv", job.model)
         if isinstance(quick, FastTAEHV):
@@ -83,7 +83,7 @@ class Codec:
             start = time.perf_counter()
             result = call(*arguments)
             synchronize(self.device)
-            if self.large:  # large maps of many sizes leave holes that fit no other: 0.3 GB at 1080p
+            if self.large:  # large maps of many sizes fragment the heap: 0.3 GB at 1080p
                 keep_freed_blocks(1 << 24)
             seconds = time.perf_counter() - start
         self.seconds[kind] += seconds
@@ -107,14 +107,14 @@ class Codec:
                 frames = self.stream.frames(piece)
                 while (frame := self.timed("decode", next, frames, None)) is not None:
                     yield frame[0, 0]
-                    del frame  # not to be held while the next one is made
+                    del frame  # free it before the next one is made
             else:
                 yield from self.timed("decode", self.stream.detokenize if self.tokens else self.stream.decode, piece)[0]
         yield from self.timed("decode", self.stream.flush_decoder)[0]
 
 
 class Spill:
-    """Pieces in a temporary file of a folder: all are written, then all are read. A context manager."""
+    """A temporary file in a folder for pieces: first all are written, then all are read. A context manager."""
 
     def __init__(self, folder):
         self.file = tempfile.TemporaryFile(dir=folder)
@@ -136,8 +136,8 @@ class Spill:
 
 
 def tile(model, options):
-    """A Tiled of the model as the command's --tile, --tile-frames and --tile-overlap say; None where all is off, as it
-    is by default for all models but the DCAE, which takes the published tiles. InputError for what cannot be tiled."""
+    """A Tiled of the model by --tile, --tile-frames and --tile-overlap; None without tiles. By default a DCAE has the
+    published tiles, and other models have none. InputError for a model or sizes that cannot be tiled."""
     size, frames = (default if given is None and isinstance(model, DCAE) else given or 0
                     for given, default in ((options.tile, 256), (options.tile_frames, 32)))
     if not size and not frames:
@@ -150,13 +150,12 @@ def tile(model, options):
 
 
 def queue_depth(reader):
-    """How many frames may wait between two stages: up to 8, in a hundredth of the memory that is free, but 2 at
-    least."""
+    """How many frames may wait between two stages: up to 8 that fit into a hundredth of the free memory, at least 2."""
     return max(2, min(8, free_memory(torch.device("cpu")) // 100 // (6 * reader.height * reader.width)))
 
 
 def padded_length(model, frames):
-    """The least number of input frames, at least `frames`, from which all of the first `frames` come back."""
+    """The smallest number of input frames, at least `frames`, for which the first `frames` frames all come back."""
     length = frames
     while not model.frame_index(length) or model.frame_index(length)[-1] < frames - 1:
         length += 1
@@ -169,8 +168,8 @@ def to_uint8(frame, height, width):
 
 
 class TokenSource:
-    """A token file, as decode_file reads it; InputError if it is another model's. levels: how many levels of nested
-    codes are decoded, None for all that it holds; InputError if it holds fewer."""
+    """A token file, for decode_file. levels: number of levels of nested codes to decode, None for all. InputError if
+    the file is another model's, or holds fewer levels."""
 
     def __init__(self, path, model, model_hash, levels=None):
         reader = TokenReader(path)
@@ -185,7 +184,7 @@ class TokenSource:
         padded = [side + -side % model.space_factor for side in (self.height, self.width)]
         sizes, strides, held = model.codebook_sizes, model.code_strides, len(reader.maps)
         if held <= levels_of(model):
-            sizes, strides = sizes[:1] * held, strides[:1] * held  # it may have been cut after any level
+            sizes, strides = sizes[:1] * held, strides[:1] * held  # the file may have been cut after any level
         maps = [(size, padded[0] // stride, padded[1] // stride) for size, stride in zip(sizes, strides)]
         if min(self.height, self.width) < 1 or reader.maps != maps:
             raise InputError(f"{path}: code maps (codes, height, width) {str(reader.maps)[:80]} are not those of a "
@@ -204,7 +203,7 @@ class TokenSource:
 
 
 def check_frames(path, model, frames, held):
-    """How many latents `frames` frames take; InputError, about `path`, if that is more than the `held` ones."""
+    """The number of latents that `frames` frames take. InputError, naming `path`, if the file holds (`held`) fewer."""
     if not 1 <= frames <= MAX_FRAMES:
         raise InputError(f"{path}: says it has {frames} frames; 1 to {MAX_FRAMES} are possible")
     needed = None if frames > held * model.time_factor else model.latent_frames(padded_length(model, frames))
@@ -214,8 +213,8 @@ def check_frames(path, model, frames, held):
 
 
 def open_codes(path, model, model_hash, tiles, levels=None):
-    """What decode_file reads: fps, height, width, frames, total (latents), note, and iterating gives pieces. levels:
-    see TokenSource."""
+    """The reader of a latent or token file for decode_file: has fps, height, width, frames, total (number of latents)
+    and note; iterating over it gives pieces. levels: see TokenSource."""
     if path.endswith(TOKENS):
         reader = TokenSource(path, model, model_hash, levels)
     else:

@@ -1,4 +1,4 @@
-"""A teacher over one video, to be set beside ours: its frames, latents, seconds and memory.
+"""Runs a teacher over one video, to compare our model with it: its frames, latents, seconds and memory.
 
 Needs teachers.py, video_files.py and device.py.
 """
@@ -18,14 +18,14 @@ from video_files import MAX_PIXELS, DataError, VideoReader
 
 
 class PeakMemory:
-    """The peak memory of two, "ours" and "teacher", that live in one process: each without what the other holds.
+    """The peak memory of two models, "ours" and "teacher", in one process: of each without what the other holds.
 
-    with memory.of("teacher"): ...     # all that loads or runs it
-    memory.peak                        # bytes in that block; None where the system cannot start a peak anew
+    with memory.of("teacher"): ...     # all code that loads or runs the teacher
+    memory.peak                        # bytes at the peak of that block; None if the system cannot reset its peak
     """
 
     def __init__(self, device, alone):
-        """alone: whether there is no teacher, so that any peak is ours."""
+        """alone: whether there is only one model, so that any peak is its own."""
         self.device, self.alone, self.peak, self.held = device, alone, None, {"ours": 0, "teacher": 0}
 
     @contextlib.contextmanager
@@ -41,26 +41,26 @@ class PeakMemory:
 
 
 def frames_at_a_time(pixels):
-    """How many frames of so many pixels a teacher is given at a time where the user does not say: 33, 17 or 9, numbers
-    that all causal video VAEs take. A big one needs about 0.4 GB for a frame of 480x832: 17 of these are the most."""
+    """The default number of frames, of `pixels` pixels, that a teacher gets at a time: 33, 17 or 9, which all causal
+    video VAEs take. A big VAE needs about 0.4 GB for a frame of 480x832, so it gets at most 17 of these."""
     return next((frames for frames in (33, 17) if frames * pixels <= 17 * 480 * 832), 9)
 
 
 class TeacherPass:
-    """What a teacher makes of the first `frames` frames of a video.
+    """A teacher's reconstruction and latents of the first `frames` frames of a video.
 
-    `frame(i)`: H W 3 uint8, its reconstruction of frame i, or None where it gave none. `latents`: T C h w, float32,
-    of the first chunk. Also `count` (frames that came back), `encode_seconds`, `decode_seconds`, `encoded` (frames that
-    went in, with padding), `latent_count` (of all chunks), `peak_memory_mb`, `notes`.
+    `frame(i)`: H W 3 uint8, the reconstruction of frame i, or None if the teacher gave none. `latents`: T C h w,
+    float32, of the first chunk. Also `count` (frames that came back), `encode_seconds`, `decode_seconds`, `encoded`
+    (frames that went in, with padding), `latent_count` (of all chunks), `peak_memory_mb`, `notes`.
 
-    It is run on `chunk` frames at a time, each chunk by itself: on the whole video with 0, on as many as
-    `frames_at_a_time` says with None. A chunk is filled up by repeating its last frame to a number that the teacher
-    takes (`Teacher.filled`); the first frames that come back stand for the first that went in.
+    chunk: number of frames that the teacher gets at a time, each chunk by itself. 0: the whole video; None: as
+    `frames_at_a_time` says. The last frame is repeated until the teacher takes the number of frames (`Teacher.filled`).
+    The first frames that come back stand for the first frames that went in.
     """
 
     def __init__(self, teacher, source, frames, time_factor, space_factor, chunk=0, memory=None, folder=None,
                  max_pixels=MAX_PIXELS):
-        """memory: a PeakMemory. folder: of the temporary file that holds its frames."""
+        """memory: a PeakMemory. folder: where to put the temporary file that holds the reconstruction."""
         self.teacher, self.factors = teacher, (time_factor, space_factor)
         self.encode_seconds, self.decode_seconds, self.encoded, self.count = 0.0, 0.0, 0, 0
         self.latents, self.latent_count, self.notes = None, 0, []
@@ -68,7 +68,8 @@ class TeacherPass:
         chosen = " (--teacher-frames N sets another number, 0 the whole video)" if chunk is None else ""
         if chunk is None:
             chunk = frames_at_a_time(reader.height * reader.width)
-            # Even and odd counts are pooled from other frames on: pieces are as the whole, ours, is.
+            # A teacher that pools pairs treats even and odd numbers of frames differently. Take chunks of an even
+            # number if the whole video, which our model gets, has one.
             chunk -= int(bool(teacher.pools_pairs) and teacher.filled(frames, time_factor) % 2 == 0)
         self.file, self.shape, self.given = tempfile.TemporaryFile(dir=folder), None, []
         left, reader = frames, iter(reader)
@@ -85,12 +86,12 @@ class TeacherPass:
                 raise DataError("no frame could be read")
             del reader, clip
             if module is not None and teacher.device.type == "cuda":
-                module.to("cpu")  # room for ours
+                module.to("cpu")  # makes room for our model
         self.peak_memory_mb = memory.megabytes()
         if chunk and frames > chunk:
             self.notes.append(f"teacher: {chunk} frames at a time{chosen}, each chunk by itself; of its latents "
                               "the first chunk's are looked at")
-        self.notes = list(dict.fromkeys(self.notes))  # chunks are odd in the same ways
+        self.notes = list(dict.fromkeys(self.notes))  # chunks often give the same notes
 
     def run(self, clip):
         """One chunk: a list of H W 3 uint8."""
@@ -130,8 +131,8 @@ class TeacherPass:
 
 
 def padded(video, factor, frames=0):
-    """A clip 1 T 3 H W with its edges repeated until `factor` divides its sides, and its last frame until there are
-    `frames`."""
+    """A clip 1 T 3 H W, padded: edges are repeated until `factor` divides height and width, the last frame until there
+    are `frames` frames."""
     missing = max(0, frames - video.shape[1])
     video = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) if missing else video
     pad = (0, -video.shape[-1] % factor, 0, -video.shape[-2] % factor)
@@ -139,8 +140,8 @@ def padded(video, factor, frames=0):
 
 
 def factors(teacher):
-    """(time factor, space factor): how many frames and pixels its latents stand for, found on nine small black frames.
-    TeacherError where it does not take these."""
+    """(time factor, space factor) of a teacher, found by encoding nine black frames of 64x64. TeacherError if it does
+    not take these."""
     latents = teacher.encode(torch.zeros(1, 9, 3, 64, 64))
     frames, height = latents.shape[1], latents.shape[3]
     if not 1 <= frames <= 9 or not 1 <= height <= 64:
@@ -158,8 +159,8 @@ def teacher_row(beside, metrics):
 
 
 def compare_latents(beside, errors, shape):
-    """{"latent_error": mean squared difference to the teacher's latents or None, "relative_latent_error": the same over
-    the teacher's variance}"""
+    """{"latent_error": mean squared difference from the teacher's latents or None, "relative_latent_error": the same,
+    divided by the variance of the teacher's latents}. errors: of single latents; shape: of one of our latents."""
     if not errors:
         beside.notes.append(f"teacher: latents of {beside.latents.shape[1:]} do not compare with ours of {shape}")
         return {"latent_error": None, "relative_latent_error": None}

@@ -11,14 +11,14 @@
     python infer.py diffusers:AutoencoderKLWan:FOLDER a.mp4          # a teacher itself, a few frames at a time
 
 Videos of any length and size are streamed: memory does not grow with the length. Reading, the model, metrics and each
-video that is written run beside each other; the last line but one says how long each took. All of a video is encoded,
-to a temporary file under --out, before any of it is decoded, so it is read twice. Writes under --out: metrics.json,
-summary_report.html, comparison_videos/, latent_visualizations/. Audio is not carried. `pip install av` makes writing
-videos four times faster.
+written video run in parallel; the last line but one says how long each took. The whole video is encoded, to a temporary
+file under --out, before it is decoded, so it is read twice. Writes under --out: metrics.json, summary_report.html,
+comparison_videos/, latent_visualizations/. Audio is not copied. `pip install av` makes writing videos four times
+faster.
 
-Exit code: 0, also where a file among others could not be read or written; 1 where an input failed otherwise (the
-others are reported; errors.log has the traceback of an error that is the program's own); 2 for a mistake, in one line;
-130 after Ctrl-C, 143 after SIGTERM, which leave no half files.
+Exit code: 0, even if one of several files could not be read or written; 1 if an input failed for another reason (the
+others are reported, and errors.log has the traceback if the error is the program's own); 2 for a user's mistake, in one
+line; 130 after Ctrl-C and 143 after SIGTERM, which leave no partial files.
 """
 from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
@@ -53,7 +53,8 @@ from video_files import MAX_PIXELS
 
 
 def load_own(options, device, dtype, memory):
-    """(the model on its device, a Tiled of it or None, its hash, what it is in words)."""
+    """(the model on its device, a Tiled of it or None, a hash of its weights, a description). InputError for options
+    that do not fit the model."""
     with memory.of("ours"):
         model, words = models.load_model(options.checkpoint, options.variant)
         model_hash = models.fingerprint(model)
@@ -74,7 +75,7 @@ def load_own(options, device, dtype, memory):
 
 
 def describe_model(model):
-    """The report's words on a model's settings and size; {} of a teacher that is no module."""
+    """A model's settings and size, as texts for the report; {} for a teacher that is no module."""
     if not isinstance(model, torch.nn.Module):
         return {}
     about = getattr(model, "config", {})
@@ -83,8 +84,8 @@ def describe_model(model):
     return {"settings": settings, "parameters": parameters} if settings else {"parameters": parameters}
 
 
-def cut_to(path, name, options):
-    """Where a token file that is cut to --levels goes; "" for no such file."""
+def cut_file_path(path, name, options):
+    """The path to write a token file cut to --levels to; "" if `path` is not to be cut."""
     if not (options.save_tokens and options.levels and path.endswith(TOKENS)):
         return ""
     return os.path.join(options.out, "tokens", name + TOKENS)
@@ -94,14 +95,14 @@ STAGES = "reading", "model", "metrics", "writing"
 
 
 def describe_times(busy, seconds):
-    """One line on where the time went. busy: seconds by stage."""
+    """One line on where the time went. busy: {stage: seconds}; seconds: of the whole run."""
     stages = ", ".join(f"{stage} {busy[stage]:.1f} s" for stage in STAGES if busy[stage])
     return f"time: {seconds:.1f} s in all; at work, beside each other: {stages}"
 
 
 def prepare(options, sources, latent_files, device, dtype):
-    """Load and check all that the inputs share: (the Job, [a reader of each latent or token file], the model in words,
-    what is to be said of LPIPS or None)."""
+    """Load and check everything that all inputs need: (the Job, [a reader of each latent or token file], a description
+    of the model, a note on LPIPS or None). InputError and the other errors of `main` for options that do not fit."""
     memory = PeakMemory(device, alone=options.by_teacher or not options.teacher)
     model = tiled = teacher = teacher_factors = None
     model_hash, readers = "", []
@@ -116,7 +117,7 @@ def prepare(options, sources, latent_files, device, dtype):
     if not options.by_teacher:
         model, tiled, model_hash, words = load_own(options, device, dtype, memory)
         for path in latent_files:
-            if (target := cut_to(path, report.safe_name(path.removesuffix(TOKENS), set()), options)) \
+            if (target := cut_file_path(path, report.safe_name(path.removesuffix(TOKENS), set()), options)) \
                     and os.path.realpath(target) == os.path.realpath(path):
                 raise InputError(f"{path}: --save-tokens --levels would write over it; choose another --out")
         readers = [open_codes(path, model, model_hash, str(tiled or ""), options.levels) for path in latent_files]
@@ -145,9 +146,9 @@ def prepare(options, sources, latent_files, device, dtype):
 
 
 def work_through(job, latent_files, readers, sources):
-    """Decode the files and reconstruct the videos. Whatever befalls one input, the others get their turn and their
-    report. Returns ([a row of the report for each video and for each input that failed], the Failures); InputError
-    where every input failed by a mistake."""
+    """Decode the latent and token files, and reconstruct the videos. An input that fails does not stop the others.
+    Returns ([a report row for each video and each failed input], the Failures). InputError if every input failed by a
+    user's mistake."""
     options, names, rows, decoded = job.options, set(), [], 0
     failures = Failures(options.out)
     for path, reader in zip(latent_files, readers):
@@ -157,7 +158,7 @@ def work_through(job, latent_files, readers, sources):
         try:
             print("wrote", decode_file(reader, name + f"_{options.levels}_levels" * bool(options.levels), job))
             decoded += 1
-            if target := cut_to(path, name, options):
+            if target := cut_file_path(path, name, options):
                 keep_maps(path, target, options.levels)
                 print(f"wrote {target}, of {options.levels} level{'s' * (options.levels > 1)}")
         except Exception as error:
@@ -192,8 +193,8 @@ def write_page(job, rows, words, lpips_note, distance):
 
 
 def run(options):
-    """Check everything, then reconstruct or decode each input and write the report. Returns the exit code; errors as in
-    `main`."""
+    """Check everything, then reconstruct or decode each input and write the report. Returns the exit code; raises one
+    of inputs.MISTAKES."""
     device = pick_device(options.device)
     tune(device)
     share_freed_blocks()

@@ -1,4 +1,4 @@
-"""What a command is to work on: videos, images, samples of folders, files of latents and tokens; and what befalls them.
+"""The inputs of a command (videos, images, samples of folders, files of latents and tokens), and their failures.
 
 Used by infer.py.
 """
@@ -17,14 +17,14 @@ from teachers import TeacherError
 from token_file import TokenError
 from video_files import MAX_PIXELS, DataError
 
-# Errors of one line, with code 2.
+# Mistakes of the user's: the command prints one line, and ends with code 2.
 MISTAKES = (InputError, LatentFileError, TokenError, TeacherError, DeviceError, DataError,
             checkpoint.CheckpointError, InUse, OSError)
 
 
 def sample(sources, number, seed, max_pixels):
-    """(up to `number` sources that can be read, [(path, reason)] of those met that cannot). A hash of the seed and of
-    each name chooses: the order in which they are listed has no part in it."""
+    """(up to `number` readable sources, [(path, reason)] of the unreadable ones among those tried). A hash of the seed
+    and each name chooses them, so the choice does not depend on the order of the list."""
     waiting = sorted(sources, key=lambda source: hashlib.sha256(f"{seed} {source.key}".encode(errors="surrogatepass")
                                                                 ).digest())
     readable, refused = [], []
@@ -36,10 +36,10 @@ def sample(sources, number, seed, max_pixels):
 
 
 def find_inputs(inputs, number=0, seed=0, max_pixels=MAX_PIXELS, out=None):
-    """([video and image sources], [latent and token files], [(path, reason)] refused, [notes]). What is named twice
-    counts once. InputError for a path that does not exist, and where nothing can be read. number, seed: with a number,
-    only so many of each folder, see `sample`. max_pixels: see video_files.py. out: the folder that is written to; its
-    videos and pictures are left out of folders that are searched."""
+    """([video and image sources], [latent and token files], [(path, reason)] refused, [notes]), each input once.
+    number, seed: see `sample`; at most `number` files of each folder, 0 for all. max_pixels: see video_files.py. out:
+    the folder to write to; the videos and pictures that were written there are left out of folders. InputError for a
+    path that does not exist, or if nothing can be read."""
     sources, latents, refused, notes, folders = [], [], [], [], 0
     for path in inputs:
         if path.endswith((LATENTS, TOKENS)):
@@ -88,7 +88,7 @@ UNFINISHED = {"": r"(metrics\.json|summary_report\.html)\.part", "comparison_vid
 
 
 def without_outputs(sources, out):
-    """The sources without those in the folders under --out that videos and pictures are written to."""
+    """The sources, except those in the folders under --out that videos and pictures are written to."""
     own = tuple(os.path.join(os.path.realpath(os.path.join(out, part)), "")
                 for part in ("comparison_videos", "latent_visualizations"))
     folders = {os.path.dirname(source.path) for source in sources}
@@ -97,7 +97,7 @@ def without_outputs(sources, out):
 
 
 def remove_leftovers(out):
-    """What a command that was killed half-way has left under --out, where no other may be writing."""
+    """Remove the unfinished files of a killed command under --out. No other command may be writing there."""
     for part, pattern in UNFINISHED.items():
         folder = os.path.join(out, part)
         for name in os.listdir(folder) if os.path.isdir(folder) else []:
@@ -106,13 +106,13 @@ def remove_leftovers(out):
 
 
 class Failures:
-    """What befell single inputs: a report row for each; the traceback of an error that is no mistake of the user's goes
-    to OUT/errors.log. `unexpected` counts those, `code` is the exit code for some that failed among others."""
+    """Keeps count of inputs that failed, and makes their report rows. Tracebacks of errors that are no user's mistakes
+    go to OUT/errors.log; `unexpected` counts these errors. `code`: the exit code, if other inputs succeeded."""
 
     def __init__(self, out):
         self.path, self.unexpected, self.code = os.path.join(out, "errors.log"), 0, 0
         if os.path.exists(self.path):
-            os.remove(self.path)  # an earlier command's
+            os.remove(self.path)  # written by an earlier command
 
     def row(self, name, path, error):
         """The row of an input that this error ended."""

@@ -1,4 +1,4 @@
-"""Targets of quality, as the command line names them, and the table for a terminal. Rows are those of
+"""Parses the quality targets of a command line, and prints results as a table on the terminal. Rows are those of
 `report.write_report`. Needs report.py and metrics.py.
 """
 import math
@@ -8,7 +8,7 @@ from report import AT_LEAST, summarize, verdict, versus
 
 TARGETS = "mse=0.005,psnr=25,ssim=0.85"
 
-# key, heading, width, format of the value; of its ratio to a teacher's for all but the PSNR, whose difference is shown
+# key, heading, width, format of the value
 COLUMNS = [("frames", "frames", 7, ".0f"),
            *((name, measure.heading, 2 + max(len(measure.heading), len(f"{0:{measure.style}}")), measure.style)
              for name, measure in MEASURES.items()),
@@ -35,7 +35,8 @@ def parse_targets(text):
 
 
 def table(rows, targets):
-    """Lines for a terminal: a row for each input, its teacher and their ratio; the last are mean ± deviation."""
+    """Lines for a terminal: for each input our values, the teacher's, and ours against the teacher's (the difference
+    for PSNR, else the ratio); then mean ± deviation over the inputs."""
     done, keys = [row for row in rows if not row.get("failed")], [key for key, *_ in COLUMNS]
     wide = max(len("mean ± deviation"), *(min(30, len(row["name"])) for row in rows))
 

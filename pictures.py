@@ -14,7 +14,7 @@ DARK, LIGHT, ALARM = (24, 24, 24), (232, 232, 232), (255, 0, 255)
 
 
 def _strip(text, width, height, colour=LIGHT):
-    """A dark strip, uint8 height x width x 3, with `text` (ASCII) in it, shrunk where it would not fit."""
+    """A dark strip, uint8 height x width x 3, with `text` (ASCII), which is shrunk if it would not fit."""
     strip = np.full((height, width, 3), DARK, np.uint8)
     scale = height / 36
     scale *= min(1, max(1, width - 8) / cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0])
@@ -25,7 +25,7 @@ def _strip(text, width, height, colour=LIGHT):
 
 
 def _grid(cells, columns, gap=4):
-    """Equally sized cells, row after row, as one picture; a cell short of a full row is left dark."""
+    """Equally sized cells, row after row, as one picture; missing cells of the last row are dark."""
     cells = [cv2.copyMakeBorder(cell, 0, gap, 0, gap, cv2.BORDER_CONSTANT, value=DARK) for cell in cells]
     cells += [np.full_like(cells[0], DARK[0])] * (-len(cells) % columns)
     return np.vstack([np.hstack(cells[i:i + columns]) for i in range(0, len(cells), columns)])
@@ -35,11 +35,11 @@ def side_by_side(frames, labels, max_width=3840, gain=4, max_height=16382):
     """One comparison frame: the frames, and |second - first| times `gain`, each under a strip with its label.
 
     frames: the original, the reconstruction and, if there is one, the teacher's; RGB uint8 H W 3 of one size.
-    Panels stand in a row, or two by two where the row would be wider than `max_width` pixels, and are scaled down
-    where two are too wide as well, or higher than `max_height` (a VP8 video's limit). Small frames are enlarged by a
+    The panels form a row, or two columns if the row would be wider than `max_width` pixels. They are scaled down if two
+    columns are still too wide, or higher than `max_height` (the limit of a VP8 video). Small frames are enlarged by a
     whole factor, to about 240 pixels a panel.
     Returns RGB uint8; its size depends only on H, W, the number of frames and the limits. Labels are ASCII.
-    Raises ValueError where the frames differ in size or aren't uint8.
+    ValueError if the frames differ in size or are not uint8.
     """
     kinds = [(frame.shape, str(frame.dtype)) for frame in frames]
     if len(frames) not in (2, 3) or len(labels) != len(frames) or len(set(kinds)) > 1 or kinds[0][1] != "uint8":
@@ -58,10 +58,11 @@ def side_by_side(frames, labels, max_width=3840, gain=4, max_height=16382):
 
 
 def _tile(picture, caption, side):
-    """A small map, uint8 h w 3, brought to about `side` pixels (whole factors up, averaged down) over its caption."""
+    """A small map, uint8 h w 3, above its caption. It is resized to about `side` pixels: up by whole factors, down by
+    averaging."""
     height, width = picture.shape[:2]
     factor = max(1, round(side / max(height, width)))
-    size = (width * max(factor, -(-12 // width)), height * max(factor, -(-12 // height)))  # a line gets 12 px
+    size = (width * max(factor, -(-12 // width)), height * max(factor, -(-12 // height)))  # at least 12 px a side
     if max(size) > 1.5 * side:
         size = tuple(max(12, round(pixels * 1.5 * side / max(size))) for pixels in size)
     how = cv2.INTER_NEAREST if size[0] >= width and size[1] >= height else cv2.INTER_AREA
@@ -72,34 +73,36 @@ def _tile(picture, caption, side):
 
 
 def _principal_colours(frames):
-    """T C h w -> uint8 T h w 3: the three main directions of the channel vectors of all frames as red, green, blue.
+    """T C h w -> uint8 T h w 3: the first three principal components of all frames' channels as red, green, blue.
 
-    Each direction's sign makes its largest weight positive; 1 % at either end is clipped. One channel gives grey.
+    Each component's sign makes its largest weight positive; 1 % at either end is clipped. One channel gives grey.
     """
     t, c, h, w = frames.shape
     pixels = frames.transpose(0, 2, 3, 1).reshape(-1, c)
-    good = np.isfinite(pixels).all(axis=1)
-    sample = pixels[good].astype(np.float64)[::max(1, int(good.sum()) // 50000)] if good.any() else np.zeros((1, c))
+    finite = np.isfinite(pixels).all(axis=1)
+    sample = (pixels[finite].astype(np.float64)[::max(1, int(finite.sum()) // 50000)] if finite.any()
+              else np.zeros((1, c)))
     mean, size = sample.mean(axis=0), math.sqrt(np.mean(sample ** 2))
     axes = np.linalg.eigh((sample - mean).T @ (sample - mean))[1][:, ::-1][:, :3]
     axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])] < 0, -1, 1)
-    mapped = (np.where(good[:, None], pixels, mean) - mean) @ axes
+    mapped = (np.where(finite[:, None], pixels, mean) - mean) @ axes
     low, high = np.percentile(mapped, (1, 99), axis=0)
     mapped = 0.5 + (mapped - (low + high) / 2) / np.maximum(high - low, 1e-6 * size + 1e-30)
     colours = np.full((len(pixels), 3), 127, np.uint8)
     colours[:, :3 if c == 1 else c] = np.clip(255 * mapped, 0, 255)
-    colours[~good] = ALARM
+    colours[~finite] = ALARM
     return colours.reshape(t, h, w, 3)
 
 
 def latent_picture(latents, max_frames=8, max_channels=256, numbers=None, total=None):
-    """A picture of latents, float T C h w (a few latent frames): RGB uint8 H W 3. Where these are some of `total`,
-    `numbers` are their places among them; captions number them so.
+    """A picture of latents, float T C h w (a few latent frames): RGB uint8 H W 3. If they are some of `total` latents,
+    `numbers` are their positions among these, for the captions.
 
-    Above, the main directions of the channels as colours for up to `max_frames` frames spread over T; below, each
-    channel of the middle one, blue below and red above zero on one scale for all, so that a dead channel stays white
-    and a dominating one saturates. Captions: channel, mean +- standard deviation over all T. Values that aren't
-    finite are magenta, counted in the title and left out of the figures. Raises ValueError for another shape.
+    The upper part shows up to `max_frames` frames, evenly spaced over T, with the channels' first three principal
+    components as colours. The lower part shows each channel of the middle frame, blue below and red above zero, all on
+    one scale: a dead channel stays white, and a dominating one saturates. Captions: channel, mean +- standard deviation
+    over all T. Values that are not finite are magenta; the title counts them, and the figures leave them out.
+    ValueError for another shape.
     """
     latents = np.asarray(latents, np.float32)
     if latents.ndim != 4 or not latents.size:

@@ -1,18 +1,18 @@
-"""Stages of work beside each other: each runs in a thread of its own, and short queues join them.
+"""Runs stages of work in parallel: each in a thread of its own, joined by short queues.
 
     with Pipeline() as pipeline:
         frames = pipeline.ahead("reading", reader)      # a thread takes the reader's items, a few ahead of the loop
-        write = pipeline.beside("writing", work)        # a thread runs work(items), on the items that write(item) gives
+        write = pipeline.beside("writing", work)        # a thread runs work(items); write(item) adds one of its items
         for frame in frames:
             write(model(frame))
     print(pipeline.busy)                                # {"reading": 1.2, "writing": 3.4}: seconds, without waiting
 
-Items keep their order, and a full queue holds up whoever fills it: memory does not depend on their number. OpenCV and
-PyTorch let go of the interpreter while they work, so threads are enough.
+Items keep their order. A full queue blocks the thread that fills it, so memory does not depend on the number of items.
+OpenCV and PyTorch release the interpreter's lock while they work, so threads are enough.
 
-The block ends when all work is done. An error of any stage, or in the block itself (Ctrl-C too), ends all stages, and
-the block raises the first one. All waiting is for one condition, which every change wakes: nobody waits for a stage
-that has ended.
+The block ends when all work is done. An error in any stage, or in the block itself (also Ctrl-C), ends all stages, and
+the block raises the first error. All threads wait for one condition, which every change notifies, so none waits for a
+stage that has ended.
 
 This file works alone; it needs Python only.
 """
@@ -24,21 +24,21 @@ END = object()
 
 
 class Stopped(Exception):
-    """What a stage meets at its queues after another one has failed. It never leaves a Pipeline's block."""
+    """Raised in a stage at its queues after another stage has failed. It never leaves a Pipeline's block."""
 
 
 class Pipeline:
-    """See above. depth: how many items a queue holds. busy: a Counter of seconds by stage, to go on with."""
+    """See above. depth: how many items a queue holds. busy: a Counter of seconds by stage, to add to."""
 
     def __init__(self, depth=4, busy=None):
         self.depth, self.busy = depth, collections.Counter() if busy is None else busy
         self.stopped, self.error = False, None
-        self.changed = threading.Condition()   # guards all that stands here
-        self.waited = collections.Counter()    # seconds at queues, by thread
-        self.threads, self.given = [], []      # all; (queue, thread) of each stage that is given its items
+        self.changed = threading.Condition()   # guards all attributes and queues
+        self.waited = collections.Counter()    # seconds waited at queues, by thread
+        self.threads, self.given = [], []      # all threads; (queue, thread) of each stage made by `beside`
 
     def ahead(self, name, items):
-        """An iterator over the same items, which a thread takes a few ahead."""
+        """An iterator over the same items, which a thread takes from `items` a few ahead."""
         queue = collections.deque()
 
         def take():
@@ -49,7 +49,7 @@ class Pipeline:
         return self._taken_from(queue)
 
     def beside(self, name, work):
-        """Runs work(items) in a thread; returns the function that gives it an item. The items end with the block."""
+        """Runs work(items) in a thread; returns the function that adds an item. The items end when the block ends."""
         queue = collections.deque()
         self.given.append((queue, self._start(name, lambda: work(self._taken_from(queue)))))
         return lambda item: self._put(queue, item)
@@ -71,7 +71,7 @@ class Pipeline:
         return thread
 
     def _wait(self, ready):
-        """With `changed` held: until ready(). Stopped if that is no longer to be hoped for."""
+        """Wait until ready() is true; the caller holds `changed`. Raises Stopped if the pipeline has stopped."""
         start = time.perf_counter()
         self.changed.wait_for(lambda: self.stopped or ready())
         self.waited[threading.get_ident()] += time.perf_counter() - start
@@ -93,7 +93,7 @@ class Pipeline:
             if item is END:
                 return
             yield item
-            del item  # not to be held while the next one is made
+            del item  # free it before the next one is made
 
     def _stop(self, error=None):
         with self.changed:
@@ -115,7 +115,7 @@ class Pipeline:
         except Stopped:
             pass
         finally:
-            self._stop(error)  # also those that run ahead of a block that wants no more
+            self._stop(error)  # also ends stages of `ahead` whose items the block did not use up
             for thread in self.threads:
                 thread.join()
         if self.error is not None and (error is None or isinstance(error, Stopped)):

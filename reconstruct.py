@@ -1,4 +1,5 @@
-"""One video through a model, or through a teacher in its place: its videos, latent picture, files and report row.
+"""Takes one video through a model, or through a teacher instead: writes its videos, latent picture and files, and makes
+its report row.
 
 Used by infer.py.
 """
@@ -29,9 +30,9 @@ from video_writer import VideoWriter, check_video_size
 
 
 def encode(reader, name, job, write):
-    """Encode a video's first frames, as many as the options say; write(piece) gets what comes of them (see Codec), also
-    of the last one repeated at the end, see `padded_length`. Returns (how many frames, whether there are more, seconds,
-    [what is odd about the model's work])."""
+    """Encode a video's first frames, as many as the options say, and the last one repeated as `padded_length` says.
+    write(piece) is called with each piece of the result (see Codec). Returns (number of frames, whether the video has
+    more, seconds, [the codec's notes])."""
     most, count, codec = job.options.max_frames or None, 0, Codec(job, None, reader)
     with Pipeline(queue_depth(reader), job.busy) as pipeline:
         frames = pipeline.ahead("reading", reader)
@@ -50,8 +51,8 @@ def encode(reader, name, job, write):
 
 
 def paired_frames(codec, pieces, originals, reader, frames, length):
-    """(number, original, reconstruction), both H W 3 uint8, of the first `frames` frames, as the model gives them.
-    originals: an iterator over them."""
+    """Yields (number, original, reconstruction), both H W 3 uint8, for each of the first `frames` frames that the model
+    returns. originals: an iterator over all originals. length: number of frames that were encoded, with padding."""
     outputs = (to_uint8(frame, reader.height, reader.width) for frame in codec.decode(pieces))
     number = -1
     for wanted, output in zip(codec.model.frame_index(length), outputs):
@@ -64,7 +65,7 @@ def paired_frames(codec, pieces, originals, reader, frames, length):
 
 
 def open_reader(source, options):
-    """A VideoReader; OSError for a size that no video can be written in, where some are to be."""
+    """A VideoReader. OSError if videos are to be written, and the size is one that cannot be."""
     reader = VideoReader(source.path, options.max_pixels)
     if options.videos != "none":
         check_video_size(reader.width, reader.height, source.path)
@@ -72,14 +73,15 @@ def open_reader(source, options):
 
 
 def frames_to_take(source, options):
-    """(how many, whether there are more), found by decoding all: for teachers, who want to know it before."""
+    """(number of frames to take, whether the video has more). Decodes all to count them: for teachers, which need the
+    number in advance."""
     frames = 1 if source.is_image else count_frames(source.path, options.max_pixels)
     most = options.max_frames or frames
     return min(frames, most), frames > most
 
 
 def describe_frames(reader, frames, more):
-    """[what is odd about it]: `frames` frames are taken, and there are more or not."""
+    """[notes on what is unusual] for a video of which `frames` frames are taken. more: whether it has more."""
     notes = []
     if more:
         notes.append(f"the first {frames} of {reader.frames} frames (by the container's word)")
@@ -91,7 +93,7 @@ def describe_frames(reader, frames, more):
 
 
 def plan(reader, model, frames, more):
-    """(frames that the model is fed with, [what is odd about it]) for `frames` frames of a video."""
+    """(number of frames to feed to the model, [notes on what is unusual]) for `frames` frames of a video."""
     notes = describe_frames(reader, frames, more)
     length = padded_length(model, frames)
     if length > frames:
@@ -117,11 +119,11 @@ def reconstruct(source, name, job):
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
     with job.memory.of("ours"), Spill(options.out) as spill:
-        # All is encoded before anything is decoded: only one of the two holds maps of past frames at a time. So the
-        # video is read twice; how many frames there are, and so how many latents, is known after the first time.
-        frames, more, encode_seconds, odd = encode(reader, name, job, spill.write)
+        # Encode all, then decode: so encoder and decoder do not hold their maps of past frames at the same time. The
+        # video is read twice. The first time also tells how many frames, and so how many latents, there are.
+        frames, more, encode_seconds, codec_notes = encode(reader, name, job, spill.write)
         length, notes = plan(reader, model, frames, more)
-        notes += odd
+        notes += codec_notes
         tell(source, notes, options)
         total_latents = model.latent_frames(length)
         codec = Codec(job, total_latents, reader)
@@ -133,7 +135,8 @@ def reconstruct(source, name, job):
         teacher_quality = Quality(job.lpips)
         about = dict(model=job.model_hash, fps=reader.fps, height=reader.height, width=reader.width, frames=frames)
 
-        def seen(pieces):
+        def recorded(pieces):
+            """Passes on the pieces; writes them to files, and takes latents for the picture and the comparison."""
             nonlocal latents_done
             for piece in pieces:
                 if codec.tokens:
@@ -154,14 +157,14 @@ def reconstruct(source, name, job):
                 LatentWriter(latents_path, model, reader, frames, total_latents, str(job.tiled or "")) as latent_file, \
                 open_tokens(tokens_path, model, about) as token_file, \
                 Pipeline(queue_depth(reader), job.busy) as pipeline:
-            pieces = pipeline.ahead("writing" if latents_path or tokens_path else "reading", seen(spill))
+            pieces = pipeline.ahead("writing" if latents_path or tokens_path else "reading", recorded(spill))
             originals = pipeline.ahead("reading", reader)
             show = outputs.start(pipeline, quality, teacher_quality if beside else None)
             pairs = paired_frames(codec, pieces, originals, reader, frames, length)
             with progress(pairs, frames, frames, f"{name[:30]} decode") as shown:
                 for number, original, output in shown:
                     show(original, output, beside.frame(number) if beside else None)
-            collections.deque(pieces, maxlen=0)  # what no frame needed is to be written too
+            collections.deque(pieces, maxlen=0)  # use up the iterator: pieces that no frame needed are written too
         notes += reader.changes()
     count = quality.frames
     notes += outputs.notes()
@@ -184,7 +187,7 @@ def reconstruct(source, name, job):
 
 
 def reconstruct_by_teacher(source, name, job):
-    """The same by a teacher in the model's place, in pieces as TeacherPass takes them."""
+    """Like `reconstruct`, but by a teacher instead of the model, in the chunks of TeacherPass."""
     options = job.options
     reader = open_reader(source, options)
     frames, more = frames_to_take(source, options)
@@ -207,7 +210,7 @@ def reconstruct_by_teacher(source, name, job):
                         show(original, output, None)
         notes += reader.changes()
     notes += by.notes + outputs.notes()
-    first = by.latents[:64]  # a picture of more would take memory that grows with the video
+    first = by.latents[:64]  # a picture of all would take memory that grows with the video
     return dict(name=name, source=source.path, frames=by.count, fps=reader.fps, height=reader.height,
                 width=reader.width, notes=notes, videos=outputs.paths,
                 latent_picture=draw_latents(name, first, range(len(first)), by.latent_count, options),
@@ -221,20 +224,20 @@ def tell(source, notes, options):
 
 
 def as_video(frames, device):
-    """A list of H W 3 uint8 -> 1 T 3 H W in [0, 1]: what is measured is what is written."""
+    """A list of H W 3 uint8 -> 1 T 3 H W in [0, 1]. So metrics see the 8-bit frames that are written."""
     return torch.from_numpy(np.stack(frames)).to(device).permute(0, 3, 1, 2)[None].contiguous().float().div_(255)
 
 
 def measured(quality):
-    """A row's metrics, None for what was not measured."""
+    """A row's metrics; None for those that were not measured."""
     found = quality.reduce()
     del found["count"]
     return {**dict.fromkeys(MEASURES), **found}
 
 
 def draw_latents(name, latents, numbers, total, options):
-    """Writes the picture of some latents, T C h w, whose places among all `total` are `numbers`; returns its path under
-    --out."""
+    """Writes a picture of latents T C h w; returns its path relative to --out. numbers: their positions among all
+    `total` latents of the video."""
     path = f"latent_visualizations/{name}_latents.png"
     os.makedirs(os.path.join(options.out, "latent_visualizations"), exist_ok=True)
     picture = latent_picture(latents, numbers=numbers, total=total)
@@ -245,13 +248,14 @@ def draw_latents(name, latents, numbers, total, options):
 
 
 def progress(frames, most, total, name):
-    """A context of an iterator over the first `most` frames, or all, with a bar for `total`. It ends the bar's line."""
+    """A context manager that gives an iterator over the first `most` frames (None: all) with a progress bar for `total`
+    frames, and ends the bar's line."""
     bar = progress_bar(itertools.islice(frames, most), total=total, desc=name, unit="frame")
     return contextlib.closing(iter(bar))
 
 
 def open_tokens(path, model, about):
-    """A TokenWriter for the path; a context without one for an empty path."""
+    """A TokenWriter for the path; an empty context manager for an empty path."""
     if not path:
         return contextlib.nullcontext()
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -259,7 +263,8 @@ def open_tokens(path, model, about):
 
 
 def describe_codes(statistics, row, tokens_path, out):
-    """{"codebook_use", "bits_per_pixel", "kbit_per_s"} of a row: as the token file has them, or by the entropy."""
+    """{"codebook_use", "bits_per_pixel", "kbit_per_s"} of a row: by the token file's size, else by the codes' entropy.
+    """
     pixels = row["frames"] * row["height"] * row["width"]
     statistics.pixels += pixels
     found = statistics.reduce()
@@ -276,9 +281,9 @@ KINDS = {"all": ("original", "reconstructed", "comparison"), "comparison": ("com
 
 
 class Outputs:
-    """What is made of one input's frames: their metrics, and the videos that the options ask for, each by a stage of
-    its own. A context manager; videos get their names when its block ends without an error, all or none. Of an image,
-    they are of one frame."""
+    """Computes the metrics of one input's frames, and writes the videos that the options ask for, each in a pipeline
+    stage of its own. A context manager: if its block ends without an error, all videos get their names, else none. An
+    image gives videos of one frame."""
 
     def __init__(self, job, name, reader, is_image):
         self.job, self.out, self.fps = job, job.options.out, 1.0 if is_image else reader.fps
@@ -290,8 +295,9 @@ class Outputs:
         self.open = contextlib.ExitStack()
 
     def start(self, pipeline, quality, teacher_quality=None):
-        """Returns the function that takes what belongs together: an original, its reconstruction, and the teacher's or
-        None, H W 3 uint8 each. teacher_quality: what measures the teacher's, if there is one."""
+        """Start the stages. Returns the function to call for each frame with its original, its reconstruction, and the
+        teacher's reconstruction or None, H W 3 uint8 each. teacher_quality: a Quality for the teacher, if there is one.
+        """
         stages = [pipeline.beside("metrics", lambda frames: self.measure(frames, quality, teacher_quality))]
         stages += [pipeline.beside("writing", functools.partial(self.write, kind, bool(teacher_quality)))
                    for kind in self.paths]
@@ -311,7 +317,8 @@ class Outputs:
                     teacher_quality.add(*(as_video(frames, self.job.device) for frames in zip(*both)), follows=True)
 
     def write(self, kind, with_teacher, frames):
-        """A teacher that gave no such frame leaves its panel black."""
+        """Write one video, `kind`, from (original, reconstruction, teacher's). The teacher's panel is black if it gave
+        no such frame."""
         writer = None
         for original, output, theirs in frames:
             frame = dict(original=original, reconstructed=output).get(kind)
@@ -337,14 +344,14 @@ class Outputs:
         if error[0] is not None:
             self.open.__exit__(*error)
             return
-        with self.open:  # where one cannot be finished, none gets its name
+        with self.open:  # if one cannot be finished, none gets its name
             for writer in self.writers:
                 writer.finish()
 
 
 def stack_size(reader, device):
-    """How many frames are measured at once. On a CPU small frames together take less time, large ones more memory; a
-    GPU takes what a tenth of its free memory holds, at 300 bytes a pixel, up to 32."""
+    """How many frames to measure at once. On a CPU, small frames together take less time, large ones more memory. On a
+    GPU: as many as a tenth of its free memory holds, at 300 bytes a pixel, up to 32."""
     pixels = reader.height * reader.width
     room = free_memory(device) // 10 // (300 * pixels)
     return max(1, min(32, room, room if device.type == "cuda" else (1 << 17) // pixels))

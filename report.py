@@ -17,9 +17,9 @@ import numpy as np
 
 
 def safe_name(path, taken):
-    """A short name for an input's outputs that every file system takes, and that is none of the set `taken`, to which
-    it is added in lower case (`x.mp4`, then `other/x.mp4`, give x and x_2). Letters of any script stay; case alone
-    never differs."""
+    """A short name for an input's output files that every file system takes, and that is not in the set `taken`; adds
+    it there, in lower case. `x.mp4`, then `other/x.mp4`, give x and x_2. Letters of any script stay. No two names
+    differ in case alone."""
     stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
     stem = unicodedata.normalize("NFC", stem.encode("utf-8", "replace").decode())
     stem = re.sub(r"[^\w.-]+", "_", stem).strip("._-").encode()[:120].decode("utf-8", "ignore") or "input"
@@ -38,7 +38,8 @@ QUANTITIES = [("psnr", "PSNR", "dB", ".2f"), ("ssim", "SSIM", "", ".4f"), ("lpip
               ("decode_fps", "decode", "frames/s", ".1f"), ("peak_memory_mb", "peak memory", "MB", ".0f"),
               ("latent_error", "latent error", "ours to its", ".4g")]
 
-AT_LEAST = {"mse": False, "lpips": False, "psnr": True, "ssim": True, "flicker": False}  # else a target is "at most"
+# Whether a target means "at least" (more is better) or "at most".
+AT_LEAST = {"mse": False, "lpips": False, "psnr": True, "ssim": True, "flicker": False}
 HEADINGS = {"mse": "MSE", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "flicker"}
 
 STYLE = """
@@ -63,7 +64,7 @@ video { display: block; width: 100%; max-height: 80vh; background: #000 }
 """
 
 
-# ---- what the inputs say together, targets met or missed ------------------------------------------------------------
+# ---- statistics over the inputs, targets met or missed --------------------------------------------------------------
 
 
 def in_words(targets):
@@ -80,13 +81,13 @@ def judge(targets, values):
 
 
 def verdict(judged):
-    """"met", "missed PSNR, SSIM", or "" where nothing was judged."""
+    """"met", "missed PSNR, SSIM", or "" if nothing was judged."""
     missed = [HEADINGS[key] for key, one in judged.items() if not one["met"]]
     return f"missed {', '.join(missed)}" if missed else "met" if judged else ""
 
 
 def values(rows, key):
-    """The finite values of a quantity, which stands among a row's metrics or beside them."""
+    """The finite values of a quantity, which is a key of a row's metrics or of the row itself."""
     found = [row["metrics"].get(key, row.get(key)) for row in rows]
     return [float(value) for value in found if value is not None and math.isfinite(value)]
 
@@ -109,7 +110,7 @@ def versus(rows, keys):
 
 
 def summarize(rows, keys, targets):
-    """The "summary" of metrics.json: of all rows, with those that failed."""
+    """The "summary" of metrics.json, from all rows; failed ones are only counted."""
     done = [row for row in rows if not row.get("failed")]
     teachers = [row["teacher"] for row in done if row.get("teacher")]
     ours = statistics(done, keys)
@@ -124,8 +125,8 @@ def summarize(rows, keys, targets):
 
 
 def strict(value, where="", lost=None):
-    """A copy of `value` that strict JSON and UTF-8 can hold. NaN and infinity become None and are named in `lost`, a
-    list if there is one."""
+    """A copy of `value` that strict JSON and UTF-8 can hold. NaN and infinity become None; if `lost` is a list, a note
+    on each is appended to it. where: the path of keys to `value`, for these notes."""
     if isinstance(value, dict):
         return {str(key): strict(item, f"{where}{key} ", lost) for key, item in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -141,7 +142,8 @@ def strict(value, where="", lost=None):
 
 
 def write_whole(path, content):
-    """Writes a text or bytes through a temporary name: `path` is always whole. OSError leaves nothing behind."""
+    """Writes a text or bytes through a temporary file, so that `path` is always complete. After an OSError nothing is
+    left behind."""
     try:
         with open(f"{path}.part", "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -159,8 +161,8 @@ def _url(path):
 
 
 def _cells(rows, quantities, judged=()):
-    """HTML for each quantity: its value, or over several rows mean, ± deviation, and of how many if not of all. What
-    misses its target is marked."""
+    """HTML for each quantity: its value, or for several rows mean ± deviation, and the number of rows with a value if
+    some have none. Values that miss their target are marked."""
     texts = []
     for key, _, _, style in quantities:
         mean, std, count = statistics(rows, [key])[key].values()
@@ -183,8 +185,8 @@ def _verdict(judged, more=""):
 
 
 def _table(first, quantities, groups):
-    """HTML of a table. groups: (html of the first cell, rows, targets judged, a word on them): one input's row, or
-    several to be averaged."""
+    """HTML of a table. first: heading of the first column. groups: (HTML of the first cell, rows, judged targets, a
+    remark on them), where rows are one input's row, or several to be averaged."""
     with_teacher = any(row.get("teacher") for _, rows, *_ in groups for row in rows)
     with_targets = any(judged for *_, judged, _ in groups)
     names = [first] + ["targets"] * with_targets + ["model"] * with_teacher
@@ -208,7 +210,7 @@ def _table(first, quantities, groups):
 
 
 def _section(number, row, clean):
-    """HTML of one input. `clean` is the row as metrics.json has it; paths come from `row`, where they are exact."""
+    """HTML of one input. clean: the row as in metrics.json; exact paths are taken from `row`."""
     name = html.escape(clean["name"])
     text = f'<h2 id="input-{number}">{name}</h2><p class="soft">{html.escape(clean["source"])}'
     if row.get("failed"):
@@ -229,18 +231,18 @@ def _section(number, row, clean):
 def write_report(out_dir, rows, info, targets=None, headings=None):
     """Writes out_dir/metrics.json and out_dir/summary_report.html (self-contained); returns the path of the latter.
 
-    rows: one dict an input: name, source, frames, fps, height, width, latent_shape, metrics (psnr in dB, ssim, lpips,
-    mse and any others; None where not computed), encode_seconds, decode_seconds, encode_fps, decode_fps,
+    rows: a dict for each input: name, source, frames, fps, height, width, latent_shape, metrics (psnr in dB, ssim,
+    lpips, mse and any others; None if not computed), encode_seconds, decode_seconds, encode_fps, decode_fps,
     peak_memory_mb, notes (list of str), videos ({label: path relative to out_dir}), latent_picture (such a path or
-    None). An input that could not be read has name, source and failed (the reason) only. row["teacher"], if there,
-    holds a teacher's metrics, times, memory and latent_error; the tables then show ours, the teacher's, and ours
-    against it: the difference for PSNR, the ratio for the others. targets: as of `judge.parse_targets`; row["targets"]
-    is what `judge` says of a row. headings: {metric: heading} for metrics that `QUANTITIES` lacks; None as a heading
-    leaves it out of the tables.
-    info: {what: text} about the run (checkpoint, model, device, ...), shown in its order; lpips_note, a sentence, says
-    why LPIPS is missing.
+    None). An input that could not be read has only name, source and failed (the reason). row["teacher"], if present,
+    holds a teacher's metrics, times, memory and latent_error; the tables then show our values, the teacher's, and ours
+    against the teacher's: the difference for PSNR, the ratio for the others. targets: from `judge.parse_targets` (file
+    judge.py); row["targets"]: the result of `judge` for a row. headings: {metric: heading} for metrics that
+    `QUANTITIES` lacks; the heading None leaves a metric out of the tables.
+    info: {what: text} about the run (checkpoint, model, device, ...), shown in this order; its lpips_note, a sentence,
+    says why LPIPS is missing.
     metrics.json: info, rows and summary (mean, sample standard deviation, count of finite values; targets, judged on
-    the means). NaN and infinity are null there, and named in the row's notes. Raises OSError where it cannot write.
+    the means). NaN and infinity are null there, and named in the row's notes. OSError if a file cannot be written.
     """
     done = [row for row in rows if not row.get("failed")]
     teachers = [row["teacher"] for row in done if row.get("teacher")]

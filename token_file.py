@@ -3,18 +3,19 @@
     with TokenWriter("a.tokens", about, vocabulary=[1024]) as writer:
         for codes in pieces:                  # a list with one integer array T h w for each code map
             writer.write(codes)
-    reader = TokenReader("a.tokens")          # reads the file once: what is damaged or foreign is refused here
+    reader = TokenReader("a.tokens")          # reads the file once, and refuses a damaged or foreign one
     print(reader.about, reader.frames, reader.bits)
     pieces = list(reader)                     # or piece by piece: the same arrays, int64
 
 A file is the 8 bytes `MAGIC` (the last is the version) and records: kind (1 byte), length (uint32), payload, CRC-32 of
-all that precedes it in the file except the earlier CRCs, so that records cannot be lost or change places either.
+all that precedes it in the file except the earlier CRCs, so that lost or swapped records are noticed too.
   H  JSON: {"about": the caller's dict, "maps": [[number of codes, h, w], ...]}
-  C  a chunk: the frames of its pieces, then each map's codes, coded for themselves. Memory is bounded by a chunk.
-  E  the frames of each map (uint64); nothing follows it
-All numbers are little-endian. Codes are coded by rANS (Duda, arXiv 1311.2540) in integer arithmetic, so every machine
-restores the same, on many lanes at once (Giesen, arXiv 1402.3392), which numpy steps together. For each map of a chunk
-the writer takes what is smallest: equal frequencies, adaptive ones, or a model of where a code was last seen.
+  C  a chunk: the number of frames of its pieces, then the codes of each map, coded separately
+  E  the number of frames of each map (uint64); nothing follows it
+Memory is bounded by a chunk. All numbers are little-endian. Codes are coded by rANS (Duda, arXiv 1311.2540) in integer
+arithmetic, so every machine restores the same codes; and on many lanes at once (Giesen, arXiv 1402.3392), which numpy
+steps together. For each map of a chunk the writer takes the smallest of three codings: equal frequencies, adaptive
+frequencies, or a model of where a code was last seen.
 """
 import contextlib
 import functools
@@ -29,7 +30,7 @@ import numpy as np
 MAGIC = b"\x93TOKENS\x01"
 MAX_MAPS, MAX_VOCABULARY, MAX_FRAME = 256, 1 << 20, 1 << 20  # code maps; codes in a codebook, in a frame
 MAX_PIECE, MAX_ABOUT, MAX_RECORD = 1 << 23, 1 << 20, 1 << 28  # codes in a piece; bytes of `about`, of a record
-CHUNK_CODES, CHUNK_PIECES = 1 << 20, 1 << 16  # a chunk holds at most so many, or one piece
+CHUNK_CODES, CHUNK_PIECES = 1 << 20, 1 << 16  # most codes and pieces of a chunk (a single piece may have more codes)
 RECORD, CRC = struct.Struct("<cI"), struct.Struct("<I")
 
 
@@ -46,15 +47,16 @@ LANE_BITS, LANE_CODES, MAX_LANES = 1 << 15, 1 << 13, 1024  # a lane costs 6 byte
 
 
 class Frequencies:
-    """Shares of `symbols` symbols in each of `contexts` contexts: equal, or, to learn, from what was coded so far.
+    """Frequencies of `symbols` symbols in each of `contexts` contexts: equal, or with `learn` adapted to the codes so
+    far.
 
-    edges[c * symbols + s]: where the interval of symbol s in context c begins, plus c * 2^24. They follow the counts
-    only now and then, because that takes time in proportion to the vocabulary.
+    edges[c * symbols + s]: where the interval of symbol s in context c begins, plus c * 2^24. The edges are updated
+    from the counts only now and then, since an update takes time proportional to the vocabulary.
     """
 
     def __init__(self, symbols, contexts=1, learn=True):
         self.symbols, self.learn = symbols, learn
-        self.counts = np.ones((contexts, symbols), np.int64)  # a code seen adds four: each counts a quarter beforehand
+        self.counts = np.ones((contexts, symbols), np.int64)  # a code adds four, so unseen ones count a quarter each
         self.seen = 0
         self.refresh()
 
@@ -77,7 +79,7 @@ class Frequencies:
 
 
 class Encoder:
-    """Collects intervals in the order of decoding; `finish` codes them, last first. bits: what they will take."""
+    """Collects intervals in the order of decoding; `finish` codes them, last first. bits: about how many they take."""
 
     def __init__(self):
         self.parts, self.bits = [], 0.0
@@ -137,16 +139,16 @@ class Decoder:
         return result
 
     def intervals(self, edges, base):
-        """Numbers (int64) of the intervals between `edges` that the states, taking turns, point into, each at its
-        offset `base` (uint64); the states move on."""
+        """Decode one interval for each offset in `base` (uint64), the lanes taking turns: the index (int64) of the
+        interval between `edges` that holds offset + slot of the lane's state. Advances the states."""
         found = np.empty(len(base), np.int64)
         for i in range(0, len(base), len(self.states)):
-            at = base[i:i + len(self.states)]
-            state = self.states[:len(at)]
-            place = at + (state & SLOT)
-            index = found[i:i + len(at)] = np.searchsorted(edges, place, "right") - 1
+            offsets = base[i:i + len(self.states)]
+            state = self.states[:len(offsets)]
+            position = offsets + (state & SLOT)
+            index = found[i:i + len(offsets)] = np.searchsorted(edges, position, "right") - 1
             start = edges[index]
-            state[:] = (edges[index + 1] - start) * (state >> SHIFT) + (place - start)
+            state[:] = (edges[index + 1] - start) * (state >> SHIFT) + (position - start)
             empty = state < LOW
             words = self.words[self.taken:self.taken + np.count_nonzero(empty)]
             self.taken += len(words)
@@ -156,32 +158,34 @@ class Decoder:
         return found
 
     def finish(self):
-        """TokenError unless this is where the encoder began: a strong check of all that was decoded."""
+        """TokenError unless the states are back where the encoder began: a strong check of all that was decoded."""
         if self.taken != len(self.words) or (self.states != LOW).any():
             raise TokenError("damaged: entropy-coded data do not end where they should")
 
 
 # ---- the codes of one map, and chunks ----------------------------------------------------------------------------
 
-HISTORY = 4  # codes remembered for each place
+HISTORY = 4  # codes remembered for each position
 AROUND = [(0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
 NEW = HISTORY + len(AROUND)  # the rank of a code that is not among the candidates
-GRIDS = [(0, 0), (1, 1), (0, 1), (1, 0)]  # half the places know four neighbours in their own frame, a quarter two
+# (first row, first column) of four grids of every second position, in coding order. In the third and fourth grid, a
+# position knows at least four neighbours in its own frame, in the second grid four diagonal ones.
+GRIDS = [(0, 0), (1, 1), (0, 1), (1, 0)]
 
 
 def code_flat(coder, shape, num_codes, codes=None, learn=True):
-    """Code (or, without `codes`, decode) T h w codes by how frequent each is, or, not to learn it, all equally."""
+    """Code (or, without `codes`, decode) T h w codes by adaptive frequencies, or with learn=False by equal ones."""
     model, contexts = Frequencies(max(num_codes, 2), learn=learn), np.zeros(int(np.prod(shape)), np.int64)
     return coder.code(model, contexts, None if codes is None else codes.ravel()).reshape(shape)
 
 
 def code_as_video(coder, shape, num_codes, codes=None):
-    """Code (or, without `codes`, decode) T h w codes by where they were last seen; new ones by how frequent they are.
+    """Code (or, without `codes`, decode) T h w codes by where they were last seen; new codes by adaptive frequencies.
 
-    Candidates for a place are the last four codes it had, and its eight neighbours: as they are where this frame knows
-    them already, as they were where it does not. What is coded is the rank of the first candidate that is right, in the
-    context of the place's last rank and of how many neighbours kept their code (rank 0). A frame is coded as four
-    interleaved grids, each at once. Codes of eight real clips (two k-means codebooks of 16x16 and 8x8 pixels) took
+    Candidates for a position are its last four codes, and the codes of its eight neighbours: in this frame if they are
+    coded already, else in the previous frame. What is coded is the rank of the first candidate that is right. Its
+    context is the position's last rank, and how many neighbours kept their code (rank 0). A frame is coded as four
+    interleaved grids, each as a whole. Codes of eight real clips (two k-means codebooks of 16x16 and 8x8 pixels) took
     28 % of their plain bits on average; frequencies alone 78 %, LZMA 31 %, which was 3 % better on two of the sixteen.
     """
     frames, height, width = shape
@@ -189,14 +193,14 @@ def code_as_video(coder, shape, num_codes, codes=None):
     ranks, novel = Frequencies(NEW + 1, contexts=(NEW + 1) * 9), Frequencies(max(num_codes, 2))
     rank = np.full((height, width), NEW)
     history = np.full((HISTORY, height, width), -1)
-    known = np.full((height + 2, width + 2), -1)  # the newest code of each place, in a border that matches nothing
+    known = np.full((height + 2, width + 2), -1)  # each position's newest code, inside a border that matches nothing
     for t in range(frames):
         for y, x in GRIDS:
             here = np.s_[y::2, x::2]
             around = [np.s_[1 + y + dy:height + 1 + dy:2, 1 + x + dx:width + 1 + dx:2] for dy, dx in AROUND]
-            candidates = np.stack([*history[:, y::2, x::2], *(known[place] for place in around)]).reshape(NEW, -1)
+            candidates = np.stack([*history[:, y::2, x::2], *(known[near] for near in around)]).reshape(NEW, -1)
             kept = np.pad(rank == 0, 1, "edge")
-            contexts = rank[here] * 9 + sum(kept[place] for place in around)
+            contexts = rank[here] * 9 + sum(kept[near] for near in around)
             true = None if codes is None else codes[t][here].ravel()
             found = coder.code(ranks, contexts.ravel(), None if codes is None else first(candidates == true, NEW))
             values = candidates[np.minimum(found, NEW - 1), np.arange(len(found))]
@@ -205,18 +209,18 @@ def code_as_video(coder, shape, num_codes, codes=None):
             known[1:-1, 1:-1][here] = values.reshape(contexts.shape)
             rank[here] = found.reshape(contexts.shape)
         result[t] = known[1:-1, 1:-1]
-        moved = np.concatenate([result[t:t + 1], history[:-1]])  # to the front; those before it go back by one
+        moved = np.concatenate([result[t:t + 1], history[:-1]])  # this frame's codes to the front, others back by one
         history = np.where(np.arange(HISTORY)[:, None, None] <= first(history == result[t], HISTORY), moved, history)
     return result
 
 
 def first(true, otherwise):
-    """Index of the first True along axis 0, or `otherwise` where there is none."""
+    """Index of the first True along axis 0; `otherwise` if there is none."""
     return np.where(true.any(0), true.argmax(0), otherwise)
 
 
 def modes(shape):
-    """The ways to code T h w codes; a chunk names one by its place in this list. Video is slow for tiny maps."""
+    """The ways to code T h w codes; a chunk stores the index of its way. `code_as_video` is slow for tiny maps."""
     return [functools.partial(code_flat, learn=False), code_flat, code_as_video][:3 if shape[1] * shape[2] >= 16 else 2]
 
 
@@ -243,8 +247,9 @@ def unpack(mode, data, shape, num_codes):
 
 
 def pack_chunk(pieces, vocabulary):
-    """pieces: lists of int arrays T h w. bytes: the number of rows, the rows (how many equal pieces, and the frames of
-    each map in one of them; uint32), then mode, length and data of each map."""
+    """The bytes of a chunk. pieces: lists of int arrays T h w. Format: the number of rows; the rows, each the number of
+    consecutive pieces with equal numbers of frames, and these numbers for each map (uint32); then mode, length and data
+    of each map."""
     rows = [(len(list(same)), *frames) for frames, same in itertools.groupby([len(c) for c in p] for p in pieces)]
     parts = [struct.pack("<I", len(rows)), np.array(rows, "<u4").tobytes()]
     for codes, num_codes in zip(zip(*pieces), vocabulary):
@@ -254,7 +259,8 @@ def pack_chunk(pieces, vocabulary):
 
 
 def chunk_rows(payload, maps):
-    """(rows as lists, frames of each map, where the maps begin), inside of all limits. maps: (codes, h, w) of each."""
+    """(rows as lists, frames of each map, offset at which the maps begin) of a chunk. maps: (codes, h, w) of each.
+    TokenError if a number exceeds the limits."""
     count = struct.unpack_from("<I", payload)[0] if len(payload) >= 4 else 0
     end = 4 + 4 * count * (1 + len(maps))
     if not count or end > len(payload):
@@ -291,9 +297,9 @@ def unpack_chunk(payload, maps):
 class TokenWriter:
     """Context manager that writes `path` through a temporary file: complete, or, after an exception, not at all.
 
-    about: a JSON-able dict with what decoding needs (model, size, frames per second, ...), which the reader gives back.
-    vocabulary: the number of codes of each map. bits: of the chunks so far, which is all but `about` and 150 bytes.
-    ValueError for impossible arguments, TypeError for what JSON cannot hold.
+    about: a dict that JSON can hold, with what decoding needs (model, size, frames per second, ...); the reader gives
+    it back. vocabulary: the number of codes of each map. bits: size of the chunks so far; to the file, `about` and 150
+    bytes come in addition. ValueError for impossible arguments, TypeError for what JSON cannot hold.
     """
 
     def __init__(self, path, about, vocabulary):
@@ -332,7 +338,7 @@ class TokenWriter:
             raise ValueError(f"code maps of h w {shapes} after {self.shapes}")
         if self.waiting_codes + size > CHUNK_CODES or len(self.waiting) == CHUNK_PIECES:
             self.flush()
-        self.waiting.append([c.astype(np.int64) for c in codes])  # a copy: the caller may use the array again
+        self.waiting.append([c.astype(np.int64) for c in codes])  # a copy: the caller may overwrite the array
         self.waiting_codes += size
         self.frames = [n + len(c) for n, c in zip(self.frames, codes)]
 
@@ -367,7 +373,8 @@ class TokenWriter:
 
 
 def records(path):
-    """(kind, payload) of one H, any number of C, and one E, with right checksums and nothing behind."""
+    """Yields (kind, payload) of one H, any number of C, and one E. TokenError for a wrong checksum, or for bytes after
+    the end."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         magic = file.read(len(MAGIC))
@@ -392,7 +399,7 @@ def records(path):
 
 
 def parse_header(payload):
-    """(about, maps), with all numbers inside of the limits."""
+    """(about, maps) of a header. TokenError if a number exceeds the limits."""
     try:
         header = json.loads(payload)
         about, maps = header["about"], [(int(n), int(h), int(w)) for n, h, w in header["maps"]]
@@ -405,8 +412,8 @@ def parse_header(payload):
 
 
 def keep_maps(path, target, count):
-    """Write to `target` what the file `path` holds of its first `count` maps, as of the first levels of a residual
-    quantizer. TokenError for a file of fewer, or as TokenReader."""
+    """Copy the first `count` maps of the token file `path` to `target`: with a residual quantizer, its first levels.
+    TokenError if the file has fewer maps, or as for TokenReader."""
     reader = TokenReader(path)
     if not 1 <= count <= len(reader.maps):
         raise TokenError(f"{path}: holds {len(reader.maps)} code maps, and {count} are to be kept")
@@ -416,12 +423,14 @@ def keep_maps(path, target, count):
 
 
 class TokenReader:
-    """Reads what TokenWriter wrote: iterate over it (again and again) for the pieces, lists of int64 arrays T h w.
+    """Reads what TokenWriter wrote. Iterating over it, as often as you like, gives the pieces: lists of int64 arrays
+    T h w.
 
-    about: the writer's dict. maps: (number of codes, h, w) of each. frames: of each map. bits: of the chunks. The whole
-    file is checked at the start, short of decoding it. Memory is bounded by a chunk whatever the file claims; how many
-    codes come is its claim, so compare `frames` with what `about` makes you expect. TokenError for a file that is
-    damaged or foreign (while iterating, only if it was forged); OSError if it cannot be read.
+    about: the writer's dict. maps: (number of codes, h, w) of each. frames: number of frames of each map. bits: size of
+    the chunks. The constructor checks the whole file, but does not decode it. Memory is bounded by a chunk, whatever
+    the file claims. The number of codes is what the file claims: compare `frames` with what you expect from `about`.
+    TokenError for a file that is damaged or foreign (while iterating, only if it was forged); OSError if it cannot be
+    read.
     """
 
     def __init__(self, path):
@@ -432,7 +441,7 @@ class TokenReader:
         return self.read(decode=True)
 
     def read(self, decode):
-        """Go through the file and check all of it; yields the codes if they are to be decoded. TokenError."""
+        """Read the file and check all of it; with `decode`, yield the codes. TokenError as above."""
         try:
             for kind, payload in records(self.path):
                 if kind == b"H":

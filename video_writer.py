@@ -1,4 +1,4 @@
-"""Videos that browsers play, frame by frame into a .webm.
+"""Writes videos that browsers play, frame by frame, as .webm files.
 
     with VideoWriter("out/comparison_videos/NAME_comparison.webm", fps, width, height) as writer:
         writer.write(frame)                                # RGB uint8 H W 3
@@ -15,20 +15,20 @@ import threading
 import cv2
 import numpy as np
 
-# Through OpenCV, VP8 takes 86 ms a 1280x720 frame at 38.5 dB, VP9 ("VP90") 306 ms at 38.0 dB and 0.6 of the bytes
-# (opencv-python 5.0.0, one of two cores, moving texture, 41.0 dB is the ceiling of 4:2:0). The wheels have no H.264
+# With OpenCV, VP8 takes 86 ms for a 1280x720 frame at 38.5 dB; VP9 ("VP90") takes 306 ms at 38.0 dB, and 0.6 of the
+# bytes (opencv-python 5.0.0, one of two cores, moving texture; 4:2:0 allows at most 41.0 dB). The wheels have no H.264
 # encoder.
 FOURCC = "VP80"
-# Through PyAV, with these settings, a frame of 480x832 takes 14 ms at 41.8 dB; through OpenCV 60 ms at 40.0 dB and 0.9
-# of the bytes (PyAV 18.1, one core, an animated film). libvpx's realtime mode gave 41.5 dB in the same time.
+# With PyAV and these settings, a frame of 480x832 takes 14 ms at 41.8 dB; with OpenCV 60 ms at 40.0 dB and 0.9 of the
+# bytes (PyAV 18.1, one core, an animated film). libvpx's realtime mode gave 41.5 dB in the same time.
 ENCODER, SETTINGS = "libvpx", {"deadline": "good", "cpu-used": "5", "crf": "4", "qmin": "0", "qmax": "50"}
 STDERR = threading.Lock()
-MAX_SIDE = 16382  # pixels: VP8 has 14 bits for a side, and sides are padded to even ones
-BITS_PER_PIXEL, LEAST_RATE = 3, 1100  # OpenCV asks the encoder for the first; under 1 kbit/s it writes a broken file
+MAX_SIDE = 16382  # pixels: VP8 has 14 bits for a side, and odd sides are padded to even ones
+BITS_PER_PIXEL, LEAST_RATE = 3, 1100  # OpenCV's bit rate; bits/s: below 1 kbit/s it writes a broken file
 
 
 def check_video_size(width, height, path):
-    """OSError, about `path`, for frames that VideoWriter cannot write: too long a side, or too few pixels."""
+    """OSError, naming `path`, for frames that VideoWriter cannot write: too long a side, or too few pixels."""
     if max(width, height) > MAX_SIDE:
         raise OSError(f"{path}: {width}x{height} pixels: the videos that are written have at most {MAX_SIDE} a side; "
                       "scale it down")
@@ -38,8 +38,8 @@ def check_video_size(width, height, path):
 
 @contextlib.contextmanager
 def _without_tag_warning():
-    """OpenCV prints "tag ... is not supported" on stderr for each .webm that it opens well (its issue 8919): hold
-    stderr back, drop that line, print the others."""
+    """Context that drops OpenCV's line "tag ... is not supported" from stderr, which it prints for each .webm that it
+    opens without problems (OpenCV issue 8919). Other lines are printed at the end of the block."""
     with STDERR, tempfile.TemporaryFile() as held:
         stderr = os.dup(2)
         os.dup2(held.fileno(), 2)
@@ -54,7 +54,7 @@ def _without_tag_warning():
 
 
 def has_all_bytes(path):
-    """Whether a .webm is as long as its beginning says: the size in 7 bytes behind the segment's name and a 1."""
+    """Whether a .webm file is as long as its header says: after the segment's id and a 1 come 7 bytes with the size."""
     with open(path, "rb") as file:
         head = file.read(256)
     start = head.find(b"\x18\x53\x80\x67\x01") + 12
@@ -62,7 +62,7 @@ def has_all_bytes(path):
 
 
 class _ThroughOpenCV:
-    """A VP8 encoder and its file, for RGB frames of even sides. It tells no error of the disk."""
+    """A VP8 encoder and its file, for RGB frames of even sides. It does not report errors of the disk."""
 
     def __init__(self, path, fps, size):
         with _without_tag_warning():
@@ -80,7 +80,7 @@ class _ThroughOpenCV:
 
 
 class _ThroughPyAV:
-    """The same through PyAV's module `av`, with settings that OpenCV does not pass on. OSError where a write fails."""
+    """The same with PyAV (the module `av`), with settings that OpenCV does not pass on. OSError if a write fails."""
 
     def __init__(self, av, path, fps, size):
         self.av, self.count = av, 0
@@ -89,7 +89,7 @@ class _ThroughPyAV:
         try:
             self.stream = self.file.add_stream(ENCODER, rate=self.rate, options=SETTINGS)
             self.stream.width, self.stream.height, self.stream.pix_fmt = *size, "yuv420p"
-            most = min(BITS_PER_PIXEL * fps * size[0] * size[1], 1e9)  # libvpx counts bits in 32 bits
+            most = min(BITS_PER_PIXEL * fps * size[0] * size[1], 1e9)  # libvpx holds the rate in 32 bits
             self.stream.bit_rate = round(most)
             self.stream.codec_context.thread_count = 1  # each video has a thread of its own
             self.file.start_encoding()
@@ -98,7 +98,7 @@ class _ThroughPyAV:
             raise
 
     def write(self, frame):
-        picture = self.av.VideoFrame.from_ndarray(frame, format="rgb24")  # swscale makes 4:2:0 of it, as in OpenCV
+        picture = self.av.VideoFrame.from_ndarray(frame, format="rgb24")  # swscale converts it to 4:2:0, as in OpenCV
         picture.pts, picture.time_base = self.count, 1 / self.rate
         self.count += 1
         self.file.mux(self.stream.encode(picture))
@@ -108,12 +108,12 @@ class _ThroughPyAV:
         self.file.close()
 
     def abandon(self):
-        with contextlib.suppress(OSError):  # of a full disk
+        with contextlib.suppress(OSError):  # the disk may be full
             self.file.close()
 
 
 def _open_encoder(path, fps, size):
-    """Through PyAV where it is installed."""
+    """An encoder of PyAV if that is installed, else of OpenCV."""
     try:
         import av
     except ImportError:
@@ -124,16 +124,16 @@ def _open_encoder(path, fps, size):
 
 
 class VideoWriter:
-    """Streams RGB uint8 H W 3 frames into a VP8 .webm, which browsers play: through PyAV, several times faster, where
-    that is installed, else through OpenCV. A context manager.
+    """Streams RGB uint8 H W 3 frames into a VP8 .webm, which browsers play: with PyAV if that is installed, which is
+    several times faster, else with OpenCV. A context manager.
 
-    The folder is made if need be. The file gets its name when the block ends without an exception; until then it is
-    `.NAME.part.webm` beside it. An odd height or width grows by a repeated row or column (OpenCV would cut one off).
-    `fps` (frames/s) outside 0.1 to 240, NaN or None, as broken containers report it, becomes 25, as does one too slow
-    for so few pixels: `.fps` is the rate written, `.note` says so in words ("" where nothing was changed).
-    Raises ValueError for a path that isn't .webm or a frame of another size or type, OSError for a size as in
-    `check_video_size`, and where the file cannot be opened or written, or is empty or incomplete at the end (OpenCV
-    itself says nothing when the disk is full).
+    It creates the folder. The file gets its name when the block ends without an exception; until then it is
+    `.NAME.part.webm` in the same folder. A row or column is repeated if the height or width is odd (OpenCV would cut
+    one off). `fps` (frames/s) becomes 25 if it is outside 0.1 to 240, NaN or None, as broken containers report it, or
+    too low for so few pixels. `.fps` is the rate written; `.note` is a text about the change, or "".
+    ValueError for a path that is not .webm, or a frame of another size or dtype. OSError for a size as in
+    `check_video_size`, and if the file cannot be opened or written, or is empty or incomplete at the end (OpenCV itself
+    does not report a full disk).
     """
 
     def __init__(self, path, fps, width, height):
@@ -169,13 +169,13 @@ class VideoWriter:
         self.frames += 1
 
     def finish(self):
-        """No more frames come. OSError where the file is not whole; else all that is left for the block's end is to
-        give it its name."""
+        """Call it after the last frame. OSError if the file is incomplete. The end of the block then only renames it.
+        """
         if not self.frames:
             raise OSError(f"{self.path}: no frame was written")
         self._encoder.finish()
-        # A file that was cut short has no duration and so no count; or it has them, as these stand at its beginning, to
-        # which FFmpeg comes back, but fewer bytes than the size that stands there too.
+        # FFmpeg writes duration and size into the header at the end. A file that was cut short has no duration, and so
+        # no frame count; or it has them, but fewer bytes than its header says.
         count = cv2.VideoCapture(self._part, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT)
         if abs(count - self.frames) > 1 or not has_all_bytes(self._part):
             raise OSError(f"{self.path}: the {self.frames} frames cannot be read back; is the disk full?")
