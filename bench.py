@@ -1,20 +1,20 @@
-"""How fast, and in how much memory: a table, and the same as JSON.
+"""Measure speed and memory; print a table, and write the same as JSON.
 
     python bench.py                              # every section but quality: half an hour on two cores
     python bench.py codec --sizes 256x256 480x832 --json fast.json
     python bench.py loader --data videos/        # real clips; without --data, clips are made on the fly
-    python bench.py quality --data train/ --val-data val/     # training runs of 12 minutes; only where asked for
+    python bench.py quality --data train/ --val-data val/     # training runs of 12 minutes; only if asked for
     python bench.py codec quantizer --quick      # small sizes, few repetitions: does it run?
 
 Sections: codec (encode and decode: plain, fast, and as the published code does by default), train (a training step),
 loop (train.py's whole loop beside the bare step, and its pauses; see bench_loop.py), loader (clips from videos, cached
-clips; see bench_loader.py), quantizer (against full distances and one-hot matrices), quality (PSNR of a TAEHV from
-scratch after so many minutes, and how much sooner our preset for minutes, taehv_small, has the PSNR that the published
-notebook's network, optimizer and crops end with, on pixels only). The rows of a comparison take turns within one
-process of their own; medians. Speed-ups are over the row that has 1.00x. "of peak" is the share of the multiplication
-rate that a matrix product reaches here in the same type (for reading, of the rate at which memory is copied), measured
-once at the start: above 100 % means that the machine was busy then. memory is the process's peak over what was held,
-where a part measures it.
+clips; see bench_loader.py), quantizer (against full distances and one-hot matrices), quality (PSNR of a TAEHV trained
+from scratch for --minutes, and how much sooner our preset taehv_small reaches the final PSNR of the published
+notebook's network, optimizer and crops, on pixels only). The rows of a comparison take turns within one process of
+their own; times are medians. Speed-ups are relative to the row with 1.00x. "of peak" is the fraction of a matrix
+product's multiplication rate in the same dtype (for reading, of the rate of copying memory). That rate is measured once
+at the start: above 100 % means that the machine was busy then. "memory" is the process's peak above what it held
+before, if a section measures it.
 """
 from screen import end_at_ctrl_c, guard_screen, nobody_reads, one_line, text_is_lost
 
@@ -42,20 +42,20 @@ from device import DeviceError, describe, pick_device, pick_precision, stream_li
 from measure import TYPES, Waiting, alone, alternate, flops, has_fp16, memory_of, peaks
 from video_files import DataError
 
-SIZES = [(256, 256), (480, 832)]  # on a CPU the second only for TAEHV itself: hours otherwise
+SIZES = [(256, 256), (480, 832)]  # on a CPU the second is for "taehv" only: others would take hours
 
 
 def types(options):
-    """What --precision says; else both, or float32 alone where bf16 is emulated."""
+    """The dtypes of --precision; by default both, or fp32 alone if bf16 is emulated."""
     usual = ["fp32", "bf16"] if pick_precision("auto", pick_device(options.device)) == torch.bfloat16 else ["fp32"]
     return options.precision or usual
 
 
-# ---- sections: each gives what it is about to measure (a str), then its rows (dicts) ---------------------------------
+# ---- sections: each yields a description of what it measures next (a str), then its rows (dicts) --------------------
 
 
 def families():
-    """{name: function that makes a model}: the published sizes but for VQGAN (f8, ch 64) and a narrow DC-AE."""
+    """{name: function that makes a model}, of the published sizes except VQGAN (f8, ch 64) and a narrow DC-AE."""
     from model_dcae import DCAE
     from model_taehv import TAEHV
     from model_vqgan import VQGAN
@@ -76,8 +76,8 @@ def streamed(model, kind, x):
 
 
 def codec_call(options, name, size, label, task):
-    """(function to time, model, its input) of encoding or decoding a clip. label: "plain fp32", "fast bf16", "graph
-    bf16" (fast, by CUDA graphs), "at once fp32" (the whole clip in one pass), "published fp16" (so too, by the
+    """(function to time, model, its input) for encoding or decoding a clip. label: "plain fp32", "fast bf16", "graph
+    bf16" (fast, with CUDA graphs), "at once fp32" (the whole clip in one pass), "published fp16" (the whole clip by the
     published routine, in its layout)."""
     device = pick_device(options.device)
     tune(device)
@@ -99,12 +99,12 @@ def codec_call(options, name, size, label, task):
         return torch.no_grad()(lambda: call(x)), model, x
     runner = model if how == "plain" else fast_copy(model, graph=how == "graph")
     if how == "graph":
-        streamed(runner, task, x)  # graphs are recorded when a shape comes the second time: in the warm-up, after this
+        streamed(runner, task, x)  # graphs are recorded when a shape occurs again: in the warm-up after this
     return lambda: streamed(runner, task, x), model, x
 
 
 def fast_copy(model, graph=False):
-    """The model's copy for inference on its device; itself where there is none."""
+    """The model's fast copy for inference on its device; the model itself if there is none."""
     if next(model.parameters()).device.type == "cuda" and type(model) is models.TAEHV:
         return fast_cuda.fast(model, graph)
     return models.fast(model)
@@ -127,14 +127,14 @@ def codec_memory(options, name, size, label, task):
 
 
 def codec(options):
-    """Encoding and decoding by each family at each size. Ratios are to the plain layers in the first type."""
+    """Encoding and decoding by each family at each size. Ratios are to the plain layers in the first dtype."""
     device = pick_device(options.device)
     for name in options.families:
         model = families()[name]().eval().to(device)
         has_fast = fast_copy(model) is not model
         ways = ["plain", *["fast"] * has_fast, *["graph"] * (has_fast and device.type == "cuda"),
                 *["at once"] * options.at_once]
-        del model  # its memory is wanted
+        del model  # frees its memory
         labels = [f"{way} {kind}" for kind in types(options) for way in ways]
         if name.startswith("tae"):
             labels.append("published fp16" if has_fp16(device) else "published fp32")
@@ -150,16 +150,16 @@ def codec(options):
 
 
 def published_pass(model, task, x):
-    """What the published encode_video and decode_video do by default with a TAEHV's weights: all frames at once."""
+    """Encode or decode as the published encode_video and decode_video do by default: all frames at once."""
     if task == "encode":
         return published(model.encoder, model._unshuffle(x))
     return model._shuffle(published(model.decoder, x)).clamp(0, 1)[:, model.frames_to_trim:]
 
 
 def published(blocks, x):
-    """An encoder or decoder by the published file's whole-clip routine, which is retyped here: N T C H W to
-    N T' C' H' W', in the layout as it comes; the frames before are padded and concatenated, and space is enlarged
-    before time grows."""
+    """Run an encoder or decoder like the published file's whole-clip routine, which is rewritten here: N T C H W to
+    N T' C' H' W', in the input's layout. Previous frames are padded and concatenated; space is enlarged before time
+    grows."""
     from model_taehv import MEMORY_BLOCKS, TGrow, TPool
     n, x = len(x), x.flatten(0, 1)
     for block in blocks:
@@ -176,8 +176,9 @@ def published(blocks, x):
 
 
 def train_call(options, size, batch, label):
-    """(a training step, its forward and backward passes, the reconstruction that it makes) of a TAEHV. "plain": the
-    published routine and PyTorch's AdamW; "ours": as train.py does it, but without the norm of the gradients."""
+    """(function for a training step, function for its forward and backward passes, function for its forward pass) of a
+    TAEHV. label: "plain ...", the published routine and PyTorch's default AdamW; "ours ...", like train.py, but without
+    the norm of the gradients."""
     from model_taehv import TAEHV
     from step_taehv import speed_up
     device = pick_device(options.device)
@@ -217,15 +218,15 @@ def train_rows(options, size, batch, labels):
 
 
 def train_memory(options, size, batch, label):
-    """Bytes for each clip at the peak of the two passes, beyond the weights and their gradients."""
+    """Bytes per clip at the peak of the forward and backward passes, without the weights and their gradients."""
     step, passes, _ = train_call(options, size, batch, label)
     video = torch.rand(batch, 12, 3, size, size, device=pick_device(options.device))
-    passes(video[:1, :4, :, :16, :16])  # the gradients exist from here on
+    passes(video[:1, :4, :, :16, :16])  # allocates the gradients
     return memory_of(lambda: passes(video), video.device) / batch
 
 
 def train(options):
-    """A training step: forward and backward passes, AdamW. Ratios are to "plain bf16" if that is run."""
+    """A training step: forward and backward passes, AdamW. Ratios are to "plain bf16" if that runs."""
     labels = ["plain fp32", "plain bf16", "plain bf16 channels-last", "ours fp32", "ours bf16"]
     labels = [label for label in labels if label.split()[1] in types(options)]
     for size, batch in [(32, 2)] if options.quick else [(64, 4), (128, 2)]:
@@ -254,7 +255,7 @@ def quantizer_step(kind, codes, vectors, dim):
             out, info = layer(z)
             (info["vq_loss"] + out.mean()).backward()
             return
-        flat = z.permute(0, 2, 3, 1).reshape(-1, dim)  # the textbook's way: all distances, then one-hot rows
+        flat = z.permute(0, 2, 3, 1).reshape(-1, dim)  # the textbook way: all distances, then one-hot rows
         with torch.no_grad():
             distances = flat.square().sum(1, keepdim=True) + book.square().sum(1) - 2 * flat @ book.t()
             one_hot = F.one_hot(distances.argmin(1), codes).float()
@@ -268,7 +269,7 @@ def quantizer_step(kind, codes, vectors, dim):
 
 
 def quantizer(options):
-    sizes = (1024, 4096, 64) if options.quick else (16384, 65536, 256)  # 17 GB the textbook's way
+    sizes = (1024, 4096, 64) if options.quick else (16384, 65536, 256)  # the textbook way takes 17 GB
     if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 20e9:
         sizes = (min(sizes[0], 4096), *sizes[1:])
     first = None
@@ -323,12 +324,12 @@ SECTIONS = {"codec": codec, "train": train, "loop": lambda options: loop(options
 
 
 def show(row, peak, before):
-    """Print a row, under its comparison's name where that is another one than of the row before."""
+    """Print a row; first the name of its comparison, if the row before was in another one."""
     if before is None or row["what"] != before["what"]:
         print(f"{row['what']:46} {'':9} {'speed-up':>16} {'memory':>9} {'of peak':>8}")
-    share = f"{100 * row['rate'] / peak[row['type']]:.0f} %" if row.get("rate") else ""
+    of_peak = f"{100 * row['rate'] / peak[row['type']]:.0f} %" if row.get("rate") else ""
     memory = f"{row['memory'] / 1e6:.0f} MB" if row.get("memory") is not None else ""
-    print(f"    {row['how']:34} {row['value']:8.2f} {row['unit']:9} {row['ratio']:15.2f}x {memory:>9} {share:>8}"
+    print(f"    {row['how']:34} {row['value']:8.2f} {row['unit']:9} {row['ratio']:15.2f}x {memory:>9} {of_peak:>8}"
           + (f"\n        {row['note']}" if "note" in row else ""), flush=True)
 
 

@@ -1,7 +1,7 @@
-"""The section "loader" of bench.py: clips from videos, beside other ways to read them, and clips from caches.
+"""The section "loader" of bench.py: clips from videos, compared with other ways to read them, and clips from caches.
 
-All sides read the same frames of the same videos, in one process with one thread, and end with the same centred square.
-Their seconds are of CPU time: what a core can do, whatever else the machine does meanwhile.
+All readers read the same frames of the same videos, in one process with one thread, and return the same centred square.
+Seconds are CPU time: what one core can do, whatever else the machine does meanwhile.
 decord and PyAV are compared where they are installed (`pip install decord av`). Nothing else here uses decord;
 video_writer.py and rate.py use PyAV.
 """
@@ -51,7 +51,7 @@ def ours(path, first):
 
 
 def seek_per_frame(path, first):
-    """As notebooks read: a seek for each frame, all of it converted to RGB and to float, then resized."""
+    """Reads like many notebooks: a seek for each frame; the whole frame converted to RGB and to float, then resized."""
     capture, clip = open_video(path), []
     for t in range(first, first + FRAMES):
         capture.set(cv2.CAP_PROP_POS_FRAMES, t)
@@ -68,14 +68,14 @@ def seek_per_frame(path, first):
 
 
 def with_decord(path, first):
-    """The same frames in one batch of decord's, resized like the others."""
+    """The same frames as one batch from decord, resized like the others."""
     import decord
     batch = decord.VideoReader(path, num_threads=1).get_batch(range(first, first + FRAMES))
     return squares(batch.asnumpy())
 
 
 def with_pyav(path, first):
-    """A seek to the keyframe before, by time; the frames between are decoded but not converted."""
+    """One seek by time, to the keyframe before the clip; frames before the clip are decoded but not converted."""
     import av
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -93,7 +93,7 @@ def with_pyav(path, first):
 
 
 def readers():
-    """({name: (function, what it raises for a video that it cannot read)}, what is not installed)."""
+    """({name: (function, exceptions that it raises for an unreadable video)}, [packages that are not installed])."""
     found, missing = {"ours": (ours, DataError)}, []
     if importlib.util.find_spec("decord"):
         import decord
@@ -103,7 +103,7 @@ def readers():
         missing.append("decord")
     if importlib.util.find_spec("av"):
         import av
-        av.logging.set_level(None)  # a line per damaged block otherwise
+        av.logging.set_level(None)  # else it prints a line for each damaged block
         found["PyAV, then resize"] = with_pyav, (av.FFmpegError, IndexError)
     else:
         missing.append("av")
@@ -111,8 +111,8 @@ def readers():
 
 
 def usable(sources, calls):
-    """(the sources that all sides can read, {name: how many of them it reads otherwise than ours does, but for the
-    rounding of colours})."""
+    """(the sources that all readers can read, {name: for how many of them its frames differ from ours by more than
+    rounding})."""
     kept, other = [], dict.fromkeys(calls, 0)
     for source in sources:
         first, clips = (source.frames - FRAMES) // 2, {}
@@ -131,7 +131,7 @@ def usable(sources, calls):
 
 
 def loader_rows(options, folder):
-    """(rows of all readers over a folder's videos, seconds that a clip takes with a seek per frame)."""
+    """(rows of all readers over a folder's videos, seconds for a clip with a seek per frame)."""
     data.start_worker(0)
     sources, _ = probe([s for s in find_sources(folder) if not s.is_image])
     calls, missing = readers()
@@ -140,7 +140,7 @@ def loader_rows(options, folder):
         raise DataError(f"no video of {FRAMES} frames or more in {folder!r}")
 
     def turns(read):
-        for turn in range(options.repeat + 1):  # elsewhere in the videos, but not at their ends: not all agree where
+        for turn in range(options.repeat + 1):  # another position each turn, not at the end, on which readers disagree
             yield [read(s.path, int((0.1 + 0.618 * turn) % 0.95 * (s.frames - FRAMES))) for s in sources]
     calls = {"a seek per frame, float, resize": turns(seek_per_frame),
              **{name: turns(read) for name, (read, _) in calls.items()}}
@@ -158,7 +158,7 @@ def loader_rows(options, folder):
 
 
 def several_rows(options, folder):
-    """Clips of the videos, cut at random as training has them: one or several from each opening."""
+    """Rows for randomly cut clips of the videos, as in training: one or several from each opening of a video."""
     data.start_worker(0)
     sources, _ = probe([s for s in find_sources(folder) if not s.is_image])
     sources = [s for s in sources if s.frames >= FRAMES]
@@ -184,7 +184,8 @@ def several_rows(options, folder):
 
 
 def cut_rows(options):
-    """Batches of 16 clips of SIZE, cropped and flipped, of a clip cache of 160 pixels; and copying as many bytes."""
+    """Rows for batches of 16 clips of SIZE, cropped and flipped, from a clip cache of 160 pixels; and for copying as
+    many bytes."""
     count = 64 if options.quick else 256
     with tempfile.TemporaryDirectory() as folder:
         write_cache(folder, count, 160)
@@ -198,10 +199,10 @@ def cut_rows(options):
                 next(batches)
 
         def copies():
-            for places in order:
+            for indices in order:
                 batch = np.empty_like(memory[:16])
-                for place, i in enumerate(places):
-                    batch[place] = memory[i]
+                for row, i in enumerate(indices):
+                    batch[row] = memory[i]
         seconds = alternate({"ours, cropped and flipped": ours, "copies, each to fresh memory": copies}, options.repeat,
                             CPU, clock=time.process_time)
         batches.close()
@@ -212,7 +213,7 @@ def cut_rows(options):
 
 
 def write_cache(folder, count, size=SIZE):
-    """A cache of noise; what the system holds of its files is given up where it allows that."""
+    """Writes a cache of noise; then drops its files from the system's page cache, if that is possible."""
     rng = np.random.default_rng(0)
     with ShardWriter(folder, 0, count) as shard:
         shard.write("clips", rng.integers(0, 256, (count, FRAMES, size, size, 3), dtype=np.uint8))
@@ -227,9 +228,8 @@ def write_cache(folder, count, size=SIZE):
 
 
 def cache_rows(options, notebook):
-    """Batches of 16 cached clips with their latents: the first epoch, later ones, and copying as many bytes.
-
-    notebook: seconds that a clip takes with a seek per frame.
+    """Rows for batches of 16 cached clips with their latents, in the first epoch and in later ones, and for copying as
+    many bytes. notebook: seconds for a clip with a seek per frame.
     """
     count = 64 if options.quick else 512
     with tempfile.TemporaryDirectory() as folder:
@@ -243,20 +243,20 @@ def cache_rows(options, notebook):
                 next(batches)
             epochs.append(time.perf_counter() - start)
         batches.close()
-        memory = np.array(clips.cache.clips[0])  # a copy: no file
+        memory = np.array(clips.cache.clips[0])  # a copy in memory
         order = np.random.default_rng(0).permutation(count).reshape(-1, 16)
         block = np.empty_like(memory[:16])
 
         def fresh():
-            for places in order:
+            for indices in order:
                 batch = np.empty_like(memory[:16])
-                for place, i in enumerate(places):
-                    batch[place] = memory[i]
+                for row, i in enumerate(indices):
+                    batch[row] = memory[i]
 
         def again():
-            for places in order:
-                for place, i in enumerate(places):
-                    block[place] = memory[i]
+            for indices in order:
+                for row, i in enumerate(indices):
+                    block[row] = memory[i]
         seconds = {"ours, first epoch, from the disk": epochs[0], "ours, later epochs": statistics.median(epochs[1:]),
                    **alternate({"copies, each to fresh memory": fresh, "copies, to the same place": again},
                                options.repeat, CPU)}
@@ -265,7 +265,7 @@ def cache_rows(options, notebook):
 
 
 def loader(options):
-    """`bench.py loader`: yields what is measured next (str) and rows (dict), each part in a fresh process."""
+    """`bench.py loader`: yields what is measured next (str), and rows (dict); each part runs in a fresh process."""
     yield "loader: clips from videos"
     if options.data:
         rows, notebook = alone(loader_rows, options, options.data)

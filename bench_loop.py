@@ -1,8 +1,8 @@
-"""The section "loop" of bench.py: train.py's whole loop, with its loader and with clips that lie in memory, beside the
-bare step; and how long a validation and a save keep training waiting.
+"""The section "loop" of bench.py: train.py's whole loop, with its loader and with clips in memory, compared with the
+bare step; and how long training waits for a validation and for a save.
 
-Each turn is a process of its own, as train.py is, and measures the later half of its steps. "threads spin" is what
-OpenMP does by itself: a thread that waits for another one keeps its core. train.py has them sleep.
+Each turn is a process of its own, like train.py, and measures the second half of its steps. "threads spin" is OpenMP's
+default: a thread that waits for another one keeps its core busy. train.py lets it sleep.
 """
 import concurrent.futures
 import contextlib
@@ -23,7 +23,7 @@ SPIN = ", threads spin"
 
 
 def in_process(function, *arguments, spin):
-    """function(*arguments) in a fresh process, which may start others."""
+    """function(*arguments) in a fresh process, which may start others. spin: whether OpenMP's waiting threads spin."""
     before = os.environ.pop("OMP_WAIT_POLICY", None)
     if not spin:
         os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -37,7 +37,7 @@ def in_process(function, *arguments, spin):
 
 
 def step_turn(train_call, options, size, batch, steps):
-    """Clips/s of the bare step."""
+    """(clips/s of the bare step, {})."""
     step, *_ = train_call(options, size, batch, "ours fp32")
     device = pick_device(options.device)
     for done in range(steps):
@@ -50,14 +50,15 @@ def step_turn(train_call, options, size, batch, steps):
 
 
 def in_memory(size, batch):
-    """Instead of TrainClips.batches: noise, without end."""
+    """A replacement for TrainClips.batches: endless batches of noise."""
     videos = torch.randint(256, (4, batch, 12, size, size, 3), dtype=torch.uint8).permute(0, 1, 2, 5, 3, 4)
     return lambda *_, **__: ({"video": videos[i % 4], "notes": []} for i in itertools.count())
 
 
 def loop_turn(how, options, size, batch, steps, folder):
-    """Clips/s of train.py's loop, and seconds: {"validation": ..., "save": that training waits, "written": until it is
-    on the disk}, medians without the first, which takes memory, and the last, which is waited for."""
+    """(clips/s of train.py's loop, {"validation": seconds, "save": seconds that training waits, "written": seconds
+    until a save is on the disk}). Medians without the first time, which allocates memory, and the last, for which
+    training waits."""
     import data
     import saving
     import train
@@ -88,9 +89,9 @@ def loop_turn(how, options, size, batch, steps, folder):
 
 
 def loop(options, train_call):
-    """`bench.py loop`: yields what is measured next (str) and rows of its table (dict).
+    """`bench.py loop`: yields what is measured next (str), and rows of the table (dict).
 
-    train_call: that of bench.py, which makes the call of one bare training step.
+    train_call: `bench.train_call`, which makes the function for one bare training step.
     """
     from synthetic import make_demo
     size, batch, steps = (16, 2, 8) if options.quick else (64, 4, 16)

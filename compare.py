@@ -149,23 +149,24 @@ def factors(teacher):
     return round(8 / (frames - 1)) if frames > 1 else 8, 64 // height
 
 
-def teacher_row(beside, metrics):
-    """A teacher's metrics, seconds, speed and memory, for a report row."""
+def teacher_row(theirs, metrics):
+    """A teacher's metrics, seconds, speed and memory, for a report row. theirs: its TeacherPass."""
     return dict(
-        metrics=metrics, encode_seconds=beside.encode_seconds, decode_seconds=beside.decode_seconds,
-        seconds=beside.encode_seconds + beside.decode_seconds,
-        encode_fps=beside.encoded / beside.encode_seconds, decode_fps=beside.count / beside.decode_seconds,
-        peak_memory_mb=beside.peak_memory_mb, latent_shape=[beside.latent_count, *beside.latents.shape[1:]])
+        metrics=metrics, encode_seconds=theirs.encode_seconds, decode_seconds=theirs.decode_seconds,
+        seconds=theirs.encode_seconds + theirs.decode_seconds,
+        encode_fps=theirs.encoded / theirs.encode_seconds, decode_fps=theirs.count / theirs.decode_seconds,
+        peak_memory_mb=theirs.peak_memory_mb, latent_shape=[theirs.latent_count, *theirs.latents.shape[1:]])
 
 
-def compare_latents(beside, errors, shape):
+def compare_latents(theirs, errors, shape):
     """{"latent_error": mean squared difference from the teacher's latents or None, "relative_latent_error": the same,
-    divided by the variance of the teacher's latents}. errors: of single latents; shape: of one of our latents."""
+    divided by the variance of the teacher's latents}. theirs: a TeacherPass, which gets a note. errors: of single
+    latents. shape: of one of our latents."""
     if not errors:
-        beside.notes.append(f"teacher: latents of {beside.latents.shape[1:]} do not compare with ours of {shape}")
+        theirs.notes.append(f"teacher: latents of {theirs.latents.shape[1:]} do not compare with ours of {shape}")
         return {"latent_error": None, "relative_latent_error": None}
     error = float(np.mean(errors))
-    relative = error / float(max(beside.latents.var(), 1e-12))
-    beside.notes.append(f"latents: mean squared difference {error:.4g} to the teacher's, {100 * relative:.1f} % of "
+    relative = error / float(max(theirs.latents.var(), 1e-12))
+    theirs.notes.append(f"latents: mean squared difference {error:.4g} to the teacher's, {100 * relative:.1f} % of "
                         f"their variance, over {len(errors)}")
     return {"latent_error": error, "relative_latent_error": relative}

@@ -1,12 +1,12 @@
-"""What leaderboard.py compares: models of ours, teachers, and what they are measured against, behind the same calls.
+"""The entries that leaderboard.py compares, with one interface: models of ours, teachers, codecs and baselines.
 
     entry = load("runs/mine", context)                  # or taehv:FILE ..., bicubic, pca16, h264@200, av1@crf40
     entry.returned(17)                                  # the numbers of the frames that come back of 17
     result = entry.run(video, fps, clip, timed=True)    # 1 T 3 H W in [0, 1] -> a Result
 
-Each has `name`, `words` (what it is), `fingerprint` (other for other weights), `parameters` (how many, or None),
-`weight_bytes`, and `group(frames)`, which is evaluate.py's `group_of` for so many frames that come back: how many of
-them a latent stands for, and the place of the first.
+Each has `name`, `words` (a description), `fingerprint` (differs for different weights), `parameters` (how many, or
+None), `weight_bytes`, and `group(frames)`: (how many frames a latent stands for, the position of the clip's first frame
+in its group) if `frames` frames come back, as in evaluate.py's `group_of`.
 """
 import functools
 import math
@@ -31,8 +31,8 @@ BASELINE = re.compile(r"bicubic|pca([1-9]\d{0,2})")
 
 
 class Context(NamedTuple):
-    """What entries are loaded with. fit: a protocols.Clips for principal components, or None: they are those of the
-    other half of `clips`."""
+    """What entries need to be loaded. fit: a protocols.Clips to fit principal components to, or None: then each half of
+    `clips` is coded with components of the other half."""
     device: torch.device
     dtype: torch.dtype
     clips: object
@@ -40,8 +40,8 @@ class Context(NamedTuple):
 
 
 def load(name, context, levels=0):
-    """The entry of a name. InputError, TeacherError or CheckpointError, of one line, for one that cannot be had.
-    levels: so many of a residual tokenizer's, from the coarsest; 0: all."""
+    """The entry of a name. levels: how many levels of a residual tokenizer to use, from the coarsest on; 0: all.
+    InputError, TeacherError or CheckpointError, of one line, if it cannot be loaded."""
     if codec := parse_codec(name):
         return VideoCodec(name, *codec)
     if baseline := BASELINE.fullmatch(name):
@@ -50,7 +50,7 @@ def load(name, context, levels=0):
 
 
 def check_name(name):
-    """InputError for a name that can be no entry's: of no file, and not one of those that stand for something."""
+    """InputError for a name that is neither a file nor one of the known names."""
     if not (parse_codec(name) or BASELINE.fullmatch(name) or is_spec(name) or os.path.exists(name)
             or name in model_taehv.PUBLISHED):
         known = [*model_taehv.PUBLISHED, "bicubic", "pca16", "h264@crf30", "av1@crf40"]
@@ -59,12 +59,12 @@ def check_name(name):
 
 
 def is_fitted(name):
-    """Whether an entry of this name wants to see the clips before."""
+    """Whether an entry of this name must be fitted to clips first."""
     return bool((baseline := BASELINE.fullmatch(name)) and baseline[1])
 
 
 def size_of(*modules):
-    """(parameters, bytes of parameters and buffers) of modules; (None, 0) of none."""
+    """(number of parameters, bytes of parameters and buffers) of modules; (None, 0) without modules."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     count = sum(tensor.numel() for module in modules for tensor in module.parameters())
     return count if modules else None, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -89,7 +89,8 @@ class Own:
         return group_of(self.model, frames)
 
     def returned(self, frames):
-        """Alignment comes from the model's `targets`: of a clip in which each frame is its number."""
+        """Numbers of the returned frames: the model's `targets` of a clip in which each frame's pixels are its number.
+        """
         size = self.model.space_factor
         ramp = torch.arange(frames, dtype=torch.float32).view(1, -1, 1, 1, 1).expand(-1, -1, 3, size, size)
         targets = self.model.targets(ramp)
@@ -109,7 +110,7 @@ class Own:
 
     @property
     def codebook_sizes(self):
-        """Of the tensors in a Result's codes."""
+        """The number of codes of each tensor in a Result's codes."""
         return self.model.codebook_sizes
 
 
@@ -128,17 +129,17 @@ class ByTeacher:
         self.parameters, self.weight_bytes = size_of(*modules)
 
     def group(self, frames):
-        """As of a causal video VAE, whose first frame has a latent for itself."""
+        """As for a causal video VAE, whose first frame has a latent of its own."""
         return self.time_factor, self.time_factor - 1
 
     def returned(self, frames):
-        """The first frames that come back stand for the first that went in: how many, a small clip tells."""
+        """The first frames that come back stand for the first that went in; a small clip tells how many come back."""
         side = max(64, self.space_factor)
         output = self.code(torch.zeros(1, frames, 3, side, side))[0]
         return list(range(min(frames, output.shape[1])))
 
     def code(self, video):
-        """(reconstruction, latents, seconds)"""
+        """(reconstruction, latents, {"encode": seconds, "decode": seconds}) of video 1 T 3 H W."""
         device, frames = self.teacher.device, self.teacher.filled(video.shape[1], self.time_factor)
         latents, there = time_call(self.teacher.encode, padded(video.to(device), self.space_factor, frames), device)
         output, back = time_call(self.teacher.decode, latents, device)
@@ -155,8 +156,7 @@ class ByTeacher:
 
 
 class Bicubic:
-    """Down by 8 and up again, both bicubic: what a picture of an eighth of the size holds. Anti-aliased on the way
-    down."""
+    """Baseline: bicubic downsampling by 8 (anti-aliased), and bicubic upsampling again."""
 
     parameters, weight_bytes, fingerprint = None, 0, "bicubic by 8"
 
@@ -180,11 +180,11 @@ class Bicubic:
 
 
 class PCA:
-    """The best linear code of blocks of 8x8 pixels and 4 frames: so many numbers for each, of the principal components
-    of other clips' blocks.
+    """Baseline: the best linear code. A block of 8x8 pixels and 4 frames becomes `numbers` coefficients of principal
+    components, which are fitted to other clips' blocks.
 
-    Those of the Clips in context.fit; without them, clips of half the videos are coded by components of the other half.
-    InputError where there is but one video.
+    These clips are context.fit. Without it, each half of the videos is coded with components of the other half;
+    InputError if there is only one video.
     """
 
     def __init__(self, name, numbers, context):
@@ -207,7 +207,8 @@ class PCA:
 
     @functools.cached_property
     def bases(self):
-        """[(the videos of a half, mean (768,) and components (768, numbers) that its clips are coded by)]"""
+        """[(the videos of a half, or None for all; mean (768,); components (768, numbers))]: what its clips are coded
+        with."""
         found = []
         for half in self.halves:
             others = [i for i in range(len(self.clips)) if not half or self.clips.sources[i] not in half]
@@ -219,7 +220,7 @@ class PCA:
 
     @staticmethod
     def blocks(video):
-        """1 T 3 H W -> (n, 768)"""
+        """1 T 3 H W -> blocks (n, 768) of 4 frames x 3 colours x 8 x 8 pixels, edges padded."""
         x = padded(video, 8, video.shape[1] + -video.shape[1] % 4)[0]
         t, c, h, w = x.shape
         x = x.reshape(t // 4, 4, c, h // 8, 8, w // 8, 8)
@@ -227,14 +228,14 @@ class PCA:
 
     @classmethod
     def fit(cls, clips, chosen, numbers):
-        """(mean (768,), components (768, numbers)) of the clips with these numbers."""
+        """(mean (768,), components (768, numbers)) of the blocks of the clips whose indices are in `chosen`."""
         count, total, products = 0, torch.zeros(768, dtype=torch.float64), torch.zeros(768, 768, dtype=torch.float64)
         for i in chosen:
             rows = cls.blocks(clips.video(i)).double()
             count, total = count + len(rows), total + rows.sum(0)
             products.addmm_(rows.t(), rows)
         mean = total / count
-        vectors = torch.linalg.eigh(products / count - mean[:, None] * mean)[1]  # the largest last
+        vectors = torch.linalg.eigh(products / count - mean[:, None] * mean)[1]  # largest eigenvalue last
         return mean.float(), vectors[:, -numbers:].float()
 
     def returned(self, frames):

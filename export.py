@@ -1,4 +1,4 @@
-"""Write a model's weights as another program wants them: file name, keys, type of numbers, settings.
+"""Write a model's weights as another program needs them: file name, keys, dtype, settings.
 
     python export.py runs/tiny --to comfyui     # of variant taew2_1: lighttaew2_1.safetensors, for models/vae_approx/
     python export.py runs/tiny --to diffusers --out folder      # for AutoencoderTinyVideo.from_pretrained
@@ -6,9 +6,9 @@
     python export.py runs/tok --to safetensors                  # any model here, with its settings inside
     python export.py runs/mine --to onnx                        # one step of the decoder and of the encoder, with state
 
-What a program would read wrongly is refused, with the reason: exit code 2, nothing written. Otherwise the last lines
-say where the file is, where it has to go, and what uses it. All of these files but .onnx and .pt2 load here again:
-infer.py takes them. docs/export.md says for each program what was looked at, and what was run.
+A model that the program would decode wrongly is refused, with the reason: exit code 2, nothing written. Otherwise the
+last lines say where the file is, where to put it, and what uses it. infer.py can load all of these files again, except
+.onnx and .pt2. docs/export.md says for each program which of its code was read, and what was run.
 """
 from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
@@ -31,11 +31,11 @@ from weights_file import ExportError, as_pth, as_safetensors, folder_for, name_o
 STEPS = (export_step.DecoderStep, export_step.EncoderStep)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# ---- what each program takes: {variant: ...}, and why it does not take others, by variant or kind of decoder ---------
+# ---- what each program takes, {variant: ...}; why it does not take others, {variant or kind of decoder: reason} -----
 
 PREVIEWS = "right in sampler previews (--preview-method taesd); VAE Decode gives it latents of another scale"
 NODES = "right for Load VAE and VAE Decode; sampler previews give it latents of another scale"
-COMFYUI = {  # the stem of the file's name, what is said of it
+COMFYUI = {  # {variant: (stem of the file's name, remark)}
     "taehv": ("taehv", NODES),
     "taew2_1": ("lighttaew2_1", PREVIEWS),
     "lighttaew2_1": ("lighttaew2_1", NODES),
@@ -77,21 +77,22 @@ NOT_SDCPP = {
     "super": "it has no super decoder",
 }
 NOT_TAEHV = {"wide": "its decoders are the plain and the super one"}
-MARKS = ("taecvx", "taeh3", "taew2_2", "taehv1_5", "taeltx", "_super")  # by these taehv.py knows an architecture
+MARKS = ("taecvx", "taeh3", "taew2_2", "taehv1_5", "taeltx", "_super")  # taehv.py finds the architecture by these
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
 def need_taehv(model, target):
-    """ExportError for any other model."""
+    """ExportError if the model is no TAEHV."""
     if not isinstance(model, TAEHV):
         raise ExportError(f"--to {target} takes a TAEHV, and this is a {name_of(model)}: --to safetensors takes it")
 
 
 def refuse(model, target, known, reasons, own_shape=True):
-    """ExportError for a TAEHV that a program does not know, or would decode wrongly. own_shape: also for one whose
-    layers are not its variant's."""
+    """ExportError for a TAEHV that a program does not know, or would decode wrongly. known: variants that it takes
+    (None: all), reasons: {variant or kind of decoder: why not}. own_shape: refuse layers that differ from the variant's
+    too."""
     need_taehv(model, target)
     why = reasons.get(model.variant) or reasons.get(model.arch_variant)
     if why is None and known is not None and model.variant not in known:
@@ -106,8 +107,8 @@ def refuse(model, target, known, reasons, own_shape=True):
 
 
 def check_latents(options):
-    """A warning, or "", for a run whose latents no diffusion model may give, by the config.json of its folder.
-    ExportError where the program decodes nothing but a diffusion model's latents."""
+    """A warning, or "", if the config.json of a run says that its latents may not be those of a diffusion model.
+    ExportError if they are not, and the program decodes only a diffusion model's latents."""
     path = options.checkpoint
     if not os.path.exists(path):  # a name of published weights
         return ""
@@ -130,7 +131,7 @@ def check_latents(options):
 
 
 def dtype_of(options, allowed, why=""):
-    """The torch dtype asked for, or the first allowed one."""
+    """The torch dtype of --dtype, else the first allowed one. ExportError, with the reason `why`, for others."""
     name = options.dtype or allowed[0]
     if name not in allowed:
         raise ExportError(f"--dtype {name}: {why}; {' or '.join(allowed)} is right")
@@ -138,7 +139,7 @@ def dtype_of(options, allowed, why=""):
 
 
 def weights_of(model, dtype):
-    """The state_dict with its floating-point numbers of that type. ExportError for those that are too large for it."""
+    """The state_dict with its floating-point tensors in `dtype`. ExportError if a number is too large for it."""
     state = {key: (value.to(dtype) if value.is_floating_point() else value).detach().clone(
         memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
     if key := not_finite(state):
@@ -150,7 +151,8 @@ def weights_of(model, dtype):
 
 
 def file_path(options, name):
-    """Where the file `name` goes: --out, if it ends as that one does, or that name in the folder --out."""
+    """The path of the file to write: --out if that is a file name (ExportError unless it has the suffix of `name`),
+    else `name` in the folder --out."""
     ending, out = os.path.splitext(name)[1], options.out
     if out is None:
         return name
@@ -162,14 +164,14 @@ def file_path(options, name):
 
 
 def folder_path(options, name):
-    """Where the folder goes: --out, or `name`. ExportError if that is a file."""
+    """The folder to write: --out, or `name`. ExportError if --out is a file."""
     out = options.out or name
     if os.path.exists(out) and not os.path.isdir(out):
         raise ExportError(f"--out {out} is a file: --to {options.to} writes a folder")
     return out
 
 
-# ---- one function for each program: (what makes its files, their paths, what to say) -------------------------------
+# ---- one function for each program: (function that makes the contents of its files, their paths, lines to print) ---
 
 
 def comfyui(model, options):
@@ -219,7 +221,7 @@ def diffusers(model, options):
 
 
 def lightx2v(model, options):
-    """One .safetensors file, whose path tells LightX2V what to do with the latents."""
+    """One .safetensors file; LightX2V tells by its path how the latents are scaled."""
     refuse(model, "LightX2V", LIGHTX2V, NOT_LIGHTX2V)
     path = file_path(options, f"{model.variant}.safetensors")
     light = model.variant in RELATIVES
@@ -244,7 +246,7 @@ def sdcpp(model, options):
 
 
 def taehv(model, options):
-    """One .pth file for the published taehv.py, which knows a model by its path."""
+    """One .pth file for the published taehv.py, which tells the architecture by the path."""
     reasons = {**{name: BIG_VAE_LATENTS for name in RELATIVES}, "lighttaehy1_5": NO_LEAKY, **NOT_TAEHV}
     refuse(model, "taehv.py", None, reasons)
     path = file_path(options, f"{model.variant}.pth")
@@ -258,7 +260,7 @@ def taehv(model, options):
 
 
 def safetensors(model, options):
-    """Any model as one .safetensors file, its name and settings in the metadata."""
+    """One .safetensors file of any model, with its name and settings in the metadata."""
     dtype = dtype_of(options, ("fp32", "fp16", "bf16"))
     path = file_path(options, f"{getattr(model, 'variant', name_of(model))}.safetensors")
     return lambda: [as_safetensors(model, weights_of(model, dtype))], [path], [
@@ -266,7 +268,8 @@ def safetensors(model, options):
 
 
 def step_files(model, options, ending, default, write, read, dtype):
-    """Both steps, each checked before it is kept."""
+    """(function that makes the contents of both files, their paths, the folder): a decoder step and an encoder step.
+    Each is compared with the model before it is kept; ExportError if it differs too much."""
     folder = folder_path(options, default)
     model = model.to(dtype)
 
@@ -286,10 +289,10 @@ def step_files(model, options, ending, default, write, read, dtype):
 def torch_export(model, options):
     """A folder with encoder_step.pt2 and decoder_step.pt2, programs of torch.export that take and return memories."""
     need_taehv(model, "torch-export")
-    *plan, folder = step_files(model, options, ".pt2", f"{model.variant}_torch", export_step.as_torch,
-                               export_step.open_torch, dtype_of(options, ("fp32", "fp16", "bf16")))
-    return *plan, [f"in Python: step = torch.export.load({os.path.join(folder, 'decoder_step.pt2')!r}).module(); "
-                   "frames, *memories = step(latent, *memories)"]
+    *files, folder = step_files(model, options, ".pt2", f"{model.variant}_torch", export_step.as_torch,
+                                export_step.open_torch, dtype_of(options, ("fp32", "fp16", "bf16")))
+    return *files, [f"in Python: step = torch.export.load({os.path.join(folder, 'decoder_step.pt2')!r}).module(); "
+                    "frames, *memories = step(latent, *memories)"]
 
 
 def onnx(model, options):
@@ -298,10 +301,10 @@ def onnx(model, options):
     if missing := export_step.missing_packages():
         raise ExportError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(export_step.ONNX_PACKAGES)}")
     dtype = dtype_of(options, ("fp32", "fp16"), "onnxruntime has no convolutions of that type on a CPU")
-    *plan, folder = step_files(model, options, ".onnx", f"{model.variant}_onnx", export_step.as_onnx,
-                               export_step.open_onnx, dtype)
-    return *plan, [f"onnxruntime.InferenceSession({os.path.join(folder, 'decoder_step.onnx')!r}); inputs latent, "
-                   "memory_0, ...: zeros at first, then new_memory_0, ... of the call before"]
+    *files, folder = step_files(model, options, ".onnx", f"{model.variant}_onnx", export_step.as_onnx,
+                                export_step.open_onnx, dtype)
+    return *files, [f"onnxruntime.InferenceSession({os.path.join(folder, 'decoder_step.onnx')!r}); inputs latent, "
+                    "memory_0, ...: zeros at first, then new_memory_0, ... of the call before"]
 
 
 TARGETS = {"comfyui": comfyui, "diffusers": diffusers, "lightx2v": lightx2v, "sdcpp": sdcpp, "taehv": taehv,
@@ -312,8 +315,8 @@ TARGETS = {"comfyui": comfyui, "diffusers": diffusers, "lightx2v": lightx2v, "sd
 
 
 def run(options):
-    """Everything from the options to the files, none of which exists before all are made. ExportError, CheckpointError,
-    OSError."""
+    """Do everything, from the options to the files; all are made before the first is written. ExportError,
+    CheckpointError, OSError."""
     model, words = models.load_model(options.checkpoint, options.variant)
     print(f"{options.checkpoint}: {words}")
     warning = check_latents(options)

@@ -1,14 +1,15 @@
-"""TAEHV as a step with its state in the open, for torch.export and ONNX: programs that know no Python and no loops.
+"""TAEHV as a single step with explicit state, for torch.export and ONNX, whose graphs have no Python and no loops.
 
     step = DecoderStep(model)                            # or EncoderStep(model)
     memories = step.start(latent)                        # zeros: a clip begins
     for latent in latents:                               # N 1 C h w, what the diffusion model consumes
         frames, *memories = step(latent, *memories)      # N time_factor 3 H W in [0, 1]
 
-A graph that takes a whole clip would have its length built in: the memory blocks look one frame back. A step takes the
-frames of one latent and, for each memory block, the frame that it saw last, and gives these back for the next call. Any
-height, width and batch go. What whole clips need beyond that is left to the caller, and told by `about`: which of the
-decoder's first frames are dropped, and H3's chunks. `frames_of` and `latents_of` are that caller, in Python.
+The memory blocks look one frame back, so a graph for a whole clip would have the clip's length built in. A step
+instead takes the frames of one latent and, for each memory block, the frame that it saw last (its memory); it returns
+the memories for the next call. Any height, width and batch size work. The caller does the rest that whole clips need:
+it drops the decoder's first frames, and cuts H3's chunks, as `about` says. `frames_of` and `latents_of` do so in
+Python.
 
 This file works with torch and model_taehv.py beside it; ONNX needs the packages of `ONNX_PACKAGES`.
 """
@@ -23,12 +24,12 @@ from torch import nn
 from model_taehv import H3_DROPPED, H3_FRAMES, H3_LATENTS, MEMORY_BLOCKS, TGrow, TPool, running_order
 
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# By how much a step's pixels, and latents of about -3 to 3, may differ from the model's in float32.
+# {dtype: by how much a step's pixels, and its latents of about -3 to 3, may differ from the model's}
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.15}
 
 
 class Step(nn.Module):
-    """What both steps have in common. The model is in eval mode and stays as it is; its weights are shared."""
+    """What both steps have in common. The model is in eval mode; a step uses its weights, and does not change it."""
 
     def __init__(self, model, blocks):
         super().__init__()
@@ -39,7 +40,7 @@ class Step(nn.Module):
         self.own, self.normalised = model._own, model._normalised
 
     def run(self, frames, memories):
-        """(frames, memories) after the blocks; both are lists of N C H W. No memories: those of a clip's beginning."""
+        """(frames, new memories) after the blocks; all are lists of N C H W. Without memories, a clip begins: zeros."""
         memories, kept = list(memories), []
         for _, block in running_order(self.blocks):
             if isinstance(block, MEMORY_BLOCKS):
@@ -91,8 +92,8 @@ class EncoderStep(Step):
 
 
 def frames_of(step, model, latents, memories):
-    """Decode latents N T C h w as a caller of the step does: `step` takes and gives tensors. -> N T' 3 H W. An even
-    number of CogVideoX's latents keeps its first frames. (T of 5 k + 2 for H3: others end with blank frames.)"""
+    """Decode latents N T C h w -> N T' 3 H W step by step, as a caller of an exported step does. Nothing is dropped
+    from an even number of CogVideoX's latents. For H3, T should be 5 k + 2: others end with blank frames."""
     raw = []
     for latent in latents.split(1, 1):
         frames, *memories = step(latent, *memories)
@@ -106,7 +107,8 @@ def frames_of(step, model, latents, memories):
 
 
 def latents_of(step, model, frames, start):
-    """Encode N T 3 H W as a caller of the step does; T of whole steps, or of H3's chunks of 17 frames."""
+    """Encode frames N T 3 H W step by step, as a caller of an exported step does. T: a multiple of the time factor, or
+    for H3 of 17."""
     if not model.is_h3:
         return torch.cat(steps_of(step, frames, model.time_factor, start), 1)
     black = torch.zeros_like(frames[:, :H3_LATENTS * model.time_factor - H3_FRAMES])
@@ -124,7 +126,7 @@ def steps_of(step, frames, size, memories):
 
 
 def about(step, model, start):
-    """What a caller of the step has to know, as JSON holds it."""
+    """A dict, which JSON can hold, with all that a caller of the step has to know."""
     words = dict(
         part=step.part, variant=model.variant, latent_channels=model.latent_channels,
         frames_in_a_latent=model.time_factor, frames_of_a_latent=model.t_upscale, pixels_per_latent=model.space_factor,
@@ -138,11 +140,11 @@ def about(step, model, start):
     return words
 
 
-# ---- files of it ---------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def example(step, model, height, width, latents=1):
-    """Input of `latents` steps with latents of height x width."""
+    """Random input for `latents` steps; height and width are those of the latents."""
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype
     if step.part == "decoder":
@@ -179,12 +181,12 @@ def as_torch(step, model):
 
 
 def open_torch(content):
-    """Such bytes as a function of tensors."""
+    """The step, a function of tensors, from the bytes of `as_torch`."""
     return torch.export.load(io.BytesIO(content)).module()
 
 
 def missing_packages():
-    """Those that ONNX needs and that are not here."""
+    """The packages that ONNX needs and that are not installed."""
     return [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
 
 
@@ -201,7 +203,7 @@ def as_onnx(step, model):
 
 
 def open_onnx(content):
-    """Such bytes as a function of tensors, on the CPU."""
+    """The step, a function of tensors on the CPU, from the bytes of `as_onnx`."""
     import onnxruntime
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
@@ -214,8 +216,8 @@ def open_onnx(content):
 
 @torch.no_grad()
 def difference(step, opened, model):
-    """The largest difference between a clip that goes through `opened`, a written step, and one through the stream of
-    the model itself."""
+    """The largest difference between the results of `opened`, an exported step, and of the model's own stream, for a
+    random clip."""
     count = 7 if model.is_h3 else 3
     x = example(step, model, 4, 3, count)  # another size than the graph was made with
     stream = model.stream(total_latents=count)

@@ -102,7 +102,7 @@ def describe_times(busy, seconds):
 
 def prepare(options, sources, latent_files, device, dtype):
     """Load and check everything that all inputs need: (the Job, [a reader of each latent or token file], a description
-    of the model, a note on LPIPS or None). InputError and the other errors of `main` for options that do not fit."""
+    of the model, a note on LPIPS or None). One of inputs.MISTAKES if options do not fit."""
     memory = PeakMemory(device, alone=options.by_teacher or not options.teacher)
     model = tiled = teacher = teacher_factors = None
     model_hash, readers = "", []

@@ -7,17 +7,18 @@
     python leaderboard.py runs/mine taew2_1 --data MCL-JCV/ --protocol mcl-jcv           # as papers choose their clips
 
 Writes under --out: leaderboard.html, a page in one file, which needs no other; leaderboard.json, the same numbers;
-videos/. What was measured already, with the same weights, clips and settings, is not measured again (--again does).
+videos/. A model that was measured before with the same weights, clips and settings is not measured again, except with
+--again.
 
-All models get the same frames, and are judged on those that all of them return: which these are, a model's `targets`
-says (a teacher returns the first of them). Reconstructions are rounded to 8 bits first. The metrics are those of
-validation and infer.py (metrics.py, `MEASURES`). Besides them:
-- first, inner, last: PSNR of the mean squared error of frames by their place among those that one latent stands for;
-- latents per pixel, or bits per pixel: of a codec as written, of a tokenizer with each code written plainly;
-- frames a second of clips as a whole, and the memory that one takes, with the weights.
+All models get the same frames, and are judged on the frames that all of them return (a model's `targets` says which; a
+teacher returns the first ones). Reconstructions are first rounded to 8 bits. The metrics are those of validation and
+infer.py (metrics.py, `MEASURES`), and:
+- first, inner, last: PSNR of the mean squared error, by a frame's position among the frames that one latent stands for;
+- latents per pixel; or bits per pixel, of a codec as written, of a tokenizer with each code written plainly;
+- frames per second for whole clips, and the memory that a clip takes, including the weights.
 
-Exit code: 0; 1 where some models could not be measured (the page and the terminal say why); 2 for a mistake, in one
-line; 130 after Ctrl-C, 143 after SIGTERM: what was measured until then is kept.
+Exit code: 0; 1 if some models could not be measured (the page and the terminal say why); 2 for a user's mistake, in one
+line; 130 after Ctrl-C and 143 after SIGTERM, which keep what was measured until then.
 """
 from screen import end_at_ctrl_c, ending_in_one_line, guard_screen, one_line
 
@@ -45,9 +46,9 @@ from teachers import KINDS
 from untrusted import read_json
 from video_files import MAX_PIXELS
 
-FORMAT = 2  # of the rows; rows of another one are measured again
-SETTINGS = dict(height=256, width=256, frames=17)  # without a protocol: 17 frames are what causal video VAEs take
-MOST = 1 << 26  # bytes of a leaderboard.json
+FORMAT = 2  # version of the rows; rows of another version are measured again
+SETTINGS = dict(height=256, width=256, frames=17)  # without a protocol; causal video VAEs take 17 frames
+MOST = 1 << 26  # most bytes of a leaderboard.json
 
 
 # ---- one model -------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def short(name):
 
 
 def read_rows(path):
-    """({key: row} of an earlier command's leaderboard.json, [a line on what is wrong with it])."""
+    """({key: row} of an earlier command's leaderboard.json, [a note if it cannot be read])."""
     try:
         rows = read_json(path, MOST)
         rows = rows["rows"] + rows["earlier"]
@@ -71,32 +72,33 @@ def read_rows(path):
         return {}, [f"{path} cannot be read ({one_line(str(error), 100)}): all is measured"]
 
 
-def look_at(name, context, frames, levels=0):
-    """What is to be known of an entry before any is measured: {"name", "levels", "returned", "fingerprint"}."""
+def describe_entry(name, context, frames, levels=0):
+    """What is needed of an entry before any is measured: {"spec", "name", "levels", "returned", "fingerprint",
+    "most_levels"}. Loads the entry; errors as in `entries.load`."""
     entry = entries.load(name, context, levels)
     return dict(spec=name, name=entry.name, levels=levels, returned=entry.returned(frames),
                 fingerprint=entry.fingerprint, most_levels=getattr(entry, "most_levels", 0))
 
 
-def looked_at(names, options, context, failures):
-    """{name: [what `look_at` says of the entry, or of a residual tokenizer for each of --levels], or the row of one
-    that failed}."""
+def describe_entries(names, options, context, failures):
+    """{name: its description in a list (of a residual tokenizer, one for each of --levels), or the row of an entry that
+    failed}."""
     found = {}
     for name in names:
         try:
-            one = look_at(name, context, options.shape["frames"])
+            one = describe_entry(name, context, options.shape["frames"])
             counts = [count for count in options.levels or [] if count <= one["most_levels"]]
             for count in sorted({*(options.levels or [])} - {*counts}) if one["most_levels"] else []:
                 print(f"{one['name']}: --levels {count} is left out: it has {one['most_levels']}")
-            found[name] = [look_at(name, context, options.shape["frames"], count) for count in counts] or [one]
-        except Exception as error:  # whatever befalls one, the others get their turn
+            found[name] = [describe_entry(name, context, options.shape["frames"], count) for count in counts] or [one]
+        except Exception as error:  # one entry that fails does not stop the others
             found[name] = failures.row(name, name, error)
             print(f"{name}: {one_line(found[name]['failed'])}")
     return found
 
 
 def check_some_are_left(found):
-    """InputError where all have failed. found: as `looked_at` returns it."""
+    """InputError if all entries have failed. found: as `describe_entries` returns it."""
     rows = [one for one in found.values() if isinstance(one, dict)]
     if len(rows) == len(found):
         what = f"none of the {len(rows)} can be measured; the first: " if len(rows) > 1 else ""
@@ -104,7 +106,7 @@ def check_some_are_left(found):
 
 
 def judged_frames(found, frames):
-    """The frames that all entries return; InputError where there are none."""
+    """The frames that all entries return; InputError if there are none."""
     common = sorted(set(range(frames)).intersection(*(one["returned"] for one in found)))
     if not common:
         least = min(found, key=lambda one: len(one["returned"]))
@@ -113,11 +115,11 @@ def judged_frames(found, frames):
     return common
 
 
-def enter(options, judges, failures, context):
-    """Check everything before anything is measured: ([what `look_at` says of each entry that can be], {name: row} of
-    those that cannot, the context with its clips)."""
+def prepare(options, judges, failures, context):
+    """Check everything before anything is measured: ([description of each entry that can be measured], {name: row} of
+    the others, the context with its clips). Entries that are fitted to clips are loaded after the clips."""
     fitted = [name for name in options.entries if entries.is_fitted(name)]
-    found = looked_at([name for name in options.entries if name not in fitted], options, context, failures)
+    found = describe_entries([name for name in options.entries if name not in fitted], options, context, failures)
     if options.levels and not any(one[0]["most_levels"] for one in found.values() if isinstance(one, list)):
         raise InputError("--levels: none of the models has codes of several levels: they are of residual "
                          "quantizers (net.quantizer=rvq)")
@@ -131,15 +133,15 @@ def enter(options, judges, failures, context):
     if options.show >= len(clips):
         raise InputError(f"--show {options.show}: there are clips 0 to {len(clips) - 1}")
     context = context._replace(clips=clips, fit=fit)
-    found.update(looked_at(fitted, options, context, failures))
+    found.update(describe_entries(fitted, options, context, failures))
     check_some_are_left(found)
     failed = {name: found[name] for name in options.entries if isinstance(found[name], dict)}
     return [one for name in options.entries if name not in failed for one in found[name]], failed, context
 
 
 class Board:
-    """leaderboard.json and the page, written anew after each model. rows: {name: its row, None until it is measured};
-    failed: {name: row} of those that could not be; known: {key: row} of an earlier command."""
+    """Writes leaderboard.json and the page, again after each model. rows: {name: its row, None until it is measured};
+    failed: {name: row} of entries that could not be measured; known: {key: row} of an earlier command."""
 
     def __init__(self, options, found, failed, clips, judges, settings):
         self.out, self.failed, self.path = options.out, failed, os.path.join(options.out, "leaderboard.json")
@@ -160,7 +162,7 @@ class Board:
         self.rows = dict.fromkeys(one["name"] for one in found)
 
     def take_known(self, found, settings, again):
-        """Fill in the rows that an earlier command measured; returns the entries that wait."""
+        """Fill in the rows that an earlier command measured; returns the entries still to be measured."""
         waiting = []
         for one in found:
             about = json.dumps([one["name"], one["fingerprint"], settings])
@@ -176,7 +178,7 @@ class Board:
         return waiting
 
     def save(self):
-        """Returns (the rows that are there, failed ones too, what `compare_rates` makes of them)."""
+        """Write both files. Returns (the rows so far, including failed ones, the result of `compare_rates`)."""
         ready = [row for row in self.rows.values() if row] + list(self.failed.values())
         keys, rates = {row.get("key") for row in ready}, compare_rates(ready)
         report.write_whole(self.path, json.dumps(dict(
@@ -187,7 +189,7 @@ class Board:
 
 
 def run(options):
-    """Returns the exit code; errors as in `main`."""
+    """Returns the exit code; raises one of inputs.MISTAKES."""
     for name in options.entries:
         entries.check_name(name)
     device = pick_device(options.device)
@@ -195,7 +197,7 @@ def run(options):
     dtype = pick_precision(options.precision, device)
     os.makedirs(os.path.join(options.out, "videos"), exist_ok=True)
     judges, failures = Judges(options, device), Failures(options.out)
-    found, failed, context = enter(options, judges, failures, entries.Context(device, dtype, None))
+    found, failed, context = prepare(options, judges, failures, entries.Context(device, dtype, None))
     clips = context.clips
     judged = judged_frames(found, clips.frames)
     settings = dict(format=FORMAT, clips=clips.fingerprint, judged=judged, machine=describe(device),
@@ -212,7 +214,7 @@ def run(options):
         except Exception as error:
             row = board.failed[one["name"]] = failures.row(one["name"], one["name"], error)
             print(f"{one['name']}: {one_line(row['failed'])}")
-        entry = None  # its memory is the next one's
+        entry = None  # frees its memory for the next one
         ready, rates = board.save()
     if all(row.get("failed") for row in ready):
         raise InputError(f"none of the {len(ready)} could be measured; the first: {ready[0]['failed']}")

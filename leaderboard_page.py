@@ -1,4 +1,4 @@
-"""The page and the terminal's table of leaderboard.py, from the rows of its leaderboard.json.
+"""Makes leaderboard.py's page, and its table for the terminal, from the rows of leaderboard.json.
 
     write_page("results", rows, info, rates, short)      # results/leaderboard.html, one file that needs no other
     print(*table(rows, short), sep="\n")
@@ -26,7 +26,7 @@ COLUMNS = [*((name, *(MEASURES[name].heading.split(" ", 1) + [""])[:2], MEASURES
            ("parameters", "weights", "M", ".2f", False),
            ("encode_fps", "encode", "frames/s", ".1f", True), ("decode_fps", "decode", "frames/s", ".1f", True),
            ("peak_memory_mb", "memory", "MB", ".0f", False)]
-BITS_OF_A_NUMBER = 16  # of latents as they are kept: float16
+BITS_OF_A_NUMBER = 16  # bits of a latent's number, as caches store them: float16
 
 PAGE_STYLE = """
 body { max-width: 92rem } .plots { display: flex; flex-wrap: wrap; gap: 1.5rem } svg { max-width: 100%; height: auto }
@@ -76,13 +76,13 @@ if (videos.length) {
 
 
 def value_of(row, key):
-    """A row's value of a column, None where it has none."""
+    """A row's value in a column (parameters in millions), or None."""
     value = row.get("metrics", {}).get(key, row.get(key))
     return value / 1e6 if key == "parameters" and value is not None else value
 
 
 def shown_columns(rows):
-    """Those that some row has a value of, and LPIPS, of which a note says why it is missing."""
+    """The columns in which some row has a value; and LPIPS, since a note says why it is missing."""
     return [column for column in COLUMNS
             if column[0] == "lpips" or any(value_of(row, column[0]) is not None for row in rows)]
 
@@ -106,7 +106,7 @@ def table(rows, short):
 
 
 def ticks(low, high, log):
-    """Round numbers from low to high: 1, 2, 5 of each decade, or about five evenly spaced ones."""
+    """Positions of an axis' ticks from low to high: if `log`, 1, 2, 5 of each decade, else about five evenly spaced."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         some = [m * 10.0 ** d for d in decades for m in ((1, 2, 5) if len(decades) < 4 else (1,))]
@@ -117,8 +117,8 @@ def ticks(low, high, log):
 
 
 def plot(series, x_name, y_name, width=620, height=400, labels=True):
-    """An SVG of series {"name", "colour", "points": [(x, y)], "hollow"}: dots, joined where there are several, with
-    their names beside the last one. x is drawn by its logarithm."""
+    """An SVG plot of series {"name", "colour", "points": [(x, y)], "hollow"}: dots, joined by lines, with the name
+    beside a series' last dot. The x axis is logarithmic."""
     points = [point for one in series for point in one["points"]]
     if not points:
         return ""
@@ -169,7 +169,8 @@ def plot(series, x_name, y_name, width=620, height=400, labels=True):
 
 
 def series_of(rows, colours, short, point, hollow=lambda row: False):
-    """A series for each model, one for all rates of a codec or levels of a tokenizer. point(row): (x, y) or None."""
+    """A series for each model; all rates of a codec, or levels of a tokenizer, are one series. point(row): (x, y), or
+    None for no point."""
     found = {}
     for row in rows:
         spot = None if row.get("failed") else point(row)
@@ -182,13 +183,13 @@ def series_of(rows, colours, short, point, hollow=lambda row: False):
 
 
 def speed_point(row):
-    """(frames a second there and back, PSNR)"""
+    """(frames per second of encoding and decoding together, PSNR), or None."""
     there, back = row["encode_fps"], row["decode_fps"]
     return (1 / (1 / there + 1 / back), row["metrics"]["psnr"]) if there and back else None
 
 
 def size_point(row):
-    """(bits per pixel, PSNR); of latents as they are, in float16"""
+    """(bits per pixel, PSNR); latents without codes count as float16."""
     bits = row["bits_per_pixel"] or BITS_OF_A_NUMBER * (row["numbers_per_pixel"] or 0)
     return (bits, row["metrics"]["psnr"])
 
@@ -197,7 +198,8 @@ def size_point(row):
 
 
 def html_table(rows, colours, short):
-    """The table that a click on a heading sorts, the best of each column marked. short(name): the name as shown."""
+    """The HTML table, which a click on a heading sorts; the best value of each column is marked. short(name): the name
+    as shown."""
     columns = shown_columns(rows)
     best = {}
     for key, *_, style, more in columns:
@@ -227,13 +229,13 @@ def html_table(rows, colours, short):
 
 
 def embedded(out, path):
-    """A video of out/ as the text of a src."""
+    """A video file under out/ as a data URL."""
     with open(os.path.join(out, path), "rb") as file:
         return "data:video/webm;base64," + base64.b64encode(file.read()).decode()
 
 
 def html_videos(out, rows, info, short):
-    """The clip as it is, and as each model returns it."""
+    """HTML of the shown clip: the original, and each model's reconstruction."""
     small = " small" if info["width"] <= 320 else ""
     cells = [("original", "", info["original"])]
     cells += [(short(row["name"]), f'{row["clips"][info["show"]]["psnr"]:.2f} dB', row["video"])
@@ -249,7 +251,7 @@ def html_videos(out, rows, info, short):
 
 
 def html_rates(rows, rates, colours, short):
-    """Curves of PSNR over bits per pixel, of the mean and of each clip, and BD-rates."""
+    """HTML of the BD-rates, and of the curves of PSNR over bits per pixel, for the mean and for each clip."""
     found = curves(rows)
     if not found:
         return ""
@@ -285,7 +287,7 @@ def html_rates(rows, rates, colours, short):
 
 
 def write_page(out, rows, info, rates, short):
-    """Writes out/leaderboard.html. info: the "info" of leaderboard.json; rates: of rate.compare_rates."""
+    """Writes out/leaderboard.html. info: the "info" of leaderboard.json; rates: from rate.compare_rates."""
     families = dict.fromkeys(curve_name(row) or row["name"] for row in rows)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(families)}
     judged, frames = info["judged"], info["frames"]

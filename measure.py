@@ -1,4 +1,5 @@
-"""How benchmarks measure: functions take turns, memory is a process's own, rates stand beside the machine's peak."""
+"""How benchmarks measure: functions take turns, each process measures its own memory, and rates are compared with the
+machine's peak."""
 import multiprocessing
 import statistics
 import sys
@@ -13,13 +14,14 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def has_fp16(device):
-    """Whether float16 is more than an emulation that takes minutes for a frame."""
+    """Whether float16 is usable: some CPUs emulate it, and take minutes for a frame."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def alternate(functions, repeat, device, limit=30, clock=time.perf_counter):
-    """{name: median seconds} of functions that take turns; each runs once before. There are `repeat` turns, or fewer:
-    none but the first begins later than `limit` seconds. clock: time.process_time counts this process's CPU time."""
+    """{name: median seconds} of functions that take turns, after one warm-up each. There are `repeat` turns, or fewer:
+    after `limit` seconds no further turn begins, but there is always one. clock: time.process_time instead counts this
+    process's CPU time."""
     times, begin = {name: [] for name in functions}, time.perf_counter()
     for turn in range(repeat + 1):
         if turn > 1 and time.perf_counter() - begin > limit:
@@ -33,7 +35,7 @@ def alternate(functions, repeat, device, limit=30, clock=time.perf_counter):
 
 
 def memory_of(function, device):
-    """Bytes at the peak of a call beyond those before it."""
+    """Bytes by which a call's peak memory exceeds the memory before it."""
     reset_peak_memory(device)
     before = peak_memory(device)
     function()
@@ -63,7 +65,7 @@ def peaks(options):
 
 
 def flops(call):
-    """Multiplications and additions of the convolutions and linear layers in a call, as the plain model does them."""
+    """Number of multiplications and additions in the convolutions and linear layers of a call, of the plain model."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
@@ -71,9 +73,9 @@ def flops(call):
 
 
 class Waiting:
-    """A line on a terminal's stderr while something is measured: what, and for how long.
+    """A line on stderr that says what is being measured, and for how long; nothing if stderr is no terminal.
 
-    `start(what)` begins it, `clear()` removes it; without a terminal nothing is written.
+    `start(what)` begins it, `clear()` removes it.
     """
 
     def __init__(self):

@@ -3,7 +3,7 @@
     judges = Judges(options, device)                     # LPIPS, FID and rFVD, where they can be had
     row = measure(entry, clips, entry.returned(17), judged, judges, device, 0, "results/videos/clip.webm")
 
-The metrics of frames are those of evaluate.py and metrics.py: one more in `metrics.MEASURES` is in the row.
+The metrics of frames are those of evaluate.py and metrics.py: all of `metrics.MEASURES` are in the row.
 """
 import hashlib
 import math
@@ -25,8 +25,8 @@ from video_writer import VideoWriter
 
 
 class Judges:
-    """What is loaded to judge with: `lpips`, `make_fid` and `make_fvd`, functions or None; `notes` say why one is
-    missing, `about` is what the key of a measured row holds of them."""
+    """The networks to judge with: `lpips`, `make_fid` and `make_fvd` are functions, or None. `notes`: why one is
+    missing. `about`: a dict of the metrics and networks, which is part of a row's key."""
 
     def __init__(self, options, device):
         self.lpips, self.make_fid, self.make_fvd, self.notes = None, None, None, []
@@ -47,7 +47,7 @@ class Judges:
 
 
 def load_i3d(path, device):
-    """See metrics.load_i3d; InputError, of one line, for a file that is none."""
+    """metrics.load_i3d, but InputError, of one line, for any other file."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             check_archive(archive, os.path.getsize(path))
@@ -64,8 +64,8 @@ def file_hash(path):
 
 @torch.no_grad()
 def measure(entry, clips, returned, judged, judges, device, shown, path):
-    """A row: what `entry` makes of all clips. judged: the numbers of the frames that count, which `returned` holds too.
-    shown: the number of the clip whose reconstruction is written to `path`, a .webm file."""
+    """Measure an entry over all clips; returns its row. returned: numbers of the frames that it returns. judged: those
+    among them that count. shown: number of the clip whose reconstruction is written to `path`, a .webm file."""
     fid, fvd = (make and make() for make in (judges.make_fid, judges.make_fvd))
     size, first = entry.group(len(returned))
     quality, tokens, rows = Quality(judges.lpips, fid, group=(size, (first + judged[0]) % size)), None, []
@@ -81,7 +81,7 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
         quality.add(output, target)
         if fvd:
             fvd.add(output, target)
-        of_frames = metrics.MEASURES["psnr"].function(output, target)[0].tolist()
+        frame_psnrs = metrics.MEASURES["psnr"].function(output, target)[0].tolist()
         if result.seconds:
             timed += 1
             seconds = {half: seconds[half] + result.seconds[half] for half in seconds}
@@ -90,7 +90,7 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
             tokens = tokens or metrics.CodeStatistics(entry.codebook_sizes)
             tokens.add(result.codes, pixels)
             bits = sum(codes.numel() * math.log2(size) for codes, size in zip(result.codes, entry.codebook_sizes))
-        rows.append(dict(name=clips.names[i], psnr=sum(of_frames) / len(of_frames),
+        rows.append(dict(name=clips.names[i], psnr=sum(frame_psnrs) / len(frame_psnrs),
                          bits_per_pixel=bits / pixels if bits is not None else None))
         if i == shown:
             write_video(path, output, clips.fps[i])
@@ -98,10 +98,10 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
     code_facts = tokens.reduce() if tokens else {}
     found = quality.reduce()
     del found["count"]
-    by_place = {f"place_{place}": -10 * math.log10(found.pop(f"mse_{place}", None) or math.nan)
-                for place in ("first", "inner", "last")}
+    by_position = {f"place_{position}": -10 * math.log10(found.pop(f"mse_{position}", None) or math.nan)
+                   for position in ("first", "inner", "last")}
     row = dict(name=entry.name, words=entry.words, metrics=found, fid=fid.reduce() if fid else None,
-               rfvd=fvd.reduce() if fvd else None, **by_place,
+               rfvd=fvd.reduce() if fvd else None, **by_position,
                numbers_per_pixel=numbers / pixels if numbers else None,
                bits_per_pixel=sum(coded) / len(coded) if coded else None,
                entropy_bits_per_pixel=code_facts.get("entropy_bits_per_pixel"),
@@ -113,16 +113,16 @@ def measure(entry, clips, returned, judged, judges, device, shown, path):
 
 
 def peak_of(entry, clips, device):
-    """Megabytes that the first clip takes at the peak, with the weights; None where the system cannot tell. It also
-    warms up what there is to warm up."""
-    held_memory(device)  # what was freed goes back to the system, or it would hide what is taken
+    """Megabytes at the peak of running the first clip, including the weights; None if the system cannot tell. This run
+    is also the warm-up."""
+    held_memory(device)  # returns freed memory to the system, which would else hide what the run takes
     video = clips.video(0, device)
     taken = memory_of(lambda: entry.run(video, clips.fps[0], 0), device)
     return (taken + entry.weight_bytes) / 1e6 if reset_peak_memory(device) else None
 
 
 def write_video(path, video, fps):
-    """1 T 3 H W in [0, 1]"""
+    """Write video, 1 T 3 H W in [0, 1], to `path`, a .webm file."""
     frames = video[0].mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     with VideoWriter(path, fps, frames.shape[2], frames.shape[1]) as writer:
         for frame in frames:

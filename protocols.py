@@ -4,19 +4,19 @@
     clips = Clips("MCL-JCV/", "results", *PROTOCOLS["mcl-jcv"][:4], protocol="mcl-jcv")
     video = clips.video(0)                               # 1 T 3 H W in [0, 1]
 
-Each frame is scaled, keeping its shape, until height x width just fits in it, and the centre is cut out. A folder of
-two images or more is a video too, its frames in the order of their names, as DAVIS is published.
+Each frame is scaled, keeping its aspect ratio, until height x width just fits into it; then the centre is cut out. A
+folder of two images or more is a video too, with its frames in the order of their names; DAVIS is published like that.
 
 mcl-jcv   VidTok (Tang et al. 2024, arXiv 2412.13061): all 30 videos, whole, as clips of 17 frames of 256x256, at 30
-          frames/s or as they are where they have fewer; the last clip is filled up with its last frame. (MAGVIT-v2, Yu
-          et al. 2024, arXiv 2310.05737, has the same videos at 640x360: --size 360x640.)
-ucf101    LARP (Wang et al. 2025, arXiv 2410.21264), as OmniTokenizer and TATS have it: 16 frames of 128x128 of each
-          video at its own rate, rFVD over all. They are of the videos that split 1 trains on (9537), as the field
-          reports them, each from a random place; here from the middle, and of any folder of at least 3783 videos (split
-          1's tests): the figures of two such folders do not compare.
+          frames/s, or at their own rate if that is lower; the last frame fills up the last clip. (MAGVIT-v2, Yu et al.
+          2024, arXiv 2310.05737, has the same videos at 640x360: --size 360x640.)
+ucf101    LARP (Wang et al. 2025, arXiv 2410.21264), as in OmniTokenizer and TATS: 16 frames of 128x128 of each video at
+          its own rate, and rFVD over all. Papers take the training videos of split 1 (9537), and a random position in
+          each. Here the frames come from the middle, and --data may be any folder of at least 3783 videos (split 1's
+          test videos); figures of different folders cannot be compared.
 davis     Cosmos (NVIDIA 2025, arXiv 2501.03575): DAVIS 2017 at 1080p (90 videos, JPEGImages/Full-Resolution), whole,
-          17 frames at a time, which is the window of the code published with it (github.com/NVIDIA/Cosmos-Tokenizer);
-          the paper itself does not name it.
+          17 frames at a time, which is the window in the published code (github.com/NVIDIA/Cosmos-Tokenizer); the paper
+          does not name it.
 --clips, --frames and --size override these; the page then says that it is a part of the protocol.
 """
 import hashlib
@@ -35,13 +35,13 @@ from video_files import MAX_PIXELS, DataError, VideoReader, fit_clip, read_frame
 
 
 class Protocol(NamedTuple):
-    """The clips that a published table measures on: their size in pixels, and what of a video they are."""
+    """The clips that a published table is measured on: their size, and which part of a video they are."""
     height: int
     width: int
     frames: int
-    whole: bool     # clips one after the other, from the first frame to the last; else one from the middle
-    fps: float = 0  # frames are left out of what has twice as many a second or more; 0: none are
-    videos: int = 1  # that it takes at least
+    whole: bool     # the whole video, cut into consecutive clips; else one clip from its middle
+    fps: float = 0  # videos of a higher frame rate are thinned out to about this one; 0: never
+    videos: int = 1  # least number of videos
 
 
 PROTOCOLS = {"mcl-jcv": Protocol(256, 256, 17, True, 30, 30),
@@ -53,12 +53,12 @@ class Video(NamedTuple):
     """One video of a data set, in a file or as a folder of images."""
     name: str
     source: Source
-    images: tuple = ()  # the paths of its frames, where it is a folder of images
+    images: tuple = ()  # the paths of its frames, if it is a folder of images
 
 
 def find_videos(path, max_pixels=MAX_PIXELS, what="--data"):
-    """([Video], [(path, why not)]) of a folder, a list of files or a file, by their names. DataError, about the option
-    `what`, for none that can be read."""
+    """([Video] sorted by name, [(path, reason)] of unreadable files) of a folder, a list of files or a file. DataError,
+    naming the option `what`, if there is no readable video."""
     sources = find_sources(path)
     folders = {}
     for source in sources:
@@ -77,7 +77,7 @@ def find_videos(path, max_pixels=MAX_PIXELS, what="--data"):
 
 
 def fit(frame, height, width):
-    """H W 3 BGR -> its centre, scaled to height x width, RGB uint8."""
+    """H W 3 BGR -> its centre, scaled to height x width, RGB, uint8."""
     scale = min(frame.shape[0] / height, frame.shape[1] / width)
     rows, columns = (max(1, round(side * scale)) for side in (height, width))
     top, left = (frame.shape[0] - rows) // 2, (frame.shape[1] - columns) // 2
@@ -97,19 +97,21 @@ def all_frames(video, max_pixels):
 
 
 def pieces(frames, size, step):
-    """Lists of `size` frames, every `step`-th, one after the other; the last is filled up with its last frame."""
+    """Yields consecutive lists of `size` frames, taking every `step`-th frame; the last frame fills up the last list.
+    """
     frames = itertools.islice(frames, 0, None, step)
     while piece := list(itertools.islice(frames, size)):
         yield piece + piece[-1:] * (size - len(piece))
 
 
 class Clips:
-    """The clips of a folder. `names`, `fps` of each, `fingerprint` (16 hexadecimal digits of their pixels), `notes`
-    (what is odd about them), `height`, `width`, `frames`.
+    """The clips of a folder. Attributes: `names`, `fps` and `sources` (the video's name) of each; `fingerprint`, a hash
+    of their pixels in 16 hexadecimal digits; `notes` on unusual videos; `height`, `width`, `frames`.
 
-    whole, fps, protocol: as PROTOCOLS has them. clips: so many clips in all, evenly spread over the videos, several of
-    each where there are more clips than videos; 0: all that there are. They are read once, into a temporary file under
-    `out`. DataError where there are no videos, or fewer than the protocol takes and `clips` does not ask for fewer.
+    whole, fps: see Protocol; protocol: a key of PROTOCOLS or "". clips: number of clips in all, evenly spaced over the
+    videos, several of each if there are more clips than videos; 0: one of each video, or with `whole` all of it. They
+    are read once, into a temporary file under `out`. DataError if there are no videos; or fewer than the protocol
+    needs, unless `clips` is set.
     """
 
     def __init__(self, path, out, height, width, frames, whole=False, fps=0, clips=0, protocol="",
@@ -159,13 +161,13 @@ class Clips:
                             f"{clip.nbytes / 1e6:.1f} MB each") from None
 
     def fps_of(self, video, most, max_pixels):
-        """(frames a second of its clips, every how manieth frame they take)"""
+        """(frames per second of a video's clips, step: they take every step-th frame)"""
         fps = 25.0 if video.images else VideoReader(video.source.path, max_pixels).fps
         step = max(1, round(fps / most)) if most else 1
         return fps / step, step
 
     def clips_of(self, video, whole, step, per_video, max_pixels):
-        """Lists of H W 3 BGR frames of one Video, every `step`-th."""
+        """Yields the clips of one Video, lists of H W 3 BGR frames, taking every `step`-th frame."""
         if whole:
             yield from pieces(all_frames(video, max_pixels), self.frames, step)
             return
@@ -184,5 +186,5 @@ class Clips:
             yield clip
 
     def video(self, i, device="cpu"):
-        """1 T 3 H W in [0, 1]."""
+        """Clip number i: 1 T 3 H W in [0, 1]."""
         return torch.from_numpy(np.array(self.pixels[i])).to(device).permute(0, 3, 1, 2)[None].float().div_(255)

@@ -1,10 +1,10 @@
-"""Rate and distortion: video codecs through PyAV, curves of PSNR over bits per pixel, and what lies between two curves.
+"""Rate and distortion: video codecs by PyAV, curves of PSNR over bits per pixel, and the BD-rate between two curves.
 
     codec = VideoCodec("h264@crf30", *parse_codec("h264@crf30"))
     result = codec.run(video, fps=25, clip=0)            # frames, bits, seconds
     bd_rate([(0.1, 30.0), (0.2, 33.0), ...], [...])      # percent: -20 is a fifth fewer bits for the same PSNR
 
-Needs the package av (PyAV) where a codec is used. Its wheels bring x264, x265 and SVT-AV1.
+Codecs need the package av (PyAV). Its wheels include x264, x265 and SVT-AV1.
 """
 import fractions
 import os
@@ -18,21 +18,21 @@ import torch.nn.functional as F
 
 from codec import InputError
 
-# codec: (encoder, decoder, its options). All are the libraries' own middle presets.
+# {codec: (encoder, decoder, encoder's options)}, with each library's middle preset.
 CODECS = {"h264": ("libx264", "h264", {"preset": "medium"}),
           "h265": ("libx265", "hevc", {"preset": "medium", "x265-params": "log-level=none"}),
           "av1": ("libsvtav1", "libdav1d", {"preset": "6"})}
-# How swscale converts RGB to 4:2:0 and back: bicubic, all chroma, rounded right (SWS_BICUBIC, _FULL_CHR_H_INT,
-# _FULL_CHR_H_INP, _ACCURATE_RND). Without the last three all gets darker by a level of 255, and 4:2:0 alone costs 4 dB
-# more: 37.9 dB in the place of 42.3 on a frame of a street.
+# How swscale converts RGB to 4:2:0 and back: bicubic, with all chroma samples and accurate rounding (SWS_BICUBIC,
+# _FULL_CHR_H_INT, _FULL_CHR_H_INP, _ACCURATE_RND). Without the last three flags pixels get darker by one of 255 levels,
+# and the conversion alone costs 4 dB more: 37.9 dB instead of 42.3 on a frame of a street.
 CONVERSION = 0x4 | 0x2000 | 0x4000 | 0x40000
 NAME = re.compile(r"(h264|h265|av1)@(crf)?(\d{1,6}(?:\.\d+)?)")
 
 
 class Result(NamedTuple):
-    """What an entry of entries.py makes of a clip. frames: 1 T' 3 H W in [0, 1], float32, those that its `returned`
-    numbers; seconds: {"encode", "decode"} or None; numbers: of its latents, or None; bits: that a codec wrote, or None;
-    codes: of a tokenizer, or None."""
+    """The result of an entry of entries.py for a clip. frames: 1 T' 3 H W in [0, 1], float32, the frames that
+    `returned` lists. seconds: {"encode", "decode"} or None. numbers: how many numbers the latents have, or None. bits:
+    what a codec wrote, or None. codes: a tokenizer's list of tensors, or None."""
     frames: torch.Tensor
     seconds: dict = None
     numbers: int = None
@@ -41,8 +41,8 @@ class Result(NamedTuple):
 
 
 def parse_codec(name):
-    """"h264@200" -> ("h264", "kbps", 200.0), "av1@crf40" -> ("av1", "crf", 40.0); None for what is no codec's name.
-    InputError for one that has no rate."""
+    """"h264@200" -> ("h264", "kbps", 200.0), "av1@crf40" -> ("av1", "crf", 40.0); None if it names no codec. InputError
+    for a codec without a rate."""
     found = NAME.fullmatch(name)
     if not found and name.partition("@")[0] in CODECS and not os.path.exists(name):
         raise InputError(f"{name}: a rate is wanted, {name.partition('@')[0]}@KBPS or "
@@ -51,8 +51,8 @@ def parse_codec(name):
 
 
 def load_av(name):
-    """The module av. InputError where it is not installed."""
-    os.environ.setdefault("SVT_LOG", "1")  # or SVT-AV1 tells all its settings on stderr
+    """The module av. InputError, naming the entry, if it is not installed."""
+    os.environ.setdefault("SVT_LOG", "1")  # else SVT-AV1 prints all its settings on stderr
     try:
         import av
     except ImportError:
@@ -61,9 +61,9 @@ def load_av(name):
 
 
 class VideoCodec:
-    """A codec at a rate, as an entry of entries.py. A clip is one group of pictures, in 4:2:0; its bits are those of
-    its packets, without a container. kbps: what the encoder aims at, at the clip's frames a second; crf: its quality.
-    InputError where PyAV or the encoder is missing, or where the rate is none of the encoder's."""
+    """A codec at one rate, as an entry of entries.py. A clip is one group of pictures, in 4:2:0. Its bits are those of
+    its packets, without a container. kind: "kbps", value is the target bit rate, at the clip's frame rate; or "crf",
+    value is the encoder's quality. InputError if PyAV or the encoder is missing, or if the encoder has no such rate."""
 
     parameters, weight_bytes = None, 0
 
@@ -133,8 +133,8 @@ class VideoCodec:
 
 
 def slopes(x, y):
-    """Slopes at the points of a piecewise cubic that overshoots nowhere (Fritsch and Butland 1984), as scipy's
-    PchipInterpolator has them. x: increasing."""
+    """Slopes at the points of a piecewise cubic without overshoot (Fritsch and Butland 1984), the same as those of
+    scipy's PchipInterpolator. x: increasing."""
     steps, rises = np.diff(x), np.diff(y) / np.diff(x)
     if len(x) == 2:
         return np.array([rises[0]] * 2)
@@ -150,7 +150,7 @@ def slopes(x, y):
 
 
 def integral(x, y, low, high):
-    """Of that piecewise cubic through the points from low to high, both within them."""
+    """The integral, from low to high, of the piecewise cubic through the points; low and high lie within them."""
     found = slopes(x, y)
 
     def value(k, at):
@@ -167,12 +167,12 @@ def integral(x, y, low, high):
 
 
 def bd_rate(reference, other):
-    """Percent of bits that `other` takes more than `reference` (less: negative) for the same PSNR, on average over the
-    PSNRs that both reach (Bjontegaard 2001, VCEG-M33; piecewise cubics as JCT-VC's later sheets have them, where his
-    own was one cubic through four points).
+    """How many percent more bits `other` takes than `reference` (negative: fewer) for the same PSNR, on average over
+    the PSNRs that both reach (Bjontegaard 2001, VCEG-M33; with piecewise cubics, as in JCT-VC's later spreadsheets;
+    Bjontegaard used one cubic through four points).
 
-    Both: [(bits per pixel, PSNR in dB), ...], two or more, in any order. None where they have no PSNR in common, or
-    where a curve does not rise.
+    Both: [(bits per pixel, PSNR in dB), ...], two or more, in any order. None if they have no PSNR in common, or if a
+    curve does not rise.
     """
     curves = []
     for points in (reference, other):
@@ -188,7 +188,8 @@ def bd_rate(reference, other):
 
 
 def curve_name(row):
-    """What a row is a point of: "h264" of "h264@crf30", "runs/tok" of "runs/tok levels 2"; None for no curve."""
+    """The name of the curve that a row is a point of: "h264" for "h264@crf30", "runs/tok" for "runs/tok levels 2"; None
+    for no curve."""
     codec, at, _ = row["name"].partition("@")
     if codec in CODECS and at:
         return codec
@@ -197,7 +198,7 @@ def curve_name(row):
 
 
 def curves(rows):
-    """{name: [rows, by their bits per pixel]} of what was measured at two rates or more, in the order of the rows."""
+    """{name: [rows, sorted by bits per pixel]} of the curves with two rows or more, in the order of the rows."""
     found = {}
     for row in rows:
         if not row.get("failed") and row.get("bits_per_pixel") and (name := curve_name(row)):
@@ -206,15 +207,15 @@ def curves(rows):
 
 
 def points_of(rows, clip=None):
-    """[(bits per pixel, PSNR)] of a curve's rows: of a clip by its number, or means over all."""
+    """[(bits per pixel, PSNR)] of a curve's rows: of one clip by its number, or (None) means over all clips."""
     if clip is None:
         return [(row["bits_per_pixel"], row["metrics"]["psnr"]) for row in rows]
     return [(row["clips"][clip]["bits_per_pixel"], row["clips"][clip]["psnr"]) for row in rows]
 
 
 def compare_rates(rows):
-    """BD-rates against the first curve's: {"against": its name, "curves": {other: {"mean": over the clips that have
-    one, "of_mean": of the mean curves, "clips": [percent or None]}}}; {} for fewer than two curves."""
+    """BD-rates of all curves against the first: {"against": its name, "curves": {other: {"mean": over the clips that
+    have a BD-rate, "of_mean": of the mean curves, "clips": [percent or None]}}}; {} for fewer than two curves."""
     found = curves(rows)
     if len(found) < 2:
         return {}

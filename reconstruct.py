@@ -109,13 +109,13 @@ def reconstruct(source, name, job):
     """Stream one video through the model; write its videos, latent picture and latents. Returns its report row."""
     model, options = job.model, job.options
     reader = open_reader(source, options)
-    beside = None
+    theirs = None
     if job.teacher:
         frames, _ = frames_to_take(source, options)
-        beside = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor, options.teacher_frames,
+        theirs = TeacherPass(job.teacher, source, frames, model.time_factor, model.space_factor, options.teacher_frames,
                              job.memory, options.out, options.max_pixels)
-        job.busy["model"] += beside.encode_seconds + beside.decode_seconds
-        tell(source, beside.notes, options)
+        job.busy["model"] += theirs.encode_seconds + theirs.decode_seconds
+        print_notes(source, theirs.notes, options)
     latents_path = os.path.join(options.out, "latents", name + LATENTS) if options.save_latents else ""
     tokens_path = os.path.join(options.out, "tokens", name + TOKENS) if options.save_tokens else ""
     with job.memory.of("ours"), Spill(options.out) as spill:
@@ -124,7 +124,7 @@ def reconstruct(source, name, job):
         frames, more, encode_seconds, codec_notes = encode(reader, name, job, spill.write)
         length, notes = plan(reader, model, frames, more)
         notes += codec_notes
-        tell(source, notes, options)
+        print_notes(source, notes, options)
         total_latents = model.latent_frames(length)
         codec = Codec(job, total_latents, reader)
         pictured = sorted({round(k) for k in np.linspace(0, total_latents - 1, min(8, total_latents))})
@@ -148,8 +148,8 @@ def reconstruct(source, name, job):
                 for latent in (piece[0][0, :, None] if codec.tokens else piece[0]).float().cpu().numpy():
                     if latents_done in pictured:
                         picture.append(latent.copy())  # not a view, which would keep all of the piece
-                    if beside and latents_done < len(beside.latents) and latent.shape == beside.latents.shape[1:]:
-                        latent_errors.append(np.square(latent - beside.latents[latents_done]).mean())
+                    if theirs and latents_done < len(theirs.latents) and latent.shape == theirs.latents.shape[1:]:
+                        latent_errors.append(np.square(latent - theirs.latents[latents_done]).mean())
                     latents_done += 1
                 yield piece
 
@@ -159,11 +159,11 @@ def reconstruct(source, name, job):
                 Pipeline(queue_depth(reader), job.busy) as pipeline:
             pieces = pipeline.ahead("writing" if latents_path or tokens_path else "reading", recorded(spill))
             originals = pipeline.ahead("reading", reader)
-            show = outputs.start(pipeline, quality, teacher_quality if beside else None)
+            show = outputs.start(pipeline, quality, teacher_quality if theirs else None)
             pairs = paired_frames(codec, pieces, originals, reader, frames, length)
             with progress(pairs, frames, frames, f"{name[:30]} decode") as shown:
                 for number, original, output in shown:
-                    show(original, output, beside.frame(number) if beside else None)
+                    show(original, output, theirs.frame(number) if theirs else None)
             collections.deque(pieces, maxlen=0)  # use up the iterator: pieces that no frame needed are written too
         notes += reader.changes()
     count = quality.frames
@@ -177,10 +177,10 @@ def reconstruct(source, name, job):
                peak_memory_mb=job.memory.megabytes())
     if codec.tokens:
         row["metrics"].update(describe_codes(statistics, row, tokens_path, options.out))
-    if beside:
-        row.update(compare_latents(beside, latent_errors, picture[0].shape))
-        row["teacher"] = teacher_row(beside, measured(teacher_quality))
-        notes += beside.notes
+    if theirs:
+        row.update(compare_latents(theirs, latent_errors, picture[0].shape))
+        row["teacher"] = teacher_row(theirs, measured(teacher_quality))
+        notes += theirs.notes
         if row["peak_memory_mb"] is None:
             notes.append("peak memory: this system cannot tell ours from the teacher's")
     return row
@@ -192,13 +192,13 @@ def reconstruct_by_teacher(source, name, job):
     reader = open_reader(source, options)
     frames, more = frames_to_take(source, options)
     notes = describe_frames(reader, frames, more)
-    tell(source, notes, options)
-    by = TeacherPass(job.teacher, source, frames, *job.teacher_factors, options.teacher_frames, job.memory,
-                     options.out, options.max_pixels)
-    job.busy["model"] += by.encode_seconds + by.decode_seconds
-    if not by.count:
-        raise InputError(f"{source.path}: {'; '.join(by.notes)}")
-    tell(source, by.notes, options)
+    print_notes(source, notes, options)
+    theirs = TeacherPass(job.teacher, source, frames, *job.teacher_factors, options.teacher_frames, job.memory,
+                         options.out, options.max_pixels)
+    job.busy["model"] += theirs.encode_seconds + theirs.decode_seconds
+    if not theirs.count:
+        raise InputError(f"{source.path}: {'; '.join(theirs.notes)}")
+    print_notes(source, theirs.notes, options)
     quality = Quality(job.lpips, job.fid, max(1, frames // max(1, job.fid_frames)))
     with Outputs(job, name, reader, source.is_image) as outputs:
         with Pipeline(queue_depth(reader), job.busy) as pipeline:
@@ -206,18 +206,18 @@ def reconstruct_by_teacher(source, name, job):
             show = outputs.start(pipeline, quality)
             with progress(originals, frames, frames, f"{name[:30]} compare") as shown:
                 for number, original in enumerate(shown):
-                    if (output := by.frame(number)) is not None:
+                    if (output := theirs.frame(number)) is not None:
                         show(original, output, None)
         notes += reader.changes()
-    notes += by.notes + outputs.notes()
-    first = by.latents[:64]  # a picture of all would take memory that grows with the video
-    return dict(name=name, source=source.path, frames=by.count, fps=reader.fps, height=reader.height,
+    notes += theirs.notes + outputs.notes()
+    first = theirs.latents[:64]  # a picture of all would take memory that grows with the video
+    return dict(name=name, source=source.path, frames=theirs.count, fps=reader.fps, height=reader.height,
                 width=reader.width, notes=notes, videos=outputs.paths,
-                latent_picture=draw_latents(name, first, range(len(first)), by.latent_count, options),
-                **teacher_row(by, measured(quality)))
+                latent_picture=draw_latents(name, first, range(len(first)), theirs.latent_count, options),
+                **teacher_row(theirs, measured(quality)))
 
 
-def tell(source, notes, options):
+def print_notes(source, notes, options):
     if options.verbose:
         for note in notes:
             tqdm.write(f"{source.path}: {note}")

@@ -17,13 +17,13 @@ SKIES = (((230, 170, 90), (250, 225, 190)), ((150, 90, 60), (120, 170, 245)), ((
 
 
 def make_demo(folder, videos=24, frames=40, size=128, seed=0):
-    """Write `videos` synthetic clips (train/) and a quarter as many more (val/) unless they are there already.
+    """Write `videos` synthetic clips (train/), and a quarter as many more (val/), unless the folder exists already.
 
-    A third are streets, a third the sea, a third balloons, each drawn from random numbers of its own; seconds to make.
+    A third are streets, a third the sea, a third balloons, each with random numbers of its own. It takes seconds.
     """
     if os.path.isdir(folder):
         return
-    for other in glob.glob(f"{glob.escape(folder)}.*.tmp"):  # a killed process's: it takes seconds
+    for other in glob.glob(f"{glob.escape(folder)}.*.tmp"):  # an old one is a killed process's: writing takes seconds
         if re.fullmatch(r".*\.\d+\.tmp", other) and time.time() - os.path.getmtime(other) > 600:
             shutil.rmtree(other, ignore_errors=True)
     building = f"{folder}.{os.getpid()}.tmp"
@@ -31,14 +31,14 @@ def make_demo(folder, videos=24, frames=40, size=128, seed=0):
         write_clips(building, videos, frames, size, seed)
         os.rename(building, folder)
     except OSError:
-        if not os.path.isdir(folder):  # or another process has made them meanwhile: they are the same
+        if not os.path.isdir(folder):  # else another process has made the same clips meanwhile
             raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def write_clips(folder, videos, frames, size, seed):
-    """`videos` videos in folder/train and a quarter as many in folder/val. OSError if one cannot be written whole."""
+    """Write `videos` videos in folder/train and a quarter as many in folder/val. OSError if one is not complete."""
     for part, count in (("train", videos), ("val", videos // 4)):
         os.makedirs(os.path.join(folder, part), exist_ok=True)
         for i in range(count):
@@ -51,12 +51,13 @@ def write_clips(folder, videos, frames, size, seed):
             for frame in clip:
                 writer.write(frame)
             writer.release()
-            if cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT) != frames:  # OpenCV says nothing
+            if cv2.VideoCapture(path, cv2.CAP_FFMPEG).get(cv2.CAP_PROP_FRAME_COUNT) != frames:  # no error by OpenCV
                 raise OSError(f"{path!r} is not whole; is the disk full?")
 
 
 def demo_clip(kind, frames, size, rng):
-    """A camera pans slowly over a drawn scene, in which things move. kind: one of KINDS. A list of H W 3 uint8, BGR."""
+    """A clip, a list of H W 3 uint8, BGR: a camera pans slowly over a drawn scene in which things move. kind: of KINDS.
+    """
     side, clip = 2 * size, []  # drawn at twice the size, for smooth edges
     world, movers = SCENES[kind](side, rng)
     start, pan = rng.uniform(0.2, 0.8) * side, rng.uniform(-1, 1) * side / 100
@@ -69,9 +70,9 @@ def demo_clip(kind, frames, size, rng):
     return clip
 
 
-# ---- scenes: (what stands still, side x 2*side x 3 uint8; functions that draw what moves) ----------------------------
+# ---- scenes: (the background, side x 2*side x 3 uint8; functions that draw what moves) ------------------------------
 #
-# Such a function is given a frame, its number and the place of the frame's left edge in the scene.
+# Such a function gets a frame to draw into, its number, and the position of its left edge in the scene.
 
 
 def street(side, rng):
@@ -116,7 +117,7 @@ def balloons(side, rng):
 SCENES = {"street": street, "sea": sea, "balloons": balloons}
 
 
-# ---- what stands still -----------------------------------------------------------------------------------------------
+# ---- backgrounds -----------------------------------------------------------------------------------------------------
 
 
 def colour(rng, low, high):
@@ -196,19 +197,19 @@ def tree(world, x, ground, width, rng):
     box(world, x + 0.44 * width, ground - 0.6 * width, 0.12 * width, 0.6 * width, (40, 60, 90))
     green = colour(rng, 40, 90) * (0.8, 1.7, 1.0)
     for _ in range(9):
-        place = x + rng.uniform(0.2, 0.8) * width, ground - rng.uniform(0.5, 1.1) * width
-        oval(world, *place, *[rng.uniform(0.14, 0.26) * width] * 2, green * rng.uniform(0.75, 1.3))
+        centre = x + rng.uniform(0.2, 0.8) * width, ground - rng.uniform(0.5, 1.1) * width
+        oval(world, *centre, *[rng.uniform(0.14, 0.26) * width] * 2, green * rng.uniform(0.75, 1.3))
 
 
 # ---- what moves ------------------------------------------------------------------------------------------------------
 
 
 def car(side, row, rng):
-    tone, place, length = colour(rng, 30, 230), rng.uniform(0, 2) * side, rng.uniform(0.25, 0.35) * side
+    tone, start, length = colour(rng, 30, 230), rng.uniform(0, 2) * side, rng.uniform(0.25, 0.35) * side
     speed = rng.choice([-1, 1]) * rng.uniform(0.01, 0.03) * side
 
     def draw(frame, t, left):
-        x, y = (place + speed * t) % (2.5 * side) - length - left, row * side
+        x, y = (start + speed * t) % (2.5 * side) - length - left, row * side
         box(frame, x, y - 0.2 * length, length, 0.2 * length, tone)
         cabin = (0.15, -0.2), (0.3, -0.4), (0.7, -0.4), (0.88, -0.2)
         shape(frame, [(x + length * a, y + length * b) for a, b in cabin], tone * 0.6)
@@ -219,11 +220,11 @@ def car(side, row, rng):
 
 
 def boat(side, horizon, rng):
-    size, place, speed = rng.uniform(0.06, 0.16) * side, rng.uniform(0, 2) * side, rng.uniform(-0.006, 0.006) * side
+    size, start, speed = rng.uniform(0.06, 0.16) * side, rng.uniform(0, 2) * side, rng.uniform(-0.006, 0.006) * side
     level, hull, sail, phase = horizon + 1.8 * size, colour(rng, 20, 140), colour(rng, 150, 255), rng.uniform(0, 6)
 
     def draw(frame, t, left):
-        x, y = place + speed * t - left, level + 0.08 * size * np.sin(0.25 * t + phase)
+        x, y = start + speed * t - left, level + 0.08 * size * np.sin(0.25 * t + phase)
         for points, tone in ((((-1, 0), (1, 0), (0.7, 0.35), (-0.7, 0.35)), hull),
                              (((-0.05, -0.1), (-0.05, -1.8), (-0.8, -0.1)), sail),
                              (((0.05, -0.1), (0.05, -1.5), (0.7, -0.1)), sail * 0.85)):
@@ -233,11 +234,11 @@ def boat(side, horizon, rng):
 
 def balloon(side, rng):
     radius, tones = rng.uniform(0.09, 0.19) * side, (colour(rng, 30, 240), colour(rng, 60, 255))
-    place, height = rng.uniform(0, 2) * side, rng.uniform(0.2, 0.8) * side
+    start, height = rng.uniform(0, 2) * side, rng.uniform(0.2, 0.8) * side
     rise, phase = rng.uniform(-0.006, 0.002) * side, rng.uniform(0, 6)
 
     def draw(frame, t, left):
-        x, y = place - left + 0.15 * radius * np.sin(0.12 * t + phase), height + rise * t
+        x, y = start - left + 0.15 * radius * np.sin(0.12 * t + phase), height + rise * t
         ropes = (-0.6, 0.75), (0.6, 0.75), (0.15, 1.5), (-0.15, 1.5)
         shape(frame, [(x + radius * a, y + radius * b) for a, b in ropes], tones[0] * 0.8)
         for stripe, part in enumerate((1, 0.72, 0.42, 0.14)):

@@ -1,10 +1,11 @@
-"""Files of others, looked at before they are read: nothing of what they say is believed that they do not hold.
+"""Checks untrusted files before they are read, so that a forged file cannot take more time or memory than its size
+justifies.
 
-    with open_regular(path) as file: ...       # no FIFO, no device, which never end
-    settings = read_json(path, 1 << 20)        # no more bytes than that
-    check_weights("model.pth")                 # before torch.load, which takes the memory that a file asks for
+    with open_regular(path) as file: ...       # refuses FIFOs and devices, which never end
+    settings = read_json(path, 1 << 20)        # refuses files of more bytes
+    check_weights("model.pth")                 # before torch.load, which allocates the memory that a file asks for
 
-OSError for what cannot be read, ValueError (of a pickle: many others too) for what is forged. Works alone.
+OSError for a file that cannot be read, ValueError (for a pickle, many others too) for a forged one. Works alone.
 """
 import collections
 import errno
@@ -16,16 +17,16 @@ import pickle
 import stat
 import zipfile
 
-SETTINGS = 1 << 20      # bytes of a file of settings
-MAX_PICKLE = 1 << 22    # bytes: the state of a run with 1700 tensors takes 160 KB
-MAX_ODD_KEYS = 1000     # keys of dicts that are no texts or small numbers: these can be made to collide
+SETTINGS = 1 << 20      # most bytes of a settings file
+MAX_PICKLE = 1 << 22    # most bytes of a pickle; the state of a run with 1700 tensors takes 160 KB
+MAX_ODD_KEYS = 1000     # most dict keys that are neither text nor small numbers: others can be made to collide
 ITEM_SIZES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1,
               "Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8, "Untyped": 1}
 
 
 def open_regular(path):
     """The file, open for reading bytes. OSError for anything but a regular file: FIFOs, devices, /dev/stdin."""
-    # Without O_NONBLOCK, opening a FIFO that nobody writes to would take for ever. Regular files do not know it.
+    # Without O_NONBLOCK, opening a FIFO that nobody writes to would block for ever. Regular files ignore the flag.
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -34,7 +35,7 @@ def open_regular(path):
 
 
 def read_text(path, most):
-    """UTF-8, with or without its mark, of up to `most` bytes."""
+    """The text of a UTF-8 file of up to `most` bytes, with or without a byte order mark. ValueError if it has more."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -43,7 +44,7 @@ def read_text(path, most):
 
 
 def read_json(path, most, **how):
-    """The contents of a JSON file of up to `most` bytes; **how is json.loads's."""
+    """The contents of a JSON file of up to `most` bytes; **how: arguments of json.loads. ValueError, OSError."""
     try:
         return json.loads(read_text(path, most), **how)
     except RecursionError as error:  # nested too deeply
@@ -54,8 +55,8 @@ def read_json(path, most, **how):
 
 
 def check_weights(path):
-    """See that a .pth, .pt or .ckpt file, new or old, asks for no more memory than a few times its size, and holds no
-    damaged parts. (safetensors looks at its own files.)"""
+    """ValueError unless a .pth, .pt or .ckpt file, of the new or old format, asks for no more memory than a few times
+    its size, and has no damaged parts. (safetensors checks its own files.)"""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         is_archive = file.read(4) == b"PK\3\4"  # as torch.load has it
@@ -81,13 +82,14 @@ def check_weights(path):
 
 
 def check_archive(archive, size):
-    """See that the parts of a zipfile.ZipFile of `size` bytes unpack to about these: PyTorch packs no weights."""
+    """ValueError if a zipfile.ZipFile of `size` bytes unpacks to much more: PyTorch does not compress weights."""
     if (unpacked := sum(part.file_size for part in archive.infolist())) > 2 * size + (1 << 24):
         raise ValueError(f"its {size} bytes would unpack to {unpacked}")
 
 
 def check_old_weights(file, size):
-    """The format of before 2020: pickles, of which the fourth has the weights' names, then their bytes."""
+    """`check_weights` for PyTorch's format before 2020: pickles, the fourth with the weights' names, then their bytes.
+    """
     head = io.BytesIO(file.read(MAX_PICKLE))
     for _ in range(5):
         contents = Contents(head, size)
@@ -95,7 +97,7 @@ def check_old_weights(file, size):
 
 
 class Storage:
-    """`size` bytes, of numbers of `item_size` bytes each."""
+    """A storage of `size` bytes, whose numbers take `item_size` bytes each."""
 
     def __init__(self, kind, count):
         self.item_size = ITEM_SIZES[kind.__name__.removesuffix("Storage")]
@@ -103,7 +105,7 @@ class Storage:
 
 
 class Harmless:
-    """Stands for whatever a pickle makes."""
+    """Replaces the objects that a pickle would create."""
 
     def __new__(cls, *_, **__):
         return object.__new__(cls)
@@ -115,15 +117,15 @@ class Harmless:
 
 
 class TooMuch:
-    """Stands for what takes as much memory as it is told to."""
+    """Replaces functions and classes that allocate as much memory as the pickle says."""
 
     def __new__(cls, *_, **__):
         raise ValueError(f"it has {cls.__name__} called, which no weights need")
 
 
 class Contents(pickle._Unpickler):  # Python's: the one in C takes 16 GB for a number in eight bytes
-    """Goes through a pickle of torch.save without making anything: `storages` by their keys. ValueError if tensors or
-    storages are larger than the `size` bytes of the file, or keys of dicts such that these take for ever."""
+    """Reads a pickle of torch.save without creating its objects; `storages`: {key: Storage}. ValueError if tensors or
+    storages exceed the file's `size` in bytes, or if hashing dict keys could take for ever."""
 
     def __init__(self, file, size):
         super().__init__(file, encoding="latin-1")
@@ -140,7 +142,7 @@ class Contents(pickle._Unpickler):  # Python's: the one in C takes 16 GB for a n
         allowed = "Size", "device", "Parameter", "_get_layout", "_rebuild_parameter", "_rebuild_parameter_with_state"
         if name == "bytearray" or module.split(".")[0] == "torch" and name not in allowed:
             return type(name, (TooMuch,), {})
-        return Harmless  # PyTorch refuses what is none of its own
+        return Harmless  # torch.load itself refuses all names that are not PyTorch's
 
     def persistent_load(self, about):
         _, kind, key, _, count, *_ = about
@@ -153,7 +155,8 @@ class Contents(pickle._Unpickler):  # Python's: the one in C takes 16 GB for a n
         return storage
 
     def tensor(self, storage, _, size, *__):
-        """torch._utils._rebuild_tensor and its like: its numbers may overlap, and be few."""
+        """Replaces torch._utils._rebuild_tensor and similar. A tensor may have more elements than its storage (strides
+        of 0, say), so sum up the sizes."""
         self.tensor_bytes += math.prod(map(number, size)) * storage.item_size
         if self.tensor_bytes > 4 * self.file_size + (1 << 24):
             raise ValueError(f"a tensor of {'x'.join(map(str, size))} in a file of {self.file_size} bytes")
@@ -170,11 +173,11 @@ class Contents(pickle._Unpickler):  # Python's: the one in C takes 16 GB for a n
     def collection(self, *parts):
         for part in parts:
             for entry in part if isinstance(part, (list, tuple)) else ():
-                self.look_at_key(entry[0] if isinstance(entry, list) and entry else entry)  # as Python 2 wrote pairs
+                self.look_at_key(entry[0] if isinstance(entry, list) and entry else entry)  # Python 2 wrote lists
         return collections.OrderedDict()
 
     def look_at_key(self, key):
-        """Tuples in tuples can be so deep that their hash ends the program."""
+        """ValueError for keys that are no names: hashing deeply nested tuples can crash the program."""
         if not plain(key):
             self.odd_keys += 1
             if self.odd_keys > MAX_ODD_KEYS or isinstance(key, tuple) and not all(map(plain, key)):

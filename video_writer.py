@@ -24,7 +24,7 @@ FOURCC = "VP80"
 ENCODER, SETTINGS = "libvpx", {"deadline": "good", "cpu-used": "5", "crf": "4", "qmin": "0", "qmax": "50"}
 STDERR = threading.Lock()
 MAX_SIDE = 16382  # pixels: VP8 has 14 bits for a side, and odd sides are padded to even ones
-BITS_PER_PIXEL, LEAST_RATE = 3, 1100  # OpenCV's bit rate; bits/s: below 1 kbit/s it writes a broken file
+BITS_PER_PIXEL, LEAST_RATE = 3, 1100  # OpenCV's bit rate; bits/s: under 1000, OpenCV writes a broken file
 
 
 def check_video_size(width, height, path):
