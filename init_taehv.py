@@ -62,8 +62,8 @@ def fits_teacher(model, latents):
 
 @torch.no_grad()
 def scale_to_teacher(model, latents):
-    """Makes a fresh TAEHV scale a teacher's latents to mean 0 and deviation 1 in each channel for its layers. latents:
-    N T C h w, of some hundred clips."""
+    """Lets the layers of a fresh TAEHV see a teacher's latents scaled to mean 0 and deviation 1 in each channel.
+    latents: N T C h w, of some hundred clips."""
     channels = latents.double().movedim(2, 0).flatten(1)
     deviation = channels.std(1)
     overall = deviation.square().mean().sqrt().clamp(min=1e-6)

@@ -598,7 +598,7 @@ class TAEHVStream:
 
     @torch.no_grad()
     def frames(self, latents):
-        """Like `decode`, but yields frames N 1 3 H W one by one, so that they never all exist at once. Use it up."""
+        """Like `decode`, but yields frames N 1 3 H W one by one, so that they never all exist. Exhaust the iterator."""
         n, _, _, h, w = latents.shape
         self._decoding = True
         if self._empty_frames is None:
@@ -835,7 +835,7 @@ def config_of(shape):
     config = dict(variant=shape.variant, patch_size=shape.patch_size, latent_channels=shape.latent_channels,
                   encoder_time_downscale=list(shape.pooling), decoder_time_upscale=list(shape.growth),
                   decoder_space_upscale=[s == 2 for s in shape.space], arch_variant=shape.arch_variant)
-    # Only values that differ from the variant's, as in older checkpoints, which know none of these arguments.
+    # Only values that differ from the variant's. Older checkpoints, from before these arguments, have none of them.
     relative = RELATIVES.get(shape.variant, {})
     for name, default in (("encoder_widths", ENCODER_WIDTHS), ("decoder_widths", DECODER_WIDTHS[shape.arch_variant]),
                           ("activation", relative.get("activation", "relu")),
