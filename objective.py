@@ -1,8 +1,8 @@
-"""What training minimises.
+"""The training objective: a weighted sum of loss terms.
 
-A term of the loss has a weight in config.py. One whose weight is 0 is not computed, nor is a half of the model that no
-term needs. To add a term that compares pixels: its function in losses.py, its weight in config.py, a line in
-`pixel_terms`.
+Each term has a weight in config.py. A term whose weight is 0 is not computed, and an encoder or decoder that no term
+needs is not run. To add a term that compares pixels, write its function in losses.py, add its weight to config.py, and
+add a line to `pixel_terms`.
 """
 import math
 from typing import NamedTuple
@@ -23,8 +23,8 @@ from watch import Figures
 
 
 def pixel_terms(cfg, device):
-    """The terms that compare the reconstruction with its target: {name: (weight, function that makes it)}. What is made
-    takes the two, N T 3 H W, the target in [0, 1], and returns a scalar."""
+    """The terms that compare a reconstruction with its target: {name: (weight, make)}. make() returns a function of
+    (output, target), both N T 3 H W, the target in [0, 1], which returns a scalar."""
     return {
         "reconstruction_loss": (cfg.pixel_weight, lambda: lambda *pair: pixel_loss(cfg.pixel_loss, *pair)),
         "temporal_loss": (cfg.temporal_weight, lambda: temporal_loss),
@@ -33,22 +33,22 @@ def pixel_terms(cfg, device):
     }
 
 
-class Done(NamedTuple):
-    """What a model has made of a micro-batch; None for what was not wanted."""
+class ModelOutputs(NamedTuple):
+    """What a model computes from a micro-batch; None for what no term needs."""
     own: torch.Tensor      # the encoder's latents, N T' C h w
     source: torch.Tensor   # the latents that were decoded
-    output: torch.Tensor   # the frames that came of them, N t 3 H W, float
-    target: torch.Tensor   # those that they stand for, in [0, 1]
+    output: torch.Tensor   # the decoded frames, N t 3 H W, float
+    target: torch.Tensor   # the frames that the output should reconstruct, N t 3 H W in [0, 1]
     vq_loss: torch.Tensor  # a tokenizer's codebook and commitment loss
 
 
 class Objective:
-    """The loss of a micro-batch, with everything that it needs besides the model. ConfigError if that cannot be had.
-    control: the ranks' process group for messages, None for one rank.
+    """Computes the loss of a micro-batch. Holds the discriminators and the networks that its terms need; ConfigError if
+    one of these cannot be made. control: the ranks' process group for messages, None for one rank.
 
-    `names` are the scalars that a call gives: "loss" (weighted, with its graph), the unweighted terms ("..._loss"),
-    "squared_error" of the pixels, and mean and mean square of the latents, ours and the teacher's: a wrong scale shows
-    there first.
+    `names` are the scalars that a call returns: "loss" (weighted, with its graph), the unweighted terms ("..._loss"),
+    "squared_error" of the pixels, and the mean and mean square of our latents and of the teacher's, where a wrong scale
+    shows first.
     """
 
     def __init__(self, cfg, model, device, autocast, control=None):
@@ -70,9 +70,10 @@ class Objective:
         if cfg.compile:
             Quantizer.forward = torch.compiler.disable(Quantizer.forward)  # see quantize.true_float32
         for quantizer in self.quantizers:
-            # It learns in `step`, where all ranks are. A reduction within forward first asks whether all are there.
+            # A codebook learns in `step`, which all ranks reach. Before a quantizer reduces something over the ranks
+            # within forward, stay_together checks that all of them are there.
             quantizer.defer(lambda: stay_together(control))
-        self.code_counts = {}  # number of a quantizer: how often each of its codes was used since `codes_used`
+        self.code_counts = {}  # number of a quantizer: how often each of its codes was used since the last `codes_used`
         if self.quantizers:
             self.weights["vq_loss"] = cfg.vq_weight
         self.names = ["loss", *self.weights, *(["squared_error"] if self.pixels else []),
@@ -81,19 +82,19 @@ class Objective:
         opponents = {"gan": self.adversary and self.adversary.FIGURES,
                      "seraena": self.seraena and ("discriminator_loss", "score_real", "score_fake")}
         self.figures = Figures({name: figures for name, figures in opponents.items() if figures}, device)
-        # What a discriminator demands rises as it learns, which is no sign that the run goes wrong.
-        demands = {"loss": 1.0, "adversarial_loss": -1.0, "seraena_loss": -self.weights.get("seraena_loss", 0.0)}
-        self.without_demands = torch.tensor([demands.get(name, 0.0) for name in self.names], device=device)
+        # The adversarial terms rise as a discriminator learns, which does not mean that the run goes wrong.
+        coefficients = {"loss": 1.0, "adversarial_loss": -1.0, "seraena_loss": -self.weights.get("seraena_loss", 0.0)}
+        self.steady_weights = torch.tensor([coefficients.get(name, 0.0) for name in self.names], device=device)
         calls = (model.encode, model.decode, model)
         self.encode, self.decode, self.forward = (torch.compile(f) if cfg.compile else f for f in calls)
 
     def prepare(self):
-        """Before the first step, after loading, on all ranks together."""
+        """All ranks call this together, after loading and before the first step."""
         for part in filter(None, (self.seraena, self.adversary)):
             part.prepare()
 
     def begin(self, step):
-        """Before a step's micro-batches; a step may begin again after memory ran out."""
+        """Call this before a step's micro-batches, and again if the step is repeated because memory ran out."""
         for part in (self.seraena, *self.quantizers):
             if part:
                 part.begin()
@@ -101,29 +102,28 @@ class Objective:
             self.adversary.begin(step)
 
     def __call__(self, video, latents, fraction):
-        """{name: scalar} of a micro-batch. fraction: its clips' part of all clips of the step.
-
-        video: N T 3 H W in [0, 1]; latents: the teacher's, N T' C h w, float, or None.
+        """Returns {name: scalar}. video: N T 3 H W in [0, 1]; latents: the teacher's, N T' C h w, float, or None;
+        fraction: the number of these clips over that of all clips that this rank takes in the step.
         """
-        done = self.run(video, latents)
-        values = {} if done.vq_loss is None else {"vq_loss": done.vq_loss}
-        values.update(self.of_latents(done.own, video, latents))
+        made = self.run_model(video, latents)
+        values = {} if made.vq_loss is None else {"vq_loss": made.vq_loss}
+        values.update(self.latent_values(made.own, video, latents))
         surrogate = 0.0
         if self.pixels:
-            # The adaptive weight asks for these terms' gradient as well as the step. At a leaf it is made once: LPIPS's
-            # network would else be walked back through twice.
-            leaf = done.output.detach().requires_grad_() if self.adversary and self.adversary.weighs() else done.output
-            values.update(self.of_pixels(done, leaf, fraction))
-            if leaf is not done.output:
-                surrogate = self.surrogate_of(values, leaf, done.output)
+            # Both the adaptive weight and the step need the gradient of these terms. It is computed once, at a leaf:
+            # otherwise the backward pass would run through LPIPS's network twice.
+            leaf = made.output.detach().requires_grad_() if self.adversary and self.adversary.weighs() else made.output
+            values.update(self.pixel_values(made, leaf, fraction))
+            if leaf is not made.output:
+                surrogate = self.surrogate_of(values, leaf, made.output)
         values["loss"] = surrogate + sum(weight * values[name] for name, weight in self.weights.items())
         if self.adversary:
-            values["adversarial_loss"] = self.of_adversary(done, values["loss"], fraction)
+            values["adversarial_loss"] = self.adversarial_term(made, values["loss"], fraction)
             values["loss"] = values["loss"] + values["adversarial_loss"]
         return values
 
-    def run(self, video, latents):
-        """What the model makes of a micro-batch, a Done."""
+    def run_model(self, video, latents):
+        """Encode and decode a micro-batch, as far as the terms need it. Arguments as in `__call__`."""
         cfg, model, own, output, vq_loss = self.cfg, self.model, None, None, None
         with self.autocast:
             if latents is None:
@@ -139,17 +139,17 @@ class Objective:
         if self.quantizers:
             vq_loss = info["vq_loss"]
         if not self.pixels:
-            return Done(own, source, None, None, vq_loss)
+            return ModelOutputs(own, source, None, None, vq_loss)
         if latents is not None and (cfg.decoder_input == "teacher" or self.requantizes):
             _, count = model.aligned(video.shape[1], latents.shape[1])
             target = model.targets(video, latents.shape[1])[:, :count]
             output = output[:, :count]
         else:
             target = model.targets(video)
-        return Done(own, source, output.float(), target, vq_loss)
+        return ModelOutputs(own, source, output.float(), target, vq_loss)
 
-    def of_latents(self, own, video, latents):
-        """Their means and mean squares, and the encoder's loss."""
+    def latent_values(self, own, video, latents):
+        """The means and mean squares of both latents, and the encoder's loss. Arguments as in `__call__`."""
         values = {}
         if latents is not None:
             values.update(teacher_mean=latents.mean(), teacher_square=latents.square().mean())
@@ -159,41 +159,42 @@ class Objective:
         if self.latents:
             count, _ = self.model.aligned(video.shape[1], latents.shape[1])
             values["encoder_loss"] = F.mse_loss(own[:, :count], latents[:, :count])
-            if self.scaled():  # by the teacher's variance, which is about 1 for others
+            if self.scaled():  # divided by the teacher's variance, which is about 1 for other teachers
                 values["encoder_loss"] = values["encoder_loss"] * self.model.latents_scale.pow(-2).mean().reciprocal()
         return values
 
-    def of_pixels(self, done, output, fraction):
-        """The terms that compare the output, at which their gradients begin, with its target."""
-        values = {"squared_error": F.mse_loss(output.detach(), done.target)}
+    def pixel_values(self, made, output, fraction):
+        """The terms that compare frames with their target. output: made.output, or a leaf with its values."""
+        values = {"squared_error": F.mse_loss(output.detach(), made.target)}
         with self.autocast:
             for name, term in self.pixel_terms.items():
-                values[name] = term(output, done.target)
+                values[name] = term(output, made.target)
         if self.seraena:
             with self.autocast:
-                context = self.model._own(done.source) if self.scaled() else done.source
-                corrected = self.seraena.targets(done.target, output.detach(), context.detach().float(), fraction)
+                context = self.model._own(made.source) if self.scaled() else made.source
+                corrected = self.seraena.targets(made.target, output.detach(), context.detach().float(), fraction)
             values["seraena_loss"] = F.mse_loss(output, corrected)
         return values
 
-    def of_adversary(self, done, loss, fraction):
-        """The PatchGAN's term. loss: that of the other terms."""
+    def adversarial_term(self, made, loss, fraction):
+        """The PatchGAN's term. loss: the weighted sum of the other terms."""
         with self.autocast:
-            # A compiled graph can be walked once only: there the gradients are weighed at the pixels instead.
-            last = done.output if self.cfg.compile else self.last_layer()
-            term = self.adversary.generator_term(done.target, done.output, loss, last, fraction)
-        # Before gan_start the term is the number 0.0, which torch.as_tensor would have the GPU waited for.
-        return term if torch.is_tensor(term) else done.output.new_zeros(())
+            # A compiled graph allows only one backward pass: there the adaptive weight takes gradients at the pixels.
+            last = made.output if self.cfg.compile else self.last_layer()
+            term = self.adversary.generator_term(made.target, made.output, loss, last, fraction)
+        # Before gan_start the term is the float 0.0. torch.as_tensor would wait for the GPU.
+        return term if torch.is_tensor(term) else made.output.new_zeros(())
 
     def scaled(self):
-        """Whether the teacher's latents are far from a deviation of 1: known when the clips are."""
+        """Whether the model scales the teacher's latents, whose deviation is far from 1. clips.find decides it."""
         return self.model.config.get("scaled_latents")
 
     def mix_latents(self, own, latents):
-        """The teacher's latents, in `own_share` of the clips the encoder's own, which does not learn from it."""
+        """The teacher's latents, replaced by the encoder's own in a fraction `own_share` of the clips, drawn at random.
+        No gradient reaches the encoder."""
         if not self.cfg.own_share:
             return latents
-        own = torch.cat([own.detach().to(latents.dtype), latents[:, own.shape[1]:]], 1)  # a teacher may give one more
+        own = torch.cat([own.detach().to(latents.dtype), latents[:, own.shape[1]:]], 1)  # a teacher may have one more
         drawn = torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) < self.cfg.own_share
         return torch.where(drawn, own, latents)
 
@@ -212,8 +213,8 @@ class Objective:
 
     @torch.no_grad()
     def step(self, bad):
-        """After the model's own step, on all ranks together: discriminators and codebooks learn. `bad`: 1.0 on the
-        device if the model's step was not finite, and then no codebook learns."""
+        """Update discriminators and codebooks. All ranks call this together after the model's own step. `bad`: 1.0 on
+        the device if that step was not finite; then the codebooks stay as they are."""
         if self.seraena:
             found = self.seraena.step()
             self.figures.add("seraena", {**found, "discriminator_loss": found["disc_loss"]},
@@ -230,11 +231,11 @@ class Objective:
             self.code_counts[i] = counts + (self.code_counts[i] if i in self.code_counts else 0)
 
     def steady_loss(self, totals):
-        """The loss without what discriminators demand, a scalar on the device. totals: the step's, as in `names`."""
-        return totals @ self.without_demands
+        """The loss without the adversarial terms, a scalar on the device. totals: the step's scalars, as in `names`."""
+        return totals @ self.steady_weights
 
     def describe_loss(self):
-        """What `steady_loss` is made of, as a text: losses with different texts do not compare."""
+        """The terms and weights of `steady_loss`, as a text. Losses with different texts cannot be compared."""
         return ", ".join([self.cfg.pixel_loss, *(f"{weight:g} x {name}" for name, weight in self.weights.items())])
 
     def codes_used(self):
@@ -247,13 +248,13 @@ class Objective:
                 "perplexity": torch.stack([torch.special.entr(u).sum(1).exp().mean() for u in used]).mean().item()}
 
     def state(self):
-        """What a checkpoint keeps of it, the same on all ranks."""
+        """The part of its state that is the same on all ranks, for a checkpoint."""
         parts = {"seraena": self.seraena, "adversary": self.adversary}
         return {"code_counts": self.code_counts, "figures": self.figures.state(),
                 **{name: p.training_state() for name, p in parts.items() if p}}
 
     def load_state(self, state):
-        """ConfigError if the state is of other discriminators."""
+        """Load what `state` returned. ConfigError if it belongs to other discriminators."""
         self.code_counts = {i: c.to(self.device) for i, c in state.get("code_counts", {}).items()}
         self.figures.load_state(state.get("figures", {}))
         for name, part in {"seraena": self.seraena, "adversary": self.adversary}.items():
@@ -264,7 +265,7 @@ class Objective:
                     raise ConfigError(f"resume: {error}") from None
 
     def rank_state(self):
-        """What a checkpoint keeps of it for this rank."""
+        """The part of its state that each rank has for itself, for a checkpoint; None if there is none."""
         return self.seraena.rank_state(self.cfg.seraena_save_replay) if self.seraena else None
 
     def load_rank_state(self, state):
@@ -272,7 +273,7 @@ class Objective:
             self.seraena.load_rank_state(state)
 
     def best_by(self):
-        """What `score` measures, as a text: scores with different texts do not compare."""
+        """What `score` measures, as a text. Scores with different texts cannot be compared."""
         description = self.cfg.best_by
         if self.from_teacher():
             description = " x ".join([f"{description} from the teacher's latents"] * self.trains_decoder
@@ -280,14 +281,16 @@ class Objective:
         return description
 
     def from_teacher(self):
-        """Whether the run is there to speak a teacher's latents: then own encoding and own decoding, which suit each
-        other from the first step on, say nothing. (A tokenizer of latents is there to bring the pictures through.)"""
+        """Whether the run distils a teacher's latents. Then reconstructions through the model's own latents do not show
+        how well it does: its encoder and decoder fit each other from the first step on. (A tokenizer of latents is
+        judged by its reconstructions all the same.)"""
         return bool(self.latents or self.cfg.decoder_input == "teacher") and not self.requantizes
 
     def score(self, result):
-        """How good `evaluate`'s result is by cfg.best_by, dB: -10 log10 of an error. The error is that of the pictures:
-        mse, 1 - ssim, lpips, or 10^(-psnr / 10). With a teacher it is that of its latents decoded, if the decoder is
-        trained, times the latents' squared error over their mean square, if the encoder learns them."""
+        """The score of `evaluate`'s result, dB, higher is better: -10 log10 of an error. By cfg.best_by, the error of
+        the pictures is mse, 1 - ssim, lpips, or 10^(-psnr / 10). With a teacher, the error is a product of up to two
+        factors: that of the pictures decoded from its latents, if the decoder is trained, and the squared error of the
+        encoder's latents over the mean square of the teacher's, if the encoder learns them."""
         name, prefix, errors = self.cfg.best_by, "teacher_" if self.from_teacher() else "", []
         if self.trains_decoder or not self.from_teacher():
             value = result[prefix + name]
@@ -298,7 +301,7 @@ class Objective:
 
 
 def remarks(cfg, model, device, dtype):
-    """[lines for the log on what may not go as one thinks]"""
+    """[lines for the log: warnings and notes about settings that may not do what the user expects]"""
     lines, most = [], max(frames for _, frames, *_ in parse_buckets(cfg))
     if dtype == torch.bfloat16 and device.type == "cpu" and cfg.model == "dcae":
         lines.append("warning: bf16 gradients of 3D convolutions are wrong on a CPU for short clips: leave "
@@ -317,19 +320,19 @@ def remarks(cfg, model, device, dtype):
 
 
 def decoded_size(model, size):
-    """Height and width of what the model decodes from clips of `size` pixels: less where it makes previews."""
+    """Height and width of the frames decoded from clips of `size` pixels: smaller if the model makes previews."""
     return size * getattr(model, "space_upscale", model.space_factor) // model.space_factor
 
 
 def decoded_frames(model, frames):
-    """The number of frames that come back of a clip."""
+    """The number of frames that the model decodes from a clip of `frames` frames."""
     taehv = getattr(model, "taehv", model)
     return len(taehv.frame_index(frames)) if hasattr(taehv, "frame_index") else frames
 
 
 def check_sizes(cfg, model, from_pixels):
-    """ConfigError where decoded frames are too small or too few for a term of the loss, or too small for the metric
-    that chooses best.pt. from_pixels: whether what is decoded is compared with the clips."""
+    """ConfigError if the decoded frames are too small or too few for a term of the loss, or too small for the metric
+    that chooses best.pt. from_pixels: whether decoded frames are compared with the clips."""
     shapes = parse_buckets(cfg)
     sizes = [size for size, *_ in shapes]
     if from_pixels and cfg.temporal_weight > 0 and max(decoded_frames(model, frames) for _, frames, *_ in shapes) < 2:

@@ -1,12 +1,12 @@
 """What the ranks of a run do together: starting, agreeing, stopping, and reducing gradients.
 
-The rule behind this file: no rank leaves a step alone. A fault or a wish to stop is a flag; all ranks agree on the
-flags at one place of every step, and then do the same thing.
+The rule of this file: no rank leaves a step alone. An error or a request to stop is a flag. All ranks agree on the
+flags at one point of every step, and then do the same thing.
 
 Why there is no DistributedDataParallel: it reduces gradients during each rank's backward pass, and a rank that runs out
-of memory there strands the others. Here the reduction runs during the backward pass too, but whatever happens to a
-rank, it sends every slice of its gradients, once and in the same order, before the ranks agree on what the step was
-worth; what they agree with goes its own way. So nobody waits for what does not come.
+of memory there leaves the others waiting. Here the reduction runs during the backward pass too. But whatever happens to
+a rank, it sends every slice of its gradients, once and in the same order, before the ranks agree on the flags, which
+are reduced over another process group. So no rank waits for something that is never sent.
 """
 import importlib
 import os
@@ -26,31 +26,32 @@ LAUNCHER = os.getppid()
 
 
 def start_ranks(device, timeout_minutes):
-    """(rank, world size, process group for the host's own messages); one rank and no group without torchrun."""
+    """Returns (rank, world size, gloo process group for messages of the CPUs); (0, 1, None) without torchrun."""
     if "RANK" not in os.environ:
         return 0, 1, None
-    # The optimizers import this later on: it then keeps a reference to the process group, whose threads outlive
-    # destroy_process_group and can abort the interpreter as it ends ("terminate called without an active exception").
+    # The optimizers import this module. Imported after the process group is made, it keeps a reference to the group,
+    # whose threads then outlive destroy_process_group and can abort the interpreter at its end ("terminate called
+    # without an active exception"). So it is imported first.
     importlib.import_module("torch._dynamo")
     timeout = timedelta(minutes=timeout_minutes)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    where = {}
+    options = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        where = dict(store=fresh_store(rank, world, timeout), rank=rank, world_size=world)
+        options = dict(store=fresh_store(rank, world, timeout), rank=rank, world_size=world)
     if device.type == "cuda":
-        where["device_id"] = device  # or NCCL guesses it from the rank, and barriers warn of that
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **where)
+        options["device_id"] = device  # otherwise NCCL guesses it from the rank, and barriers warn of that
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **options)
     sys.excepthook = end_at_once  # instead of PyTorch's own
-    # Ranks agree over this group: between CPUs, so that no GPU has to be waited for, and beside the gradients.
+    # Ranks agree over a group of their own: on the CPU, so that they need not wait for a GPU, nor for the gradients.
     return dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=timeout)
 
 
 def end_at_once(kind, error, trace):
-    """For sys.excepthook: an error on one rank. Its traceback, or one line if it is only that another rank is gone,
-    and the process's end, without what the interpreter or NCCL would wait for: other ranks notice within moments, and
-    data processes, which take no part in signals, would hold up the interpreter's end for good."""
+    """A sys.excepthook for an error on one rank. Prints the traceback, or one line if the error is only that another
+    rank is gone, and ends the process without waiting for the interpreter or NCCL. So the other ranks notice within
+    moments. The interpreter would wait forever for data processes, which ignore signals."""
     rank = os.environ.get("RANK")
-    if kind is KeyboardInterrupt:  # Ctrl-C before the first step, where nothing is to be saved
+    if kind is KeyboardInterrupt:  # Ctrl-C before the first step: there is nothing to save yet
         os._exit(128 + signal.SIGINT)
     if "/gloo/" in str(error):
         reason = str(error).splitlines()[0].rpartition("/gloo/")[2].partition("] ")[2].partition(". ")[0]
@@ -63,34 +64,36 @@ def end_at_once(kind, error, trace):
 
 
 def fresh_store(rank, world, timeout):
-    """A part of torchrun's store that is for this start of the ranks alone. torchrun (seen with PyTorch 2.15) keeps one
-    store over all its restarts: a rank that is early finds there where the dead ones listened, and fails or hangs. (Of
-    several machines, torchrun then waits in vain for one that is replaced, which no rank can mend. With its variable
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each start has a store of its own, and does not need this function.)"""
+    """A part of torchrun's store, under a prefix of its own for each start of the ranks. TimeoutError without rank 0.
+
+    torchrun (seen with PyTorch 2.15) keeps one store over all its restarts. A rank that starts early finds the
+    addresses of the dead ranks there, and fails or hangs. (On several machines, torchrun also waits in vain for one
+    that was replaced, which no rank can repair. With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment,
+    each start has a store of its own, and does not need this function.)"""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store, mine, began = dist.TCPStore(*address, timeout=timeout), uuid.uuid4().hex, time.monotonic()
+    store, own_id, began = dist.TCPStore(*address, timeout=timeout), uuid.uuid4().hex, time.monotonic()
     if rank == 0:
-        store.set("start", mine)
+        store.set("start", own_id)
         for other in range(1, world):
-            store.set(f"{mine}/welcome/{other}", store.get(f"{mine}/hello/{other}"))
-        return dist.PrefixStore(mine, store)
+            store.set(f"{own_id}/welcome/{other}", store.get(f"{own_id}/hello/{other}"))
+        return dist.PrefixStore(own_id, store)
     while time.monotonic() - began < timeout.total_seconds():
-        start = store.get("start").decode()  # perhaps a dead rank 0's, who does not answer
-        store.set(f"{start}/hello/{rank}", mine)
+        start = store.get("start").decode()  # possibly that of a dead rank 0, which does not answer
+        store.set(f"{start}/hello/{rank}", own_id)
         welcome = f"{start}/welcome/{rank}"
-        if store.check([welcome]) and store.get(welcome).decode() == mine:
+        if store.check([welcome]) and store.get(welcome).decode() == own_id:
             return dist.PrefixStore(start, store)
         time.sleep(0.05)
     raise TimeoutError(f"rank 0 did not start within {timeout}")
 
 
 def agree(control, *flags):
-    """Each flag, true if it is true on any rank: then all ranks act on it at the same place, and none waits alone."""
+    """Returns a tuple: each flag, true if it is true on any rank. So all ranks act on it at the same point."""
     return tuple(bool(value) for value in largest(control, *(bool(flag) for flag in flags)))
 
 
 def largest(control, *values):
-    """The largest of all ranks' numbers, for each of the values."""
+    """[for each of the values, the largest over all ranks]"""
     votes = torch.tensor([float(value) for value in values])
     if control is not None:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control)
@@ -98,20 +101,20 @@ def largest(control, *values):
 
 
 class Vote(NamedTuple):
-    """What a rank says at the end of its part of a step; after `count`, what all ranks do."""
-    out_of_memory: bool = False  # do the step again, in smaller parts
+    """The flags of a rank at the end of its part of a step; after `count`, those that all ranks act on."""
+    out_of_memory: bool = False  # repeat the step, in smaller parts
     stop: bool = False           # a signal has come: save and end after this step
     no_data: bool = False        # a rank has no clips: save and end without this step
-    time: float = 0.0            # part of max_minutes that has passed; from 1 on, this step is the last
+    time: float = 0.0            # fraction of max_minutes that has passed; from 1 on, this step is the last
 
     def count(self, control):
-        """All ranks call it: the Vote in which each field is true that is true on any rank, with their latest time."""
+        """All ranks call this. Returns a Vote: each flag is true if it is true on any rank; time is the largest."""
         *flags, time = largest(control, *self)
         return Vote(*map(bool, flags), time)
 
 
 class LeftStep(Exception):
-    """A rank is at the step's end before its time; `vote` is what all ranks have agreed on with that."""
+    """Another rank has ended its part of the step early; `vote` is the Vote that all ranks have agreed on."""
 
     def __init__(self, vote):
         super().__init__(f"a rank has left the step: {vote}")
@@ -119,15 +122,15 @@ class LeftStep(Exception):
 
 
 def stay_together(control):
-    """Call it before ranks communicate within a step. LeftStep if a rank is at the step's end already, because its
-    memory ran out, say: this call and that rank's `Vote.count` have then met."""
+    """Call this before ranks communicate within a step. LeftStep if a rank has already ended its part of the step, for
+    example because its memory ran out: then this call is answered by that rank's `Vote.count`."""
     vote = Vote().count(control)
     if any(vote):
         raise LeftStep(vote)
 
 
 def from_rank_0(control, make):
-    """What make() returns on rank 0, on every rank. An error there is raised everywhere, or the others would wait."""
+    """Call make() on rank 0, and return its result on every rank. An error in it is raised on every rank."""
     if control is None:
         return make()
     box = [None]
@@ -144,8 +147,8 @@ def from_rank_0(control, make):
 
 
 def everywhere(control, make):
-    """What make() returns, on each rank its own. An error is raised on all ranks, the first rank's where one has none
-    itself: a file that one machine lacks ends all of them with the same words."""
+    """Call make() on every rank, and return each rank's own result. If it raises on some ranks, all ranks raise: a rank
+    without an error of its own raises that of the lowest rank that has one."""
     if control is None:
         return make()
     value = error = None
@@ -160,7 +163,7 @@ def everywhere(control, make):
 
 
 def copy_from_rank_0(tensors):
-    """The same start everywhere, whatever each rank's own generator and libraries made of the seed."""
+    """Overwrite the tensors on all ranks with those of rank 0, whose random generator and libraries may differ."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
@@ -176,12 +179,12 @@ def gather(control, value):
 
 
 class StopSignal:
-    """True once SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal; nohup's wish to ignore it is kept) has come. A
-    second one ends the process at once (launchers repeat a signal within moments: those count as one). True also once
-    torchrun was killed: its ranks would train on, unseen, while the next start shares their folder."""
+    """True once SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a closed terminal; ignored under nohup) has come. A second signal
+    ends the process at once, but not within two seconds of the first: launchers repeat a signal. True also once
+    torchrun was killed: its ranks would otherwise train on unnoticed, and the next start would use the same folder."""
 
     def __init__(self):
-        self.since = self.number = None  # when the first came, and which
+        self.since = self.number = None  # time and number of the first signal
         self.launcher = LAUNCHER if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -200,10 +203,10 @@ class StopSignal:
         return self.since is not None or self.orphaned()
 
     def exit_code(self, control):
-        """Of a run that has stopped; all ranks ask together. Without torchrun: 130 after Ctrl-C, as of any program that
-        it ends, so that `train.py && infer.py` goes no further; 0 after SIGTERM and the others, which schedulers send.
-        Under torchrun: 0 where a rank of the same machine got the signal, or it would start them again. 1 on other
-        machines: their torchruns then wait for that one to come back, where 0 would mean that all is done."""
+        """The exit code of a run that was stopped; all ranks call this together. Without torchrun: 130 after Ctrl-C, as
+        usual, so that `train.py && infer.py` stops; 0 after SIGTERM and the others, which schedulers send. Under
+        torchrun: 0 if a rank of the same machine got the signal, since torchrun restarts ranks that fail. 1 on other
+        machines: their torchruns then wait for that machine to come back. With 0 they would take the run as done."""
         if control is None:
             return 128 + self.number if self.number == signal.SIGINT else 0
         machine = os.environ.get("GROUP_RANK")
@@ -211,25 +214,28 @@ class StopSignal:
 
 
 def batch_statistics(model):
-    """The buffers that BatchNorm layers of a model move in every forward pass: running means, variances and counts."""
+    """The buffers that a model's BatchNorm layers update in every forward pass: running means, variances and counts."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 
-SLICE = 4_000_000  # numbers of the gradient that are reduced together, 16 MB
+SLICE = 4_000_000  # elements of the gradient that are reduced together, 16 MB
 
 
 class Gradients:
-    """The gradients of a network in one flat buffer that each parameter's .grad looks into: one norm, no copies, and
-    all ranks skip a step that is not finite on one. The model has one of these, and so has each discriminator.
+    """The gradients of a network, averaged over the ranks. They lie in one flat buffer, and each parameter's .grad is a
+    view of it: there is one norm and no copy, and all ranks skip a step that is not finite on one of them. The model
+    has one of these, and so has each discriminator.
 
-    `totals` is a part of the buffer: `extra` numbers of the step (its loss, say) that are averaged along with it.
-    `statistics`: buffers of the network that its forward pass changes (see `batch_statistics`). Those of floating point
-    are averaged along too, so that all ranks hold the same; a step that is bad or has to be done again gives them back.
-    All ranks make it together: they start with rank 0's parameters and statistics.
+    `totals` is a part of the buffer: `extra` scalars of the step (such as its loss) that are averaged with the
+    gradients. `statistics`: buffers of the network that its forward pass changes (see `batch_statistics`). Those of
+    floating point are averaged too, so that all ranks hold the same. After a bad step, and before a step is repeated,
+    all of them get their earlier values back. All ranks make this object together, and all take rank 0's parameters and
+    statistics.
 
-    Several ranks add the buffer up in slices of about SLICE numbers at the borders of parameters, from the last to the
-    first, as a backward pass fills them. After `last_pass` a slice is sent as soon as it and all before it are full.
+    Several ranks reduce the buffer in slices of whole parameters, about SLICE elements each, from the last to the
+    first: in the order in which a backward pass fills them. After `last_pass`, a slice is sent as soon as it is
+    complete and all slices before it are sent.
     """
 
     def __init__(self, parameters, extra=0, statistics=()):
@@ -239,7 +245,7 @@ class Gradients:
         sizes = [sum(p.numel() for p in parameters), extra, sum(b.numel() for b in self.averaged)]
         self.all = torch.zeros(sum(sizes), device=parameters[0].device)
         self.flat, self.totals, self.means = self.all.split(sizes)
-        self.slices, self.parameters_in = [], []  # (start, end), in the order of sending; how many parameters are in it
+        self.slices, self.parameters_in = [], []  # [(start, end)] in the order of sending; number of parameters in each
         self.missing, self.sent, self.underway, self.sends_early = [], 0, [], False
         start, ranks = sizes[0], dist.get_world_size() if dist.is_initialized() else 1
         for p in reversed(parameters):
@@ -256,18 +262,18 @@ class Gradients:
 
     @torch.no_grad()
     def begin(self):
-        """Before a step's micro-batches, also where the step is done again."""
+        """Call this before a step's micro-batches, and again if the step is repeated."""
         self.give_up()
         self.all.zero_()
         self.before = [buffer.clone() for buffer in self.statistics]
 
     def last_pass(self):
-        """Call it before a step's last backward pass: what it fills is complete, and may be sent."""
+        """Call this before a step's last backward pass, which completes the gradients: they may be sent then."""
         self.sends_early = True
-        self.missing = list(self.parameters_in)  # of each slice: parameters that are not filled yet
+        self.missing = list(self.parameters_in)  # for each slice: how many of its gradients are not complete yet
 
     def filled(self, number):
-        """Autograd has added to a parameter's gradient, in slice `number`."""
+        """A hook: autograd has added to the gradient of a parameter in slice `number`."""
         if number < self.sent:
             raise RuntimeError("a gradient has grown after it was sent to the other ranks")
         if self.sends_early:
@@ -284,7 +290,7 @@ class Gradients:
 
     @torch.no_grad()
     def send_rest(self):
-        """Every rank calls it in each attempt at a step, whatever has happened to it, before it votes."""
+        """Send the remaining slices. Every rank calls this before its vote, in each attempt at a step."""
         if self.averaged and self.sent < len(self.slices):
             torch.cat([buffer.flatten() for buffer in self.averaged], out=self.means)
         self.sends_early = False
@@ -292,14 +298,14 @@ class Gradients:
             self.send()
 
     def wait(self):
-        """Until all that was sent has come from all ranks."""
+        """Wait until all slices that were sent are reduced."""
         for work in self.underway:
             work.wait()
         self.sent, self.underway, self.sends_early = 0, [], False
 
     @torch.no_grad()
     def give_up(self):
-        """Where a step ends without `step`: the statistics are again what they were before it."""
+        """End a step without `step`: restore the statistics from before it."""
         self.wait()
         for now, before in zip(self.statistics, self.before or ()):
             now.copy_(before)
@@ -307,9 +313,10 @@ class Gradients:
 
     @torch.no_grad()
     def step(self, optimizer, limit=0.0):
-        """All ranks together: the optimizer's step with the mean of their gradients, whose norm is held to `limit` if
-        that is above 0. Returns (norm, bad): bad is 1.0 where the norm, a total or a statistic is not finite, and then
-        no weight has changed, else 0.0. One rank's NaN is in the sum, so all see it. Nothing waits for the GPU.
+        """All ranks call this together: take the optimizer's step with the mean of their gradients, clipped to the norm
+        `limit` if that is above 0. Returns (norm before clipping, bad), scalars on the device. bad is 1.0 if the norm,
+        a total or a statistic is not finite, and then no weight has changed; else 0.0. A NaN of one rank is in the
+        mean, so all ranks see it. With a fused optimizer on a GPU, the host does not wait for the GPU.
         """
         self.send_rest()
         self.wait()
@@ -325,7 +332,7 @@ class Gradients:
             now.copy_(torch.where(bad > 0, before, now))
         self.before = None
         if optimizer.defaults.get("fused") and self.all.device.type in ("cuda", "cpu"):
-            optimizer.grad_scale, optimizer.found_inf = None, bad  # the kernel itself skips a bad step: no host waits
+            optimizer.grad_scale, optimizer.found_inf = None, bad  # the kernel skips a bad step, without a wait
             optimizer.step()
         elif not bad:
             optimizer.step()

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node 8 train.py taehv data=videos/    # eight GPUs
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py taehv data=videos/
 
-Settings: config.py, or key=value here; a run's config.json may stand in the preset's place. The same command again
-resumes. Ctrl-C or SIGTERM saves and ends.
+The settings are in config.py; key=value overrides one of them. A run's config.json can be given instead of a preset.
+The same command again resumes the run. Ctrl-C or SIGTERM saves a checkpoint and ends it.
 """
 import contextlib
 import copy
@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 
 from screen import end_at_ctrl_c, guard_screen, one_line
 
-# OpenMP's threads would spin for milliseconds wherever one waits for another, and take the cores from data processes
-# and other programs: beside those, a step took six times the processor's time (docs/speed.md). Read at import torch.
+# By default, OpenMP's threads spin while they wait, and take cores from data processes and other programs: beside
+# those, a step took six times the CPU time (docs/speed.md). OpenMP reads this variable when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 end_at_ctrl_c(__name__)
 import torch
@@ -50,17 +50,17 @@ from watch import Meter, Trend, describe_figures, describe_step, describe_trend
 
 
 def train(cfg):
-    """One run, from the settings to its last checkpoint. Returns the exit code. ConfigError, DeviceError, DataError,
-    CheckpointError, InUse or NotSaved say in one line what is wrong; all ranks raise the same."""
-    with contextlib.ExitStack() as at_end:  # however the run ends, it lets its folder go
+    """Run one training, from its settings to its last checkpoint. Returns the exit code. ConfigError, DeviceError,
+    DataError, CheckpointError, InUse or NotSaved, raised by all ranks, say in one line what is wrong."""
+    with contextlib.ExitStack() as at_end:  # unlocks the run folder, however the run ends
         trainer = Trainer(cfg, at_end)
         if trainer.nothing_to_do():
             return 0
-        at_end.callback(vars(trainer).pop, "batches", None)  # while they are held, Python waits for their processes
+        at_end.callback(vars(trainer).pop, "batches", None)  # or Python would wait for the data processes
         trainer.start()
         cfg, run = trainer.cfg, trainer.run
         stop = StopSignal()
-        last = stopping = False  # whether the step that was done is the run's last; whether a signal ends it there
+        last = stopping = False  # whether this step is the run's last; whether a signal ends the run after this step
         while not last and not stopping:
             # ---- take this step's clips
             micro_batches, trouble = trainer.take_clips()
@@ -73,7 +73,7 @@ def train(cfg):
             if vote.no_data:
                 trainer.give_up(f"no data ({trouble or 'on another rank'})", "Look at the files that train.log names.")
 
-            # ---- update, unless something is not finite on any rank
+            # ---- update the weights, unless the loss or a gradient is not finite on some rank
             trainer.update(micro_batches, vote.time)
             last, stopping = run.step >= cfg.max_steps or vote.time >= 1, vote.stop
 
@@ -90,15 +90,15 @@ def train(cfg):
 
 @dataclass
 class Run:
-    """How far a run is. A checkpoint holds it."""
-    step: int = 0         # optimizer steps done, skipped ones too
-    samples: int = 0      # clips that they took
+    """The progress of a run. Checkpoints hold it."""
+    step: int = 0         # optimizer steps done, including skipped ones
+    samples: int = 0      # clips that these steps used
     seconds: float = 0.0  # of training, before this process began
-    pieces: int = 1       # parts of a micro-batch; doubles when memory runs out
+    pieces: int = 1       # parts that a micro-batch is split into; doubles when memory runs out
 
 
 class Trainer:
-    """What a run needs, and what is done in each step; all ranks call the same methods. Errors: see `train`."""
+    """The state of a run, and the stages of a step. All ranks call the same methods. Errors: see `train`."""
 
     def __init__(self, cfg, at_end):
         # ---- ranks, folder and log
@@ -122,7 +122,7 @@ class Trainer:
         restarted, = agree(self.control, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
         self.resumed_from = from_rank_0(self.control, lambda: find_resume(cfg, self.folder, restarted, self.log))
         self.clips = clips.find(cfg, self.buckets, self.model, self.rank, self.world, self.control)
-        # What init_from settled is a setting of the run, and the scale of the latents that the clips have.
+        # Settings that were left open get their values: the shape from init_from, the scale from the clips' latents.
         self.cfg = cfg = models.with_shape(cfg, self.model)
         self.validates = len(self.clips.val) > 0
         self.workers = cfg.workers if cfg.workers >= 0 else default_workers(self.device)
@@ -140,15 +140,15 @@ class Trainer:
             model.decoder.requires_grad_(cfg.train_decoder)
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        # What is logged is averaged along, and BatchNorm's statistics.
+        # The logged scalars and BatchNorm's statistics are averaged over the ranks together with the gradients.
         self.gradients = Gradients(self.parameters, len(self.objective.names), batch_statistics(model))
         self.optimizer = make_optimizer(model, cfg, self.device)
         self.trend = Trend(self.device, loss=self.objective.describe_loss())
         self.meter = Meter(self.objective.names, self.device)
         self.saver = Saver(self.folder, cfg, self.control, self.log, self.trend, at_end)
 
-        # ---- how far it is
-        if self.rank:  # each rank draws numbers of its own: all are made from one seed, for the initial weights
+        # ---- progress
+        if self.rank:  # all ranks made the initial weights from one seed; from here on each draws its own numbers
             torch.manual_seed(cfg.seed + self.rank)
         self.run, self.changes = Run(), ""
         if self.resumed_from:
@@ -158,7 +158,7 @@ class Trainer:
         self.time_limit = 60 * cfg.max_minutes or math.inf
 
     def resume(self):
-        """Take up the state of the checkpoint to go on from."""
+        """Load the checkpoint that the run goes on from."""
         path, cfg, run = self.resumed_from, self.cfg, self.run
         state = everywhere(self.control, lambda: checkpoint.read(path))
         try:
@@ -196,7 +196,7 @@ class Trainer:
         return True
 
     def start(self):
-        """Say in the log what will run, and set up what the loop takes from."""
+        """Log what will run, and set up the clips, best.pt, the progress bar and the clock."""
         cfg, run, log, model = self.cfg, self.run, self.log, self.model
         log(everywhere(self.control, lambda: summarize(model, self.buckets[0], self.autocast)), screen=False)
         from_rank_0(self.control, lambda: log.mirror(cfg.wandb, asdict(cfg), bool(self.resumed_from)))
@@ -206,7 +206,7 @@ class Trainer:
             f"{str(self.dtype).removeprefix('torch.')}, {self.world} rank{'s' * (self.world > 1)}")
         lack = self.saver.lack_of_room(
             model.state_dict(), self.average.state_dict(), self.average.state_dict(), self.objective.state(),
-            self.parameters, self.parameters)  # the average is in two files; AdamW has two means of each parameter
+            self.parameters, self.parameters)  # the average is in two files; AdamW has two moments of each parameter
         for line in filter(None, [*remarks(cfg, model, self.device, self.dtype), *self.clips.lines,
                                   self.unlocked and f"warning: {self.unlocked}", lack, self.changes]):
             log(line)
@@ -223,14 +223,14 @@ class Trainer:
         self.best.take_up(self.average, bool(self.resumed_from),
                           (lambda model: self.evaluate(model)[0]) if self.validates else None)
         self.bar = tqdm(initial=run.step, total=cfg.max_steps, unit="step", dynamic_ncols=True, smoothing=0.05,
-                        disable=self.rank > 0 or None)  # None: in a file there are log lines in its place
+                        disable=self.rank > 0 or None)  # None: no bar in a file, which gets the log lines instead
         self.clock = log.clock = Clock(run.seconds)
         self.clips_done = 0  # since the last log line
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
     def take_clips(self):
-        """([this rank's micro-batches of a step], what is wrong with its data or "")."""
+        """Returns ([this rank's micro-batches of a step], why its data cannot be read or "")."""
         micro_batches = []
         try:
             for _ in range(self.cfg.accumulation):
@@ -242,7 +242,7 @@ class Trainer:
         return micro_batches, ""
 
     def accumulate(self, micro_batches, stop, trouble):
-        """Adds up the gradients and the objective's scalars over this rank's clips. Returns the Vote of all ranks."""
+        """Add up the gradients and the objective's scalars over this rank's clips. Returns the Vote of all ranks."""
         vote, out_of_memory, gradients, names = None, False, self.gradients, self.objective.names
         gradients.begin()
         try:
@@ -252,7 +252,7 @@ class Trainer:
                 for start in range(0, len(batch["video"]), size):
                     part = {k: v[start:start + size].to(self.device, non_blocking=True).float()
                             for k, v in batch.items()}
-                    # A step's fractions add up to 1: its gradient is the mean over its clips, however they are cut.
+                    # A step's fractions add up to 1, so its gradient is the mean over its clips, however it is split.
                     fraction = len(part["video"]) / len(batch["video"]) / len(micro_batches)
                     values = self.objective(part["video"].div_(255), part.get("latents"), fraction)
                     if batch is micro_batches[-1] and start + size >= len(batch["video"]):
@@ -270,7 +270,7 @@ class Trainer:
                             ).count(self.control)
 
     def split(self, micro_batches):
-        """Memory ran out on some rank: from here on all ranks cut micro-batches into twice as many parts."""
+        """Memory ran out on some rank: from here on, all ranks split micro-batches into twice as many parts."""
         if self.run.pieces >= len(micro_batches[0]["video"]):
             self.give_up("out of memory with one clip at a time",
                          "Set gradient_checkpointing=true, or a smaller size or frames.")
@@ -279,7 +279,7 @@ class Trainer:
         self.log(f"step {self.run.step + 1}: out of memory; micro-batches are split in {self.run.pieces} from here on")
 
     def update(self, micro_batches, time):
-        """Average the gradients over the ranks; optimizer, discriminators, codebooks, average of the weights."""
+        """Average the gradients over the ranks. Update weights, discriminators, codebooks and the averaged weights."""
         cfg, run, optimizer = self.cfg, self.run, self.optimizer
         self.learning_rate = learning_rate(cfg, run.step, time)
         for group in optimizer.param_groups:
@@ -297,28 +297,28 @@ class Trainer:
     # ---- once in a while -----------------------------------------------------------------------------------------
 
     def log_step(self):
-        """A line and the curves of the steps since the last one. The run ends here if all was not finite for long."""
+        """Log the steps since the last log line. End the run if the last max_bad_steps steps were not finite."""
         run, log, meter = self.run, self.log, self.meter.read()
         values = {**spread(meter.means), **self.objective.codes_used()}
-        figures, (course, warnings) = self.objective.figures.read(), self.trend.read(run.step)
+        figures, (trend, warnings) = self.objective.figures.read(), self.trend.read(run.step)
         synchronize(self.device)
         speed, self.clips_done = self.clips_done / self.clock.lap(), 0
-        log.scalars(run.step, "train", **values, **figures, **course, gradient_norm=meter.gradient_norm,
+        log.scalars(run.step, "train", **values, **figures, **trend, gradient_norm=meter.gradient_norm,
                     learning_rate=self.learning_rate, clips_per_second=speed,
                     skipped_steps=meter.skipped, resident_memory_gb=resident_memory() / 1e9,
                     gpu_memory_gb=peak_memory(self.device) / 1e9 if self.device.type == "cuda" else 0.0)
         line = describe_step(values)
-        if self.cfg.max_minutes:  # as many steps as the minutes will allow, by those done
+        if self.cfg.max_minutes:  # the number of steps that fit into max_minutes at the speed so far
             self.bar.total = min(self.cfg.max_steps, math.ceil(run.step * max(1, self.time_limit / self.clock.total())))
         self.bar.set_postfix_str(f"{line}, {speed:.1f} clips/s", refresh=False)
-        log(f"step {run.step}: {line}, gradient norm {meter.gradient_norm:.3f}{describe_trend(course)}"
+        log(f"step {run.step}: {line}, gradient norm {meter.gradient_norm:.3f}{describe_trend(trend)}"
             f"{describe_figures(figures)}, {speed:.2f} clips/s"
             + (f", {meter.skipped} steps skipped (not finite)" if meter.skipped else ""),
             screen=self.bar.disable or meter.skipped_in_a_row > 0)
         for warning in warnings:
             log(f"step {run.step}: {warning}")
         if meter.skipped_in_a_row >= self.cfg.max_bad_steps:
-            self.saver.settle()  # which checkpoint is sound is known then
+            self.saver.settle()  # a save that is still being written may be the newest sound checkpoint
             way_out = where_to_go_on(self.folder, self.model, self.trend, run.step, meter.skipped_in_a_row)
             self.give_up(f"the loss or a gradient was not finite {meter.skipped_in_a_row} steps in a row",
                          f"{way_out} Try a lower lr, precision=fp32, or other data.")
@@ -327,7 +327,7 @@ class Trainer:
         return evaluate(model, self.val_clips, self.device, self.autocast, self.control, **self.judges)
 
     def validate(self):
-        """Measure the average of the weights; keep it as best.pt if it is the best so far."""
+        """Validate the averaged weights, and save them as best.pt if they are the best so far."""
         step, log = self.run.step, self.log
         with self.clock.stopped():
             try:
@@ -342,8 +342,8 @@ class Trainer:
             self.best.offer(step, result, self.average)
 
     def save(self, is_last):
-        """Copy what a checkpoint holds, and have it written. If it is the last, wait for that, and return, on every
-        rank, why it could not be saved, or an empty string."""
+        """Copy the state of the run, which a thread then writes as a checkpoint. is_last: wait for the thread, and
+        return, on every rank, why the checkpoint could not be saved, or an empty string."""
         with self.clock.stopped():
             run = {**vars(self.run), "seconds": self.clock.total()}
             return self.saver.run(
@@ -356,8 +356,8 @@ class Trainer:
                     objective=self.objective.state()), is_last)
 
     def give_up(self, reason, way_out):
-        """Save, and raise what ends the run."""
-        self.gradients.give_up()  # this step, if it was not done
+        """Save a last checkpoint and end the run: ConfigError, or NotSaved where that checkpoint could not be saved."""
+        self.gradients.give_up()  # restores BatchNorm's statistics, if this step was not completed
         if unsaved := self.save(is_last=True):
             raise NotSaved(f"{reason} at step {self.run.step}; {self.saver.not_saved(unsaved)}. {way_out}")
         raise ConfigError(f"{reason} at step {self.run.step}; the run is saved. {way_out}")
@@ -368,7 +368,7 @@ class Trainer:
         self.log.close()
         if unsaved:
             raise NotSaved(self.saver.not_saved(unsaved))
-        if stopped_by is not None:  # it is false itself on ranks that got no signal
+        if stopped_by is not None:  # compared with None, since bool(stopped_by) is False on ranks without a signal
             again = "resume=auto" if self.cfg.resume == "none" else "the same command"
             cause = "torchrun was killed: stopped" if stopped_by.orphaned() else "stopped by a signal"
             self.log.event("stopped", self.run.step, f"{cause} after step {self.run.step} of {self.cfg.max_steps}: "
@@ -386,7 +386,7 @@ def main():
     try:
         code = train(load_config(sys.argv[1:]))
     except (ConfigError, DeviceError, DataError, checkpoint.CheckpointError, InUse, NotSaved) as error:
-        # All ranks raise these together; before they have met, those of one machine.
+        # All ranks raise these together, so one rank prints. Before the process group exists, one of each machine does.
         if int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0)) == 0:
             print(f"train.py: {one_line(str(error))}", file=sys.stderr)
         code = 1 if isinstance(error, NotSaved) else 2
