@@ -1,5 +1,5 @@
-"""What can be wrong with the settings of a run, by themselves and together. What depends on files, on the model or on
-the machine is checked where these are known.
+"""Checks of a run's settings, each by itself and all together. Checks that need the files, the model or the machine are
+made where these are known.
 
     check(config)                          # ConfigError, in one line, names the setting and the way out
     without_effect(config)                 # {"own_share": "with decoder_input=own: ..."}
@@ -20,7 +20,7 @@ AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_s
                "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every clips_per_open wavelet_levels",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
-# Far above what any run needs: what is greater is a slip, and would fill the memory or fail after minutes.
+# Far above what any run needs: a greater value is a typing error, and would fill the memory or fail after minutes.
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur own_share lr_final lr_decay",
            0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
            8: "wavelet_levels", 64: "clips_per_open",
@@ -33,10 +33,11 @@ AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur own_share lr_fina
                      "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor",
            2 ** 62: "seed"}
 WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
-# Of `net`: what counts layers, which are built one by one, and all other numbers (codes, channels, frames).
+# Limits for `net`: DEPTHS are the settings that count layers, which are built one by one; the others count codes,
+# channels or frames.
 DEPTHS, MOST_LAYERS, MOST_OTHERS = ("num_res_blocks", "nb_res_layers", "nb_levels", "n_blk_per_group", "group_count",
                                     "blocks", "depth", "encoder_depth_list", "decoder_depth_list"), 128, 2 ** 24
-# What is settled when clips are cut from their files.
+# Settings that take effect when clips are cut from their files, so not while training from a cache.
 CUT = "min_frame_delta max_frame_delta min_crop use_images image_sequences val_clips_per_video"
 
 
@@ -45,8 +46,7 @@ class ConfigError(Exception):
 
 
 def check(config):
-    """ConfigError for values that no run can use: each by itself, then all together. What depends on the model or the
-    machine is checked there."""
+    """ConfigError for settings that no run can use, each by itself or in combination."""
     if config.precision == "fp16":
         raise ConfigError("precision=fp16: training would need loss scaling, which is not here; bf16 and fp32 work")
     for field in dataclasses.fields(config):
@@ -77,8 +77,7 @@ def check(config):
 
 
 def check_together(config):
-    """ConfigError for settings that exclude or need each other. This is the one place for those that no file, model or
-    machine has a say in."""
+    """ConfigError for settings that exclude or need each other, as far as no file, model or machine decides it."""
     if config.best_by == "lpips" and "lpips" not in config.val_metrics:
         raise ConfigError("best_by=lpips needs val_metrics=lpips, which measures it")
     if config.min_frame_delta > config.max_frame_delta:
@@ -91,8 +90,7 @@ def check_together(config):
 
 
 def without_effect(config):
-    """{name of a setting: why} of those that the others leave without effect: what is given all the same is a
-    mistake."""
+    """{setting: why} of the settings that have no effect, because of others. To set one of them is a mistake."""
     idle = {}
 
     def leave(keys, why):
@@ -123,7 +121,7 @@ def without_effect(config):
 
 
 def check_model(config):
-    """What the kind of model needs, or cannot do."""
+    """ConfigError for settings that the kind of model needs but lacks, or cannot use."""
     if config.model == "vq_latents":
         for key in ("gan_weight", "seraena_weight"):
             if getattr(config, key) > 0:
@@ -142,7 +140,7 @@ def check_model(config):
 
 
 def check_caches(config):
-    """What a latent cache cannot give, and what needs one."""
+    """ConfigError for a latent cache with a model that cannot use one, and for settings that need one but have none."""
     if config.latent_cache and config.model not in ("taehv", "vq_latents"):
         raise ConfigError(f"latent_cache with model={config.model}: only taehv and vq_latents learn from a teacher")
     if not config.latent_cache and (config.decoder_input == "teacher" or config.encoder_weight > 0):
@@ -152,7 +150,7 @@ def check_caches(config):
 
 
 def check_learning(config):
-    """Whether each part that is to learn has a term of the loss to learn from."""
+    """ConfigError if a part of the model that is trained has no term of the loss to learn from."""
     from_teacher = config.decoder_input == "teacher"
     if not (config.train_encoder or config.train_decoder):
         raise ConfigError("train_encoder=false and train_decoder=false leave nothing to train")
@@ -164,7 +162,7 @@ def check_learning(config):
 
 
 def check_losses(config):
-    """What the terms of the loss need of clips and layers."""
+    """ConfigError for terms of the loss that do not suit the clips' shape or the trained parts of the model."""
     shapes = parse_buckets(config)
     smallest = min(size for size, *_ in shapes)
     if config.wavelet_weight > 0 and 2 ** config.wavelet_levels > smallest:
@@ -188,8 +186,8 @@ def check_losses(config):
 
 
 def check_quantizer(net):
-    """ConfigError for options in `net` that its quantizer has not, or cannot be set so. Where `net` names no quantizer,
-    its model's default or that of init_from is meant, which says more when it is built."""
+    """ConfigError for options in `net` that its quantizer does not have, or with values that it cannot take. If `net`
+    names no quantizer, the model has its default or that of init_from; building it then checks the rest."""
     quantizer = net.get("quantizer")
     gradient = ("vq", "ema", "simvq", "rvq", "product")
     for key, takes in (("estimator", gradient), ("cosine", ("vq", "ema", "product")), ("quantizer_dropout", ("rvq",)),
@@ -228,7 +226,7 @@ def check_net(net):
 
 
 def may_be_large(config):
-    """Whether a model of these settings could be too large for a machine."""
+    """Whether a model of these settings may be too large for a machine: some number in them is unusually high."""
     numbers = [("", config.latent_channels), ("", 64 * config.patch_size)]
     numbers += [(key, number) for key, value in config.net.items()
                 for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, (int, float))]
@@ -245,8 +243,8 @@ class Learns(NamedTuple):
 
 
 def what_learns(config):
-    """The Learns of a run."""
-    decoder = config.train_decoder and config.model != "vq_latents"  # there it is frozen
+    """Which parts of the model learn in a run with these settings, and from what."""
+    decoder = config.train_decoder and config.model != "vq_latents"  # whose decoder is frozen
     reached = decoder or config.train_encoder and config.decoder_input == "own"
     others = ("encoder_weight", "vq_weight", "gan_weight", "gan_max_weight")  # a PatchGAN alone teaches no picture
     weights = [value for key, value in vars(config).items() if key.endswith("_weight") and key not in others]
@@ -255,7 +253,7 @@ def what_learns(config):
 
 
 def parse_buckets(config):
-    """[(size, frames, probability, batch), ...] of a Config."""
+    """[(size, frames, probability, batch), ...] of a Config. ConfigError for buckets that cannot be read or used."""
     if not config.buckets.strip():
         return [(config.size, config.frames, 1.0, config.batch_size)]
     buckets = []
@@ -273,6 +271,6 @@ def parse_buckets(config):
 
 
 def nearest(word, known):
-    """Words for a message that name the known word most like this one, or nothing."""
+    """The end of an error message: " (did you mean 'size'?)" with the most similar known word, or ""."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -2,7 +2,7 @@
 
     python train.py                          # the demo
     python train.py taehv data=videos/       # a preset and overrides
-    python train.py runs/x/config.json       # the settings of a run, which goes on; with name=NEW another one
+    python train.py runs/x/config.json       # resumes that run with its settings; name=NEW starts another with them
     python train.py --help                   # every setting
 """
 import ast
@@ -32,8 +32,8 @@ class Config:
                                     # auto takes bf16 where the hardware has it
     compile: bool = False           # whether torch.compile translates the model: minutes at the start, then faster
                                     # steps on a GPU
-    resume: str = "auto"            # checkpoint to go on from: auto takes the newest good one of the run folder, none
-                                    # starts a new run; or a path
+    resume: str = "auto"            # checkpoint to resume from: auto takes the newest usable one in the run folder,
+                                    # none starts a new run; or a path
     init_from: str = ""             # weights to start from: published ones (a name or a file), or a checkpoint of ours
     timeout_minutes: float = 30.0   # minutes that a rank waits for the others before the run is given up
 
@@ -53,18 +53,18 @@ class Config:
                                     # AlexNet), fid, or both as lpips,fid
     best_by: Literal["psnr", "ssim", "mse", "lpips"] = "psnr"
                                     # validation metric that chooses best.pt (lpips needs val_metrics=lpips). With a
-                                    # teacher's latents: the lowest product of two errors, that of the pictures decoded
-                                    # from them and that of the encoder's latents; a half that is not trained does not
-                                    # count
+                                    # teacher's latents, best.pt has the lowest product of two errors: that of the
+                                    # pictures decoded from them, and that of the encoder's latents; a half that is not
+                                    # trained does not count
     val_clips_per_video: int = 2    # number of validation clips cut from each video, always the same ones
     size: int = 128                 # height and width of training clips, pixels
     frames: int = 12                # number of frames in a clip; 1: images; taecvx takes 8k or 8k + 1
     batch_size: int = 4             # number of clips per rank and micro-step
-    buckets: str = ""               # several clip shapes in the place of size, frames and batch_size, each as size x
-                                    # frames:probability:batch, as in "128x12:0.8:4, 256x12:0.2:1"
+    buckets: str = ""               # several clip shapes instead of size, frames and batch_size, each written as
+                                    # size x frames:probability:batch, as in "128x12:0.8:4, 256x12:0.2:1"
     accumulation: int = 1           # number of micro-steps whose gradients make up an optimizer step
     clips_per_open: int = 1         # number of clips that are cut from a video each time it is opened, one for each of
-                                    # as many steps: loading is faster, and these steps see the same files
+                                    # as many steps: loading is faster, but these steps see the same files
     min_frame_delta: int = 1        # smallest distance between a clip's frames in its video, frames of the video
     max_frame_delta: int = 5        # largest distance between them; each clip's distance is drawn from this range
     random_crop: bool = True        # whether clips are random squares of the video; off: its largest centred square
@@ -76,9 +76,9 @@ class Config:
     blur: float = 0.0               # probability that a clip is slightly blurred (by a Gaussian)
     use_images: bool = False        # whether only the images in data are used, each as a clip of one frame
     image_sequences: bool = False   # whether unrelated images are joined into clips of several frames
-    max_pixels: int = 100_000_000   # largest height x width of an image or a frame; larger files are passed over
-    workers: int = -1               # number of data processes per rank; -1: one beside a model on the CPU, else one for
-                                    # each core, up to 16
+    max_pixels: int = 100_000_000   # largest height x width of an image or a frame; larger files are skipped
+    workers: int = -1               # number of data processes per rank; -1: one if the model runs on the CPU, else one
+                                    # for each core, up to 16
 
     # ---- model
     model: Literal["taehv", "vqgan", "vqvae2", "vqvae_video", "vq_latents", "dcae"] = "taehv"
@@ -114,16 +114,16 @@ class Config:
     wavelet_levels: int = 2         # number of wavelet_weight's levels: details of 2 pixels and frames, of 4, ...
     perceptual_weight: float = 0.0  # weight of the LPIPS loss
     perceptual_net: Literal["vgg", "alex"] = "vgg"
-                                    # network that the LPIPS loss looks through (validation measures with alex)
-    perceptual_frames: int = 2      # number of frames of each clip that the LPIPS loss looks at, drawn anew in each
+                                    # backbone network of the LPIPS loss (validation measures with alex)
+    perceptual_frames: int = 2      # number of frames of each clip that the LPIPS loss compares, drawn anew in each
                                     # micro-step; 0: all
     seraena_weight: float = 0.0     # weight of the squared distance to the frames that Seraena has corrected, which
                                     # makes results sharper
     seraena_frames: int = 3         # number of consecutive frames that Seraena's discriminator sees as one image
     seraena_lr: float = 3e-4        # learning rate of Seraena's discriminator
-    seraena_pairs: bool = False     # whether Seraena's discriminator learns from fakes beside their originals, which it
-                                    # tells apart much sooner in small batches; off, as published: each sample is either
-                                    # an original or a fake
+    seraena_pairs: bool = False     # whether Seraena's discriminator learns from each fake together with its original:
+                                    # in small batches it then tells them apart much sooner; off, as published: each
+                                    # sample is either an original or a fake
     seraena_replay_mb: int = 512    # memory for Seraena's replayed samples, MB per rank
     seraena_save_replay: bool = True
                                     # whether checkpoints hold Seraena's replayed samples, in one file per rank; off:
@@ -136,7 +136,7 @@ class Config:
     gan_start: int = 0              # step in which the PatchGAN starts; before that it costs nothing
     gan_ramp: int = 1000            # number of steps from gan_start on in which its weight grows to gan_weight
     gan_every: int = 1              # number of steps from one update of the PatchGAN to the next
-    gan_dims: Literal[2, 3] = 2     # what the PatchGAN looks at: 2 for single frames, 3 for clips
+    gan_dims: Literal[2, 3] = 2     # input of the PatchGAN: 2 for single frames, 3 for clips
     gan_loss: Literal["hinge", "vanilla"] = "hinge"
                                     # loss of the PatchGAN
     gan_norm: Literal["batch", "group", "none"] = "batch"
@@ -178,39 +178,39 @@ class Config:
                                     # from before the loss went wrong
 
 
-# What several presets share: the settings of published trainers. Those count pixels on [-1, 1], ours on [0, 1]: their
-# l1 weighs 2 here, their l2 weighs 4. They validate the weights themselves, ours their average, and read clips
-# unflipped. Their optimizers have an eps of 1e-8 (OptVQ's 1e-7), ours 1e-7.
+# Settings of published trainers, which several presets share. Their pixels are in [-1, 1], ours in [0, 1]: an l1 of
+# theirs has the weight 2 here, an l2 the weight 4. They validate the weights themselves, and we validate their average.
+# They do not flip clips. The eps of their optimizers is 1e-8 (OptVQ's is 1e-7), ours is 1e-7.
 
-# CompVis/taming-transformers: taming/models/vqgan.py, configs/faceshq_vqgan.yaml. Ours departs: lr is 1e-4, where its
-# 4.5e-6 times the clips of a step gives 3.6e-5 for 8 and 2.9e-4 for 64; and the PatchGAN's term grows over
-# gan_ramp=1000 steps, where its starts at full weight.
+# CompVis/taming-transformers: taming/models/vqgan.py, configs/faceshq_vqgan.yaml. Differences: lr is 1e-4 here, and
+# theirs is 4.5e-6 times the clips of a step, 3.6e-5 for 8 and 2.9e-4 for 64. The PatchGAN's term grows over
+# gan_ramp=1000 steps here, and theirs starts at full weight.
 VQGAN = dict(model="vqgan", frames=1, size=256, batch_size=8, max_steps=200000, lr=1e-4, schedule="constant",
              warmup_steps=0, beta1=0.5, beta2=0.9, weight_decay=0.0, grad_clip=0.0, pixel_weight=2.0,
              perceptual_weight=1.0, gan_weight=0.8, gan_start=30000, gan_lr=1e-4)
-# zbr17/OptVQ: configs/imagenet/optvq_256_f16_h4.yaml: 64 clips a step on eight ranks, with the README's 2e-6 a clip.
-# Ours departs: the discriminator begins at gan_start and its term grows (theirs learns from the first step on, and its
-# term starts at full weight), its rate is constant (theirs follows the model's), weight decay is for all weights
-# (theirs for those of convolutions and linear layers), and clips are neither blurred nor jittered in colour (blur=0.5
-# color_jitter=0.4 min_crop=0.45 come near).
+# zbr17/OptVQ: configs/imagenet/optvq_256_f16_h4.yaml, for 64 clips a step on eight ranks: lr is the README's 2e-6 times
+# 64. Differences: our discriminator begins at gan_start and its term grows (theirs learns from the first step on, and
+# its term starts at full weight), its learning rate is constant (theirs follows the model's), weight decay applies to
+# all weights (theirs to those of convolutions and linear layers), and clips are neither blurred nor jittered in colour
+# (blur=0.5 color_jitter=0.4 min_crop=0.45 come near).
 OPTVQ = dict(VQGAN, max_steps=1000000, lr=1.28e-4, schedule="cosine", warmup_steps=10000, lr_final=0.0, beta1=0.9,
              beta2=0.999, weight_decay=0.05, grad_clip=1.0, pixel_loss="l1+l2", perceptual_weight=3.0, gan_weight=1.0,
              gan_start=150000, gan_lr=1.28e-4, gan_beta1=0.9, gan_beta2=0.999, gan_weight_decay=0.05, gan_clip=1.0)
-# vvvm23/vqvae-2: hps.py (ffhq256), trainer.py. Ours departs: 16 clips a rank, its 128 on eight; and three levels, the
-# default of its class, where ffhq256 has two (net.nb_levels=2 net.scaling_rates=4,2).
+# vvvm23/vqvae-2: hps.py (ffhq256), trainer.py. Differences: 16 clips per rank, which on eight ranks are its 128; and
+# three levels, the default of its class, where ffhq256 has two (net.nb_levels=2 net.scaling_rates=4,2).
 VQVAE2 = dict(model="vqvae2", frames=1, size=256, batch_size=16, max_steps=100000, lr=1e-4, schedule="constant",
               warmup_steps=0, beta2=0.999, weight_decay=0.0, grad_clip=0.0, pixel_loss="l2", pixel_weight=4.0)
-# hpcaitech/Open-Sora: configs/vae/train/video_dc_ae.py. Ours departs: its loss is the sum over a frame's 196 608
-# numbers, so that its clip at 1 scales every gradient down, ours is their mean; and all ranks take images in the same
-# step, 8 on each, where there each rank but the first decides for itself, and takes one.
+# hpcaitech/Open-Sora: configs/vae/train/video_dc_ae.py. Differences: its loss is the sum over the 196 608 numbers of a
+# frame, so its gradient clipping at 1 scales every gradient down; our loss is their mean. All our ranks take images in
+# the same step, 8 on each; there each rank but the first decides for itself, and takes one.
 DCAE = dict(model="dcae", size=256, frames=32, batch_size=1, buckets="256x32:0.8:1, 256x1:0.2:8", max_frame_delta=1,
             lr=5e-5, schedule="constant", warmup_steps=0, beta2=0.98, weight_decay=0.0, ema_decay=0.99,
             max_steps=100000, pixel_weight=2.0, perceptual_weight=0.5, perceptual_frames=0)
-# Its second stage, video_dc_ae_disc.py. The adaptive weight ends at 10 000 for that sum: at 10 000 / 196 608 for a
+# Its second stage, video_dc_ae_disc.py. The adaptive weight is at most 10 000 for that sum, so 10 000 / 196 608 for the
 # mean.
 DCAE_DISC = dict(gan_weight=0.05, gan_dims=3, gan_ramp=0, gan_max_weight=0.051, gan_lr=1e-4, gan_beta1=0.9,
                  gan_beta2=0.98, gan_clip=1.0)
-# The same network, narrow, for minutes on a CPU: settings of ours.
+# The same network, narrow, for minutes on a CPU. These settings are ours.
 DCAE_SMALL = dict(model="dcae", data="demo", size=64, frames=8, batch_size=2, max_frame_delta=1, lr=2e-4, max_steps=150,
                   warmup_steps=20, ema_decay=0.95, log_every=5, val_every=50, save_every=50, workers=1,
                   net=dict(width_list=(32, 32, 64, 64, 64, 64), encoder_depth_list=(1,) * 6,
@@ -220,45 +220,46 @@ SMALL_TAEHV = dict(encoder_widths=(32, 32, 48, 48), decoder_widths=(128, 64, 48,
 
 PRESETS = {
     # Synthetic clips, a few minutes on two cores.
-    # The network is that of taehv_small: in the same minutes 0.6 dB better than one of full width (docs/results.md).
+    # The network is that of taehv_small: in the same time it gets 0.6 dB more than one of full width (docs/results.md).
     "demo": dict(data="demo", size=64, max_steps=240, batch_size=4, max_frame_delta=2, warmup_steps=20, lr=3e-4,
                  ema_decay=0.95, log_every=5, val_every=80, save_every=80, val_clips=12, workers=1, net=SMALL_TAEHV),
     # A TAEHV from scratch on your own videos. Squared errors, as in the published notebook: in short runs they bring
     # more PSNR and SSIM than l1, at the same sharpness (docs/results.md).
     "taehv": dict(max_steps=50000, batch_size=8, pixel_loss="l2"),
-    # 3.3 M parameters in the place of 11.3 M, and clips of 64 px, for minutes and hours of a CPU: add max_minutes=25.
+    # 3.3 M parameters instead of 11.3 M, and clips of 64 px, for minutes or hours on a CPU: add max_minutes=25.
     # Small crops and squared errors learn most in a short time (docs/results.md).
     "taehv_small": dict(size=64, batch_size=4, pixel_loss="l2", warmup_steps=50, max_steps=50000, net=SMALL_TAEHV),
-    # The published training notebook's optimizer, batches and crops with pixels only, as squared errors: neither a
-    # teacher's latents nor Seraena. The table in docs/speed.md compares with it.
+    # The optimizer, batches and crops of the published training notebook, with the squared error of pixels as the only
+    # loss: neither a teacher's latents nor Seraena. The table in docs/speed.md compares with it.
     "taehv_notebook": dict(init="pytorch", size=64, batch_size=16, pixel_loss="l2", schedule="constant", warmup_steps=0,
                            grad_clip=0.0, max_steps=50000),
     # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
     # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
     # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
-    # A quarter of the clips are decoded from its own latents, or encoding and decoding with it gets worse at first. The
-    # encoder learns latents sooner at three times the learning rate, and its last layer, whose weights are large if
-    # they are fitted, at eight times that (docs/results.md).
+    # A quarter of the clips are decoded from its own latents: without them, encoding and decoding with it gets worse at
+    # first. The encoder learns latents sooner at three times the learning rate, and its last layer, whose weights are
+    # large if they are fitted, at eight times that (docs/results.md).
     "taehv_distill": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, own_share=0.25,
                           encoder_lr_factor=3.0, latents_lr_factor=8.0, pixel_loss="l2"),
     # A second stage for a distilled model, with the adversarial corrector: sharper, at a lower PSNR. Add
     # init_from=runs/tiny train_encoder=false .
-    # Weights as in madebyollin/seraena's notebook: squared errors of the latents, of pixels and to the corrected
-    # frames, each 1. Corrections have unit deviation: they pull 14 times as hard as pixels that are 0.07 off. Ours
-    # departs: a cosine with warm-up, gradients clipped, 4 clips (there constant, unclipped, 16), 512 MB of replayed
-    # samples (there 16 384, which is 2.5 GB at 64 px), frames that are not clamped in training, and 9 of them as three
-    # images for the discriminator (there clamped, and 12, the first three again). With few clips in a step that shows
-    # nothing for long: seraena_pairs=true seraena_lr=1e-3 seraena_weight=0.2 do within 300 steps of 4 clips
-    # (docs/results.md).
+    # Weights as in madebyollin/seraena's notebook: the squared errors of the latents, of the pixels and to the
+    # corrected frames have the weight 1 each. Corrections have unit deviation: they pull 14 times as hard as pixels
+    # that are 0.07 off. Differences: a cosine schedule with warm-up, clipped gradients and 4 clips (there constant,
+    # unclipped and 16); 512 MB of replayed samples (there 16 384 samples, which are 2.5 GB at 64 px); frames are not
+    # clamped in training (there they are); the discriminator sees 9 frames as three images (there 12, with the first
+    # three repeated). With few clips in a step, Seraena has no visible effect for long: with seraena_pairs=true
+    # seraena_lr=1e-3 seraena_weight=0.2 it has one within 300 steps of 4 clips (docs/results.md).
     "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, pixel_loss="l2",
                           seraena_weight=1.0),
-    # A published decoder on your own domain: add init_from=taew2_1 (or a file) and latent_cache=FOLDER, the big VAE's
-    # latents of your videos, which it is to decode. With data=FOLDER in its place the decoder learns from its own
-    # encoder's latents, which are near them. The encoder stays as it is; train_encoder=true gives up the VAE's latents.
+    # A published decoder for your own domain: add init_from=taew2_1 (or a file) and latent_cache=FOLDER, the big VAE's
+    # latents of your videos, which the decoder learns to decode. With data=FOLDER instead, the decoder learns from the
+    # latents of its own encoder, which are close to the VAE's. The encoder keeps its weights; with train_encoder=true
+    # its latents move away from the VAE's.
     "taehv_finetune": dict(max_steps=10000, batch_size=8, lr=1e-4, warmup_steps=200, pixel_loss="l2",
                            train_encoder=False),
-    # Tokenizers of single frames (f16, 1024 codes), of videos or of images. LPIPS from the start, the PatchGAN later.
-    # vqgan_ema has a quantizer of ours in taming's recipe, vqvae2_optvq OptVQ's in vvvm23's.
+    # Tokenizers of single frames (16x downsampling, 1024 codes), of videos or of images. LPIPS starts at once, the
+    # PatchGAN later. vqgan_ema is taming's recipe with a quantizer of ours, vqvae2_optvq is vvvm23's with OptVQ's.
     "vqgan": dict(VQGAN, net=dict(quantizer="vq")),
     "vqgan_ema": dict(VQGAN, net=dict(quantizer="ema", kmeans_init=True, restart_below=0.1)),
     "vqgan_optvq": dict(OPTVQ, net=dict(quantizer="optvq", num_head=4, n_embed=16384, kmeans_init=True)),
@@ -268,15 +269,16 @@ PRESETS = {
     # quantizer and a small network behind it learn; pixel_weight=1 lets them learn through the decoder too.
     "vq_latents": dict(model="vq_latents", batch_size=32, max_steps=20000, lr=1e-3, encoder_weight=1.0,
                        pixel_weight=0.0, net=dict(quantizer="ema", n_embed=4096, kmeans_init=True, restart_below=0.1)),
-    # A clip of 16 frames in one map of codes: zhangxuan1918/VqVaeVideo, train/videos2. It counts pixels in ImageNet's
-    # deviations: its squared errors weigh 19.6 here. Ours departs: 128 px and 512 channels (there 256 and 1024), and
-    # one Adam for all steps (there a new one in each, so without momentum, and with a rate that never decays).
+    # A clip of 16 frames as one map of codes: zhangxuan1918/VqVaeVideo, train/videos2. Its pixels are in units of
+    # ImageNet's standard deviations, so its squared errors have the weight 19.6 here. Differences: 128 px and 512
+    # channels (there 256 and 1024), and one Adam for all steps (there each step makes a new one, which has no momentum
+    # and a learning rate that never decays).
     "vqvae_video": dict(model="vqvae_video", net=dict(sequence_length=16), frames=16, size=128, batch_size=4,
                         max_frame_delta=1, max_steps=160000, lr=1e-4, schedule="exponential", lr_decay=0.98,
                         warmup_steps=0, beta2=0.999, weight_decay=0.0, grad_clip=0.0, pixel_loss="l2",
                         pixel_weight=19.6),
-    # Video DC-AE: stage one, then stage two with a PatchGAN over clips (add init_from=runs/dcae). The same on a CPU, in
-    # minutes: dcae_small, then dcae_small_disc with init_from=runs/dcae_small.
+    # Video DC-AE: stage one, then stage two with a PatchGAN over clips (add init_from=runs/dcae). dcae_small, then
+    # dcae_small_disc with init_from=runs/dcae_small, take minutes on a CPU.
     "dcae": dict(DCAE),
     "dcae_disc": dict(DCAE, **DCAE_DISC, gradient_checkpointing=True),
     "dcae_small": dict(DCAE_SMALL),
@@ -285,8 +287,8 @@ PRESETS = {
 
 
 def load_config(arguments):
-    """["taehv", "lr=1e-4", ...] -> Config. The preset comes first and may be left out (demo). In its place may stand a
-    file like a run's config.json, with the run's name among its settings. ConfigError otherwise."""
+    """["taehv", "lr=1e-4", ...] -> Config. The first argument is a preset, or the path of a settings file like a run's
+    config.json; without one, the preset is demo. ConfigError for settings that no run can use."""
     preset, overrides = "demo", list(arguments)
     kinds, given = {field.name: kind_of(field.type) for field in dataclasses.fields(Config)}, set()
     if overrides and "=" not in overrides[0]:
@@ -321,7 +323,7 @@ def load_config(arguments):
                               "yours); the preset taehv starts from scratch")
         if config.latent_cache and "decoder_input" not in values:
             config.decoder_input = "teacher"
-    for key, why in without_effect(config).items():  # of a preset, or a file
+    for key, why in without_effect(config).items():  # an error on the command line; from a preset or a file, ignored
         if (value := getattr(config, key)) != DEFAULTS[key]:
             if key in given:
                 raise ConfigError(f"{key}={value} {why}; leave {key} out")
@@ -335,8 +337,8 @@ def load_config(arguments):
 
 
 def run_of(path):
-    """{"out_dir", "name"} of the run in whose folder a config.json lies, which may have been moved or copied there; {}
-    for any other file."""
+    """{"out_dir", "name"} of the run whose folder holds this config.json; {} for any other file. The folder may have
+    been moved or copied since the file was written."""
     folder = os.path.dirname(path) or "."
     if os.path.basename(path) != "config.json" or not os.path.exists(os.path.join(folder, "train.log")):
         return {}
@@ -345,8 +347,9 @@ def run_of(path):
 
 
 def drop_unsuited(values, given):
-    """Leaves out of a preset's settings, `values`, what is meant for its own choices where the command line, the names
-    `given`, made others: a shape of clips, widths, options of a quantizer, learning rates of an encoder."""
+    """Remove from a preset's settings `values`, in place, those that only suit choices of the preset which the command
+    line has changed: clip shapes, widths, options of a quantizer, learning rates of an encoder. given: the names of the
+    settings on the command line. ConfigError for buckets= together with a setting that they replace."""
     net = values.get("net", {})
     if values.get("buckets") and (shape := sorted(given & {"size", "frames", "batch_size"})):
         if "buckets" in given:
@@ -358,8 +361,8 @@ def drop_unsuited(values, given):
     other_model = "model" in given or "init_from" in given and values["init_from"]
     values["net"] = {key: value for key, value in net.items() if f"net.{key}" in given or not (
         key in takes and quantizer not in takes[key] or other_model and key.endswith("widths"))}
-    # taehv_distill's rates and its own_share are for an encoder that learns latents alone, latents_lr_factor for a last
-    # layer that was fitted to them (fit_taehv.can_fit).
+    # taehv_distill's learning rates and its own_share suit an encoder that learns from latents alone. Its
+    # latents_lr_factor suits a last layer that was fitted to the latents (fit_taehv.can_fit).
     alone = "decoder_input" in given and values["decoder_input"] == "own" or (
         "train_encoder" in given and not values["train_encoder"])
     unfitted = ("init_from" in given and values["init_from"] or "init" in given and values["init"] != "clips"
@@ -370,8 +373,8 @@ def drop_unsuited(values, given):
 
 
 def read_settings(path, kinds):
-    """{key: value} of a JSON file of settings, as a run leaves in config.json; what it lacks has the default."""
-    from untrusted import SETTINGS, read_json  # here: without a file of settings, config.py and check_config.py do
+    """{key: value} of a JSON file of settings such as a run's config.json. ConfigError if it cannot be read."""
+    from untrusted import SETTINGS, read_json  # here, so that config.py and check_config.py work without untrusted.py
     try:
         values = read_json(path, SETTINGS)
     except OSError as error:
@@ -394,22 +397,22 @@ def read_settings(path, kinds):
 
 
 def tuples(value):
-    """JSON's lists as the tuples that they were."""
+    """A value from JSON with its lists, at any depth, turned into tuples."""
     return tuple(map(tuples, value)) if isinstance(value, list) else value
 
 
 def kind_of(annotation):
-    """bool, int, float, str or dict: that of a setting, or of its choices."""
+    """The type of a setting, or of its choices: bool, int, float, str or dict."""
     return type(get_args(annotation)[0]) if get_args(annotation) else annotation
 
 
 def parse(key, text, kind):
-    """The value that `text` gives a setting of that kind. ConfigError if it gives none."""
+    """`text` as a value of type `kind`, for the setting `key`. ConfigError if it is not one."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "yes": True, "on": True,
                     "false": False, "0": False, "no": False, "off": False}[text.lower()]
-        if kind is int and len(text) > 18:  # more than the machine's integers hold
+        if kind is int and len(text) > 18:  # may be more than 64 bits hold
             raise ValueError
         return kind(text)
     except (ValueError, KeyError):
@@ -418,7 +421,7 @@ def parse(key, text, kind):
 
 
 def parse_literal(key, text):
-    """A number, boolean, tuple of these or word: 32, true, 1,2,4, false,true,true, ema."""
+    """The value of a net.KEY=TEXT: a number, a boolean, a tuple of these, or a word, as in 32, true, 1,2,4 or ema."""
     try:
         return ast.literal_eval(re.sub(r"\b(true|false)\b", lambda word: word[0].capitalize(), text, flags=re.I))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -433,7 +436,7 @@ CHOICES = {field.name: get_args(field.type) for field in dataclasses.fields(Conf
 
 
 def usage():
-    """What --help prints: presets, then every setting with its default, its choices and its comment in Config."""
+    """The text of --help: the presets, then every setting with its default, its choices and its comment in Config."""
     lines = ["python train.py [PRESET or runs/NAME/config.json] [key=value ...]", "",
              'Without a preset: demo. What each is for: README.md, "Presets".', "", "presets:"]
     for name, values in PRESETS.items():

@@ -5,11 +5,11 @@
     clips = TrainClips(train, seed=0)
     clips[Key(epoch=0, index=5, size=128, frames=12)]["video"]      # uint8 12 3 128 128, RGB
 
-What a training sample is depends on (seed, epoch, index) and the files alone: neither on the number of workers or ranks
-nor on what was read before, so a run can be resumed exactly. A file that cannot be read at training time is replaced by
-another one, chosen by the same numbers, and reported in the sample's "notes".
+A training sample depends only on (seed, epoch, index) and the files: neither on the number of workers or ranks, nor on
+what was read before. So a run can be resumed exactly. A file that cannot be read during training is replaced by another
+one, which is chosen by the same numbers, and reported in the sample's "notes".
 
-Works with data_files.py and video_files.py beside it.
+This file needs data_files.py and video_files.py beside it.
 """
 import functools
 import itertools
@@ -22,7 +22,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-# First: it sets what OpenCV reads when it is imported.
+# Imported first, since it sets environment variables that OpenCV reads on import.
 from video_files import MAX_PIXELS, DataError, read_clips, read_frames, read_image  # isort: skip
 import cv2
 import numpy as np
@@ -40,7 +40,7 @@ class Key(NamedTuple):
     index: int
     size: int    # height and width, pixels
     frames: int
-    part: int = 0  # which of the clips that are cut from one opening of the file
+    part: int = 0  # number of the clip among those that are cut each time the file is opened
 
 
 class Bucket(NamedTuple):
@@ -55,21 +55,21 @@ class Bucket(NamedTuple):
 
 
 class Augment(NamedTuple):
-    """How training clips are varied; every choice is drawn once per clip and is the same for all of its frames."""
-    random_crop: bool = True      # a square of random side and place; off: the largest centred square
-    min_crop: float = 0.0         # smallest side of that square, as a part of the frame's shorter side (never < size)
+    """Random augmentation of training clips. Each choice is drawn once per clip and applied to all of its frames."""
+    random_crop: bool = True      # a square of random size and position; off: the largest centred square
+    min_crop: float = 0.0         # smallest side of that square, as a fraction of the shorter side (never < size)
     flip: bool = True             # left-right, half of the time
     color_jitter: float = 0.0     # brightness, contrast, saturation by up to this factor; hue by a quarter of it
     blur: float = 0.0             # probability of a Gaussian blur with a deviation of 0.2 to 1.5 pixels
 
 
 def finish_clip(frames, size, augment, rng):
-    """Crop, resize, flip, colour, blur: list of H W 3 BGR uint8 -> (T size size 3 RGB uint8, where it was cut).
+    """Crop, resize, flip, colour, blur: list of H W 3 BGR uint8 -> (T size size 3 RGB uint8, cut).
 
-    The second is {"crop": (top, left, edge) in pixels of the first frame, "flip": bool}. Cropping comes before resizing
-    and resizing before colour conversion: each step then touches fewer pixels.
+    cut: {"crop": (top, left, edge) in pixels of the first frame, "flip": bool}. Cropping comes before resizing, and
+    resizing before colour conversion: so each step processes fewer pixels.
     """
-    side, y, x = 1.0, 0.5, 0.5  # side as a part of the shorter edge; place as a part of what is left
+    side, y, x = 1.0, 0.5, 0.5  # side as a fraction of the shorter edge; position as a fraction of the free range
     if augment.random_crop:
         shorter = min(frames[0].shape[:2])
         low = min(1.0, max(augment.min_crop, size / shorter))
@@ -89,7 +89,7 @@ def finish_clip(frames, size, augment, rng):
 
 
 def colour_and_blur(clip, augment, rng):
-    """What an Augment says of them: T H W 3 RGB uint8 -> the same shape."""
+    """Apply an Augment's color_jitter and blur: T H W 3 RGB uint8 -> the same shape."""
     if augment.color_jitter > 0:
         clip = jitter_color(clip, augment.color_jitter, rng)
     if augment.blur > 0 and rng.random() < augment.blur:
@@ -99,7 +99,8 @@ def colour_and_blur(clip, augment, rng):
 
 
 def jitter_color(clip, strength, rng):
-    """Brightness, contrast and saturation as one 3x4 colour matrix, hue as a rotation about the grey axis."""
+    """Change brightness, contrast, saturation and hue by one 3x4 colour matrix; hue is a rotation about the grey axis.
+    T H W 3 RGB uint8 -> the same shape. strength: largest change of brightness, contrast and saturation."""
     brightness, contrast, saturation = 1 + strength * rng.uniform(-1, 1, 3)
     angle = 2 * np.pi * 0.25 * strength * rng.uniform(-1, 1)
     grey = np.full((3, 3), 1 / 3)
@@ -121,9 +122,9 @@ def epoch_order(seed, epoch, count):
 
 
 class TrainClips(Dataset):
-    """Training samples by Key. Images serve as clips of one frame, or, with `image_sequences`, as clips of `frames`
-    images drawn at random. `clips_per_open` clips are cut from a video each time that it is opened (see `read_clips`);
-    a TrainSchedule spreads them over as many steps."""
+    """Training samples by Key. An image is a clip of one frame; with `image_sequences`, a clip of several frames can
+    consist of images drawn at random. `clips_per_open` clips are cut from a video each time it is opened (see
+    `read_clips`); a TrainSchedule distributes them over as many steps."""
 
     def __init__(self, sources, seed=0, min_frame_delta=1, max_frame_delta=1, augment=Augment(), image_sequences=False,
                  max_pixels=MAX_PIXELS, clips_per_open=1):
@@ -135,7 +136,7 @@ class TrainClips(Dataset):
         self.all = np.arange(len(is_image))
 
     def pool(self, frames):
-        """Which sources can give clips of `frames` frames: an epoch opens each of them once."""
+        """The numbers of the sources that can give clips of `frames` frames. An epoch opens each of them once."""
         return self.all if frames == 1 or self.image_sequences else self.videos
 
     def check(self, bucket):
@@ -146,13 +147,14 @@ class TrainClips(Dataset):
     def __getitem__(self, key):
         """{"video": uint8 T 3 H W tensor (memory order T H W 3), "notes": [(path, what was odd)], "origin": {...}}
 
-        The origin names the file (its key), the first frame, the frames' spacing, the crop and the flip.
+        The origin holds the file's key, the first frame number, the spacing of the frames, the crop and the flip.
+        DataError if too many files in a row cannot be read.
         """
         sample, = self.samples(key, [key.part])
         return sample
 
     def __getitems__(self, keys):
-        """The samples of several keys; a file is opened once for those that differ in `part` alone."""
+        """The samples of several keys. Keys that differ only in `part` share one opening of the file."""
         if self.clips_per_open == 1:
             return [self[key] for key in keys]
         files, found = {}, {}
@@ -163,7 +165,7 @@ class TrainClips(Dataset):
         return [found[key] for key in keys]
 
     def samples(self, key, parts):
-        """Those of `parts`, of one opening."""
+        """The samples with the given `parts`, cut from one opening of a file: [sample, ...] in their order."""
         pool, notes = self.pool(key.frames), []
         order = epoch_order(self.seed, key.epoch, len(pool))
         for attempt in range(MAX_REPLACEMENTS):
@@ -182,20 +184,20 @@ class TrainClips(Dataset):
                         f"{notes[-1][1]}")
 
     def finish(self, size, source, numbers, rng, part, frames, first, spacing, odd):
-        """A sample of what was read."""
-        own = rng if self.clips_per_open == 1 else np.random.default_rng((*numbers, part))
-        clip, cut = finish_clip(frames, size, self.augment, own)
+        """Augment the frames that were read, and make them a sample."""
+        part_rng = rng if self.clips_per_open == 1 else np.random.default_rng((*numbers, part))
+        clip, cut = finish_clip(frames, size, self.augment, part_rng)
         return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2), "notes": [(source.path, note) for note in odd],
                 "origin": {"file": source.key, "first": first, "spacing": spacing, **cut}}
 
     def batches(self, schedule, workers, pin_memory=False):
-        """Batches for a TrainSchedule, without end (see `collate`)."""
+        """Endless batches in the order of a TrainSchedule (see `collate`)."""
         ahead = max(1, 4 // self.clips_per_open)
         return schedule.cut(endless(make_loader(self, workers, pin_memory, ahead, batch_sampler=schedule)))
 
     def read_parts(self, source, frames, rng, parts):
-        """Yields (part, *what `read` gives) for each of `parts`."""
-        if self.clips_per_open == 1 or source.is_image:  # of an image: other crops
+        """Yields (part, frames, first frame number, spacing, [what was odd]) for each of `parts`."""
+        if self.clips_per_open == 1 or source.is_image:  # the parts of an image differ in their crops
             clip = self.read(source, frames, rng)
             return ((part, *clip) for part in parts)
         deltas = rng.integers(self.deltas[0], self.deltas[1] + 1, self.clips_per_open)
@@ -203,7 +205,7 @@ class TrainClips(Dataset):
                           self.max_pixels)
 
     def read(self, source, frames, rng):
-        """(frames, first frame number, spacing, [what was odd])"""
+        """Read a clip: ([H W 3 BGR uint8], first frame number, spacing, [what was odd])."""
         delta, position = int(rng.integers(self.deltas[0], self.deltas[1] + 1)), rng.random()
         if not source.is_image:
             return read_frames(source.path, position, frames, delta, self.max_pixels)
@@ -213,14 +215,15 @@ class TrainClips(Dataset):
 
 
 def evenly_spread(count, limit):
-    """Up to `limit` of the numbers 0 ... count - 1, from the first to the last."""
+    """Up to `limit` of the numbers 0 ... count - 1, evenly spaced, with the first and the last."""
     return np.linspace(0, count - 1, min(limit, count)).round().astype(int)
 
 
 class ValClips(Dataset):
-    """Fixed clips: of each video `per_video`, evenly spread, consecutive frames, the largest centred square. With a
-    limit, of as many of the files, evenly spread over the list. Images as in TrainClips; their sequences are of
-    neighbours in the list."""
+    """Validation clips, always the same: `per_video` clips from each video, evenly spaced, of consecutive frames,
+    cropped to the largest centred square. limit: number of clips at most; 0: all. With fewer clips than files, the
+    files are evenly spaced in the list. Images are used as in TrainClips, but those of a sequence are neighbours in the
+    list."""
 
     def __init__(self, sources, size, frames, per_video=1, limit=0, image_sequences=False,
                  max_pixels=MAX_PIXELS):
@@ -229,7 +232,7 @@ class ValClips(Dataset):
         items = ((s, (k + 0.5) / per_video) for k in range(per_video) for s in usable if k == 0 or not s.is_image)
         self.items = list(itertools.islice(items, limit or None))
         images = [s.path for s in sources if s.is_image]
-        self.sequences = {}  # of an item that is an image: its files
+        self.sequences = {}  # {number of an item that is an image: paths of the images of its clip}
         for i, (source, _) in enumerate(self.items):
             if source.is_image:
                 first = len(self.sequences)
@@ -240,7 +243,7 @@ class ValClips(Dataset):
         return len(self.items)
 
     def __getitem__(self, i):
-        """{"video": uint8 T 3 H W, "notes": [...]}; an unreadable file gives a video of 0 frames and a note."""
+        """{"video": uint8 T 3 H W, "notes": [...]}. An unreadable file gives a video of 0 frames and a note."""
         source, position = self.items[i]
         try:
             if source.is_image:
@@ -254,9 +257,9 @@ class ValClips(Dataset):
         return {"video": torch.from_numpy(clip).permute(0, 3, 1, 2), "notes": [(source.path, note) for note in notes]}
 
     def share(self, rank, world, take_notes):
-        """This rank's part, decoded once and kept: [{"video": uint8 T 3 H W}, ...].
+        """This rank's clips, decoded once and kept in memory: [{"video": uint8 T 3 H W}, ...].
 
-        `take_notes` gets each clip's [(path, what was odd)].
+        take_notes: function that is called with each clip's [(path, what was odd)].
         """
         with ThreadPoolExecutor(4) as pool:
             samples = list(pool.map(self.__getitem__, range(rank, len(self), world)))
@@ -266,15 +269,15 @@ class ValClips(Dataset):
 
 
 class TrainSchedule(Sampler):
-    """Which samples each micro-batch of this rank holds, without end, from optimizer step `step`, sample `sample` on.
+    """Yields [Key, ...] for each micro-batch of this rank, without end, from optimizer step `step`, sample `sample` on.
 
-    A step draws one bucket for all ranks, by (seed, step), and takes the next `world * accumulation * batch` samples:
-    the same ones however they are spread over ranks and micro-steps. `passed`: what the iteration has given already,
-    which the next one leaves out.
+    A step draws one bucket for all ranks, by (seed, step), and takes the next `world * accumulation * batch` samples.
+    They are the same ones, however they are distributed over ranks and micro-steps. `passed`: how many items earlier
+    iterations have yielded; the next iteration skips these.
 
-    With clips that take several from one opening, so many steps are a block: all take the same bucket and the same
-    files, each another clip of a file, so that the clips of a micro-batch are of different files. The iteration then
-    gives this rank's samples of a block at once, to one data process, and `cut` makes micro-batches of them.
+    With clips_per_open > 1, so many steps form a block. They take the same bucket and the same files, and each takes
+    another clip of a file: so the clips of a micro-batch come from different files. The iteration then yields this
+    rank's keys of a block at once, so that one data process reads them, and `cut` splits the block into micro-batches.
     """
 
     def __init__(self, clips, buckets, seed, world=1, rank=0, accumulation=1, step=0, sample=0):
@@ -314,7 +317,7 @@ class TrainSchedule(Sampler):
             step, sample = end, sample + (end - step) * taken
 
     def cut(self, batches):
-        """Micro-batches of what a loader of this schedule gives."""
+        """Micro-batches from the batches of a loader with this schedule: its blocks are split."""
         if self.block == 1:
             yield from batches
             return
@@ -326,10 +329,11 @@ class TrainSchedule(Sampler):
 
 
 def collate(samples):
-    """-> {"video": uint8 N T 3 H W (memory order N T H W 3), "notes": [...]}"""
+    """[sample, ...] -> {"video": uint8 N T 3 H W (memory order N T H W 3), "notes": [...]}. DataError if a data process
+    gets no shared memory."""
     clips = [s["video"].permute(0, 2, 3, 1) for s in samples]
     video = torch.empty(len(clips), *clips[0].shape, dtype=torch.uint8)
-    if get_worker_info():  # here, where an error is told: as a batch is sent, it would be lost, and waited for for ever
+    if get_worker_info():  # here, where an error is reported. While a batch is sent it is not, and the run would hang.
         try:
             video.share_memory_()
         except RuntimeError as error:
@@ -340,11 +344,11 @@ def collate(samples):
 
 
 def endless(loader):
-    """The batches of a loader. Its processes take no part in signals that end the run (a terminal or a scheduler sends
-    them to all processes at once): only this process acts on them, and the batches go on until it is done.
+    """Yields the batches of a loader. Its processes ignore the signals that end a run, which a terminal or a scheduler
+    sends to all processes at once: only this process acts on them, and it gets batches until it is done.
 
-    With a TrainSchedule, processes that were killed (by a system short of memory, say) are replaced, and no batch is
-    lost; DataError if that happens three times without a batch between."""
+    With a TrainSchedule, data processes that were killed (for example because memory ran out) are replaced, and no
+    batch is lost. DataError if that happens three times in a row without a batch in between."""
     schedule, killed = loader.batch_sampler, 0
     while killed < 3:
         try:
@@ -356,9 +360,9 @@ def endless(loader):
                 killed = 0
                 yield batch
             return
-        except DataError as error:  # from a worker it comes with a traceback in its text
+        except DataError as error:  # from a data process, with a traceback in its message
             raise DataError(str(error).strip().splitlines()[-1].removeprefix("video_files.DataError: ")) from None
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: of a batch whose sender is gone
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: the process that sent a batch is gone
             if not isinstance(schedule, TrainSchedule) or type(error) is RuntimeError and "exited" not in str(error):
                 raise
             killed += 1
@@ -366,9 +370,9 @@ def endless(loader):
 
 
 def start_loader(loader):
-    """iter(loader); its processes leave signals to this one, which tells them when to end."""
+    """iter(loader), with the signals that end a run blocked in its processes: this process tells them when to end."""
     stops = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
-    multiprocessing.resource_tracker.ensure_running()  # its start would unblock them again
+    multiprocessing.resource_tracker.ensure_running()  # started later, it would unblock the signals again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # inherited by the processes that iter() starts
     try:
         return iter(loader)
@@ -377,9 +381,10 @@ def start_loader(loader):
 
 
 def start_worker(_):
-    cv2.setNumThreads(0)  # the workers are the parallelism
+    cv2.setNumThreads(0)  # several workers run in parallel: one thread each
     torch.set_num_threads(1)
-    # PyTorch looks at the parent's id, which is the helper's (see below): this would outlive a killed run, for good.
+    # A worker ends when its parent is gone. PyTorch checks for that by the parent's id, but here the parent is the
+    # helper process of `worker_context`: without this thread, workers would outlive a killed run.
     threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
@@ -389,7 +394,8 @@ def end_with(process):
 
 
 def worker_context():
-    """Workers fork from a clean helper process: forking this one, with its threads, can hang them."""
+    """A multiprocessing context in which workers fork from a clean helper process. Forked from this process, which has
+    threads, they can hang."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -398,11 +404,11 @@ def worker_context():
 
 
 def make_loader(clips, workers, pin_memory=False, ahead=4, **kwargs):
-    """A DataLoader over `clips` whose processes are clean ones, `ahead` batches each in advance."""
-    with warnings.catch_warnings():  # "may create too many workers": the user's number stands
+    """A DataLoader over `clips`. Each of its processes prepares up to `ahead` batches in advance."""
+    with warnings.catch_warnings():  # "may create too many workers": the user has chosen the number
         warnings.simplefilter("ignore", UserWarning)
         return DataLoader(clips, num_workers=workers, collate_fn=collate, pin_memory=pin_memory,
                           worker_init_fn=start_worker, persistent_workers=False,
-                          generator=torch.Generator(),  # not the global one: each start, a resume's too, draws a seed
+                          generator=torch.Generator(),  # not the global one, from which each start would draw a seed
                           multiprocessing_context=worker_context() if workers else None,
                           prefetch_factor=ahead if workers else None, **kwargs)

@@ -1,9 +1,9 @@
-"""The files of a dataset: found in folders and lists, looked at, split into training and validation.
+"""The files of a dataset: finds them in folders and lists, checks that they can be read, splits off validation files.
 
     sources, refused = probe(find_sources("videos/"))
     train, val = split_sources(sources, val_fraction=0.1)
 
-Works with video_files.py beside it, and tqdm where many files are looked at.
+This file needs video_files.py beside it, and tqdm for a progress bar over many files.
 """
 import collections.abc
 import csv
@@ -18,14 +18,14 @@ import numpy as np
 from video_files import IMAGE_SUFFIXES, MAX_PIXELS, VIDEO_SUFFIXES, DataError, check_regular, open_source
 
 MAX_LIST = 1 << 28  # bytes of an annotation, which may hold captions
-MANY = 200  # files: more take long enough to look at to show it
+MANY = 200  # number of files from which on a progress bar is shown while they are checked
 
 
 class Source(NamedTuple):
     """A video or an image that clips are cut from."""
     path: str
-    key: str         # path relative to the data folder: what the split is made by
-    frames: int = 0  # as the container says; 1 for an image
+    key: str         # path relative to the data folder; decides whether the file is for training or validation
+    frames: int = 0  # number of frames according to the container; 1 for an image
 
     @property
     def is_image(self):
@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
 
 class Sources(collections.abc.Sequence):
-    """Many Sources in few arrays: as objects, 100 000 take 37 MB in each data process, like this 7."""
+    """A sequence of Sources in a few arrays: 100 000 take 7 MB in each data process, and 37 MB as a list of objects."""
 
     def __init__(self, sources):
         texts = [source.path if source.path.endswith(source.key) else f"{source.path}\0{source.key}"
@@ -55,7 +55,7 @@ class Sources(collections.abc.Sequence):
 def find_sources(data, data_root="", only_images=False):
     """Sources of a folder (recursive), of a single file, or of a list of files: an annotation {"list": [{"path":
     "a.mp4"}, ...]} or a table .csv with a column "path". Their paths are relative to `data_root` (default: the list's
-    folder). Nothing is opened. DataError for none, which names the path, not the setting that it comes from.
+    folder). No video or image is opened. DataError, naming the path, if there is nothing; the caller adds the setting.
     """
     if only_images:
         images = [source for source in find_sources(data, data_root) if source.is_image]
@@ -85,15 +85,16 @@ def find_sources(data, data_root="", only_images=False):
     return [Source(data, os.path.basename(data))]
 
 
-OUTPUTS = {"summary_report.html": ("comparison_videos", "latent_visualizations"),  # infer.py's
+# {report: folders beside it with videos and pictures of results}, which are no data.
+OUTPUTS = {"summary_report.html": ("comparison_videos", "latent_visualizations"),  # of infer.py
            "leaderboard.html": ("videos",)}
 
 
 def walk(top):
-    """Yields (folder, names of its files) for a folder and those in it, in the order of their names. Links to folders
-    are followed, each folder is visited once, and the videos and pictures that stand beside a report are left out."""
+    """Yields (folder, names of its files) for a folder and all folders in it, in the order of their names. Links to
+    folders are followed, and each folder is visited once. The folders of results beside a report are left out."""
     parts = os.path.realpath(top).split(os.sep)
-    # Those above, too: a link there would lead back here.
+    # The folders above count as visited: a link to one of them would lead back here.
     seen = {os.sep.join(parts[:count]) or os.sep for count in range(1, len(parts) + 1)}
     for folder, folders, files in os.walk(top, followlinks=True):
         outputs = {name for report, names in OUTPUTS.items() if report in files for name in names}
@@ -106,7 +107,8 @@ def walk(top):
 
 
 def check_list(path):
-    """DataError for a list that is no regular file, or too long to be held in memory many times over, as JSON is."""
+    """DataError for a list that is not a regular file, or for JSON that is too long: parsed, it takes many times its
+    size in memory."""
     try:
         size = check_regular(path)
     except DataError as error:
@@ -162,14 +164,14 @@ def probe(sources, max_pixels=MAX_PIXELS, workers=0):
 
 def look_at(sources, max_pixels=MAX_PIXELS, workers=0):
     """Yields for every source, in order, (the source with its number of frames, None) or (the source, why it cannot be
-    read). `workers` are opened at once; 0: as many as there are cores, but 8 to 64."""
+    read). workers: number of files that are opened at once; 0: as many as there are cores, but 8 to 64."""
     def look(source):
         try:
             return source._replace(frames=open_source(source.path, max_pixels)[0]), None
         except DataError as error:
             return source, str(error)
     pool = ThreadPoolExecutor(workers or min(64, max(8, os.cpu_count() or 1)))
-    try:  # piece by piece: what waits takes a kilobyte each
+    try:  # in pieces, since each waiting file takes a kilobyte
         results = (result for start in range(0, len(sources), 4096)
                    for result in pool.map(look, sources[start:start + 4096]))
         if len(sources) > MANY:
@@ -181,9 +183,11 @@ def look_at(sources, max_pixels=MAX_PIXELS, workers=0):
 
 
 def split_sources(sources, val_fraction):
-    """(train, validation). A file's side follows from its key alone, so adding files moves none of the others.
+    """Returns (training sources, validation sources). A hash of its key decides where a file belongs, so adding files
+    moves none of the others.
 
-    The one exception: if no file falls into the validation share, the one nearest to it is taken.
+    There are two exceptions, from two files on: if the hash chooses no file for validation, the file with the smallest
+    hash is taken; if it chooses all files, that with the largest stays in training.
     """
     if val_fraction <= 0 or len(sources) < 2:
         return list(sources), []
@@ -191,6 +195,6 @@ def split_sources(sources, val_fraction):
               for s in sources]
     limit, last = max(val_fraction, min(fractions)), max(fractions)
     held_out = [fraction < val_fraction or fraction == limit for fraction in fractions]
-    if all(held_out):  # a handful of files and a large share: keep something to train on
+    if all(held_out):  # possible with few files and a large val_fraction: keep something to train on
         held_out = [fraction < last for fraction in fractions]
     return ([s for s, out in zip(sources, held_out) if not out], [s for s, out in zip(sources, held_out) if out])

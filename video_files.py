@@ -1,11 +1,11 @@
-"""Video and image files, opened with care and read: whole, or some frames of them.
+"""Reads video and image files, whole or some frames of them, and is careful with files that may do harm.
 
     reader = VideoReader("a.mp4")
     for frame in reader: ...                               # H W 3 RGB uint8
     frames, first, spacing, odd = read_frames("a.mp4", position=0.5, frames=12, delta=2)      # 12 of H W 3 BGR uint8
 
-Files may be broken, forged or gone: DataError says in a few words what is wrong with one. This file works alone with
-numpy and opencv-python.
+Files may be broken, forged or gone: DataError then says in a few words what is wrong. This file works alone with numpy
+and opencv-python.
 """
 import ctypes
 import functools
@@ -15,25 +15,27 @@ import struct
 import threading
 
 # A playlist (ffconcat, HLS, DASH, SDP) may be named .mp4, and FFmpeg would open the files and addresses in it. So only
-# containers that hold a whole video are read, from disk. OpenCV reads this at each opening; what comes last counts.
+# containers that hold a whole video are read, and only from disk. OpenCV reads this variable whenever it opens a video;
+# of repeated options the last one counts, so ours come last.
 OWN_OPTIONS = ("protocol_whitelist;file|format_whitelist;mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,mjpeg,"
                "ivf,flv,ogg,asf,mxf,nut,dv,gif,yuv4mpegpipe")
 if not os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS", "").endswith(OWN_OPTIONS):
     os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "|".join(
         filter(None, [os.environ.get("OPENCV_FFMPEG_CAPTURE_OPTIONS"), OWN_OPTIONS]))
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a damaged stream prints a line per block otherwise
-os.environ.setdefault("OPENCV_LOG_LEVEL", "FATAL")  # or a line for a damaged image, besides our own
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # or FFmpeg prints a line for each block of a damaged stream
+os.environ.setdefault("OPENCV_LOG_LEVEL", "FATAL")  # or OpenCV prints a line for a damaged image, besides ours
 import cv2
 import numpy as np
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 100_000_000  # in an image or a frame: a file of 3 MB can hold one that takes 6 GB of memory
+MAX_PIXELS = 100_000_000  # of an image or a frame: a file of 3 MB can hold one that takes 6 GB of memory
 try:
     MALLOPT = ctypes.CDLL(None).mallopt
 except (AttributeError, OSError, TypeError):  # another C library than glibc
     MALLOPT = None
-M_PERTURB, FILL = -6, 165  # glibc's name for an option, see `first_picture`; a byte
+# glibc's number for the option that fills new memory with a byte, and that byte: see `first_picture`.
+M_PERTURB, FILL = -6, 165
 PERTURBING = threading.Lock()
 
 
@@ -42,8 +44,8 @@ class DataError(Exception):
 
 
 def open_source(path, max_pixels=MAX_PIXELS):
-    """(frames by the container's word, frames per second, first frame H W 3 BGR uint8); DataError if there is none, or
-    it has more than `max_pixels` pixels."""
+    """Returns (number of frames according to the container, frames per second, first frame H W 3 BGR uint8). DataError
+    if no frame can be read, or if it has more than `max_pixels` pixels."""
     if path.lower().endswith(IMAGE_SUFFIXES):
         return 1, 0.0, read_image(path, max_pixels)
     capture = open_video(path, max_pixels=max_pixels)
@@ -51,10 +53,10 @@ def open_source(path, max_pixels=MAX_PIXELS):
     frame = first_picture(capture)
     if frame is None:
         raise DataError("no frame can be decoded (damaged, or this OpenCV has no decoder for its codec)")
-    check_size(frame.shape[1], frame.shape[0], max_pixels)  # it may be larger than the container says
+    check_size(frame.shape[1], frame.shape[0], max_pixels)  # a frame may be larger than the container says
     if is_blank(frame) and is_blank(first_picture(open_video(path, max_pixels=max_pixels), FILL + 1), FILL + 1):
         raise DataError(BLANK)
-    return int(count) if known(count) else 1, fps, frame
+    return int(count) if is_plausible(count) else 1, fps, frame
 
 
 BLANK = (f"OpenCV {cv2.__version__} gives no picture of its frames, as of all interlaced videos: deinterlace it, say "
@@ -62,12 +64,12 @@ BLANK = (f"OpenCV {cv2.__version__} gives no picture of its frames, as of all in
 
 
 def first_picture(capture, fill=FILL):
-    """The next frame of a capture that gave none so far, H W 3 BGR uint8, or None. With `fill` in all of it, OpenCV
-    gave no picture, but the memory as it found it.
+    """The next frame of a capture that has not read any yet, H W 3 BGR uint8, or None. If every byte of it is `fill`,
+    OpenCV has not written to its memory (see `is_blank`).
 
-    OpenCV 4.13 to 5.0 does that with interlaced frames, and says that it has read them: its FFmpeg 8 does not convert
-    them. A capture takes the memory for pictures with its first one; glibc is told to fill it before. Without glibc
-    such a video is read as what its memory held.
+    That happens with interlaced frames in OpenCV 4.13 to 5.0: its FFmpeg 8 does not convert them, but OpenCV reports
+    them as read. A capture allocates the memory for its frames with the first one. So glibc is told to fill new memory
+    with a known byte before that. Without glibc, the frames of such a video are whatever the memory held.
     """
     if not capture.grab():
         return None
@@ -87,19 +89,19 @@ def is_blank(frame, fill=FILL):
     return frame is not None and frame[0, 0, 0] == fill and bool((frame == fill).all())
 
 
-def known(count):
-    """Whether a container's frame count means anything: a recording that was never closed has none."""
+def is_plausible(count):
+    """Whether a container's frame count can be right: a recording that was never closed has none."""
     return 1 <= count < 1e8
 
 
 def check_size(width, height, max_pixels):
-    """DataError for more pixels than that."""
+    """DataError for more than `max_pixels` pixels."""
     if width * height > max_pixels:
         raise DataError(f"{width}x{height} pixels, and max_pixels is {max_pixels}: raise it, or scale the file down")
 
 
 def check_regular(path):
-    """Its size in bytes. DataError for what is no regular file: to open a FIFO would take for ever."""
+    """The size of a file in bytes. DataError if it is not a regular file: opening a FIFO could block forever."""
     try:
         info = os.stat(path)
     except OSError as error:
@@ -112,16 +114,18 @@ def check_regular(path):
 
 
 def check_file(path):
-    """DataError if there is nothing to read. Asked each time: it may have become a FIFO."""
+    """DataError if the file is not regular, or empty. Checked before each opening, since it may have changed."""
     if check_regular(path) == 0:
         raise DataError("empty file")
 
 
 def open_video(path, threads=1, max_pixels=MAX_PIXELS):
-    """A cv2.VideoCapture; DataError if it is no video, or a larger one. threads: of its decoder, 0 for all cores.
+    """A cv2.VideoCapture. DataError if the file is not a video, or has larger frames. threads: number of the decoder's
+    threads; 0: one for each core.
 
-    One is right for clips: more threads decode as many frames more, beyond the clip's end, and start anew for each file
-    (16 threads: 1.5 times the work per clip). And damaged streams then look the same on all machines.
+    One thread is right for clips. Each further thread decodes one more frame beyond the clip's end, and threads start
+    anew for each file (16 threads: 1.5 times the work per clip). With one thread, damaged streams also look the same on
+    all machines.
     """
     check_file(path)
     try:
@@ -129,22 +133,23 @@ def open_video(path, threads=1, max_pixels=MAX_PIXELS):
     except UnicodeEncodeError:  # OpenCV would crash
         raise DataError("its name is not UTF-8") from None
     threads = threads or cv2.getNumberOfCPUs()
-    # FFmpeg is named, or OpenCV goes on to read a%d.mp4 as an image series. To FFmpeg, a: of a relative a:b.mp4 would
-    # be a protocol.
+    # CAP_FFMPEG: otherwise OpenCV would read a%d.mp4 as an image series. abspath: in the relative path a:b.mp4, FFmpeg
+    # would take a: for a protocol.
     capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
     if not capture.isOpened():
         raise DataError("not a video")
-    # Nothing is decoded yet.
+    # By the container's word; nothing is decoded yet.
     check_size(*(int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)), max_pixels)
     return capture
 
 
 def read_image(path, max_pixels=MAX_PIXELS):
-    """H W 3 BGR uint8, turned upright as its EXIF data says. A larger image is not decoded."""
+    """The image, H W 3 BGR uint8, turned upright as its EXIF data says. DataError if it cannot be read, or has more
+    than `max_pixels` pixels: then it is not decoded."""
     check_file(path)
     try:
         check_size(*image_size(path), max_pixels)
-        if os.path.getsize(path) > 8 * max_pixels + (1 << 24):  # RGBA of 16 bits, and what else may be in the file
+        if os.path.getsize(path) > 8 * max_pixels + (1 << 24):  # RGBA of 16 bits, and 16 MiB for other contents
             raise DataError(f"{os.path.getsize(path)} bytes are too many for an image of at most {max_pixels} pixels "
                             "(max_pixels)")
         image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
@@ -158,9 +163,9 @@ def read_image(path, max_pixels=MAX_PIXELS):
 
 
 def image_size(path):
-    """(width, height) as the first bytes of a PNG, JPEG, WebP or BMP file say, before EXIF data turn it; struct.error
-    or IndexError where they end too early. DataError for any other file: OpenCV would decode it by its content,
-    whatever its name."""
+    """(width, height) according to the header of a PNG, JPEG, WebP or BMP file, before its EXIF rotation. struct.error
+    or IndexError if the file ends too early. DataError for any other format, which OpenCV might decode, whatever the
+    file's name."""
     with open(path, "rb") as file:
         head = file.read(32)
         if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":
@@ -176,20 +181,20 @@ def image_size(path):
             return tuple(side % 2 ** 14 for side in struct.unpack_from("<HH", head, 26))
         if head[:2] == b"BM":
             width, height = struct.unpack_from("<HH" if head[14] == 12 else "<ii", head, 18)
-            return abs(width), abs(height)  # a negative height: from the top downwards
+            return abs(width), abs(height)  # a negative height means that the rows go from top to bottom
     raise DataError("not a PNG, JPEG, WebP or BMP image")
 
 
 def jpeg_size(file):
-    """(width, height) of an open JPEG file: of its first frame header, found as libjpeg finds it."""
+    """(width, height) in the first frame header of an open JPEG file, which is searched as libjpeg does."""
     file.seek(2)
-    for _ in range(1 << 16):  # more parts, or bytes between them, are before no honest image
+    for _ in range(1 << 16):  # no real image has more segments, or bytes between them, before its frame header
         if file.read(1)[0] != 0xff:
             continue
         marker = file.read(1)[0]
         if marker == 0xff:
             file.seek(-1, os.SEEK_CUR)
-        if marker in (0x00, 0x01, 0xff) or 0xd0 <= marker <= 0xd7:  # no marker, or one without contents
+        if marker in (0x00, 0x01, 0xff) or 0xd0 <= marker <= 0xd7:  # not a marker, or one without contents
             continue
         length, = struct.unpack(">H", file.read(2))
         if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
@@ -202,16 +207,17 @@ def jpeg_size(file):
 
 
 def read_frames(path, position, frames, delta, max_pixels=MAX_PIXELS):
-    """`frames` frames of a video, every `delta`-th, from position, 0 <= position < 1, of those where the clip fits.
+    """Read a clip of `frames` frames, every `delta`-th of the video. position: where it begins, from 0 for the first to
+    just below 1 for the last frame from which it fits.
 
-    Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). Too short a video is read with
-    a smaller spacing, and its last frame repeated; a count that the container got wrong is corrected. DataError if
-    nothing can be read. OpenCV seeks by time: where frames are not evenly spaced in time (a variable frame rate), the
-    clip begins some frames beside the first frame number; its frames still follow each other as stored.
+    Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). If the video is too short, the
+    spacing becomes smaller, and if need be the last frame is repeated. If the container's frame count is wrong, the
+    frames are counted. DataError if nothing can be read. OpenCV seeks by time: in a video with a variable frame rate,
+    the clip may begin some frames before or after the first frame number. Its frames are still consecutive ones.
     """
     capture = open_video(path, max_pixels=max_pixels)
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-    count = int(count) if known(count) else 0
+    count = int(count) if is_plausible(count) else 0
     if count:
         first, spacing = fit_clip(count, position, frames, delta)
         clip = grab_frames(capture, first, frames, spacing)
@@ -224,9 +230,9 @@ def read_frames(path, position, frames, delta, max_pixels=MAX_PIXELS):
         notes.append(f"the container says {count or 'nothing of its'} frames, {real} can be read")
     first, spacing = fit_clip(real, position, frames, delta)
     clip = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing)
-    if len(clip) < min(frames, real):  # some files cannot be sought in; a variable frame rate makes it land too late
-        walked = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing, seek=False)
-        clip = max(clip, walked, key=len)
+    if len(clip) < min(frames, real):  # seeking may fail, or, with a variable frame rate, go too far
+        without_seek = grab_frames(open_video(path, max_pixels=max_pixels), first, frames, spacing, seek=False)
+        clip = max(clip, without_seek, key=len)
     if not clip:
         raise DataError("frames can be counted but not read")
     if len(clip) < frames:
@@ -235,15 +241,17 @@ def read_frames(path, position, frames, delta, max_pixels=MAX_PIXELS):
 
 
 def read_clips(path, position, offsets, frames, deltas, parts, max_pixels=MAX_PIXELS):
-    """Several clips from one opening, which seeks once: they lie one behind the other, or overlap in a short video.
+    """Read several clips from one opening of a video, with one seek. They all lie in one section of the video, one
+    after the other; in a short video they overlap.
 
-    position: of the piece that holds them all, as in `read_frames`; offsets, deltas: of each clip, where in its part of
-    the piece it is, and its spacing. Yields (part, clip, first frame number, spacing, [what was odd]) for those of
-    `parts`, each as soon as it is read. DataError as `read_frames`, which reads the clips that do not come out whole.
+    position: where the section begins, as in `read_frames`. offsets: for each clip, its position (0 to 1) in its own
+    part of the section; deltas: its spacing. parts: the numbers of the clips that are wanted. Yields (part, clip, first
+    frame number, spacing, [what was odd]) for these, each as soon as it is read. A clip that lacks frames is read again
+    by `read_frames`; DataError as there.
     """
     capture = open_video(path, max_pixels=max_pixels)
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-    count = int(count) if known(count) else 0
+    count = int(count) if is_plausible(count) else 0
     spacings = [fit_clip(count, 0, frames, int(delta))[1] for delta in deltas]
     spans = [(frames - 1) * spacing + 1 for spacing in spacings]
     length = min(count, sum(spans))
@@ -252,7 +260,7 @@ def read_clips(path, position, offsets, frames, deltas, parts, max_pixels=MAX_PI
               for k, (offset, span) in enumerate(zip(offsets, spans))]
     wanted = {k: range(firsts[k], firsts[k] + spans[k], spacings[k]) for k in sorted(parts, key=lambda k: firsts[k])}
     needed, held, t = {n for numbers in wanted.values() for n in numbers}, {}, min(firsts)
-    # Whatever parts are wanted, it seeks to the same frame: a seek can land elsewhere than it should.
+    # Always seek to the same frame, whichever parts are wanted: a seek may miss its frame, but it does so repeatably.
     going = count > 0 and (t == 0 or capture.set(cv2.CAP_PROP_POS_FRAMES, t))
     for k, numbers in wanted.items():
         held = {n: frame for n, frame in held.items() if n >= numbers[0]}
@@ -272,15 +280,16 @@ def read_clips(path, position, offsets, frames, deltas, parts, max_pixels=MAX_PI
 
 
 def fit_clip(count, position, frames, delta):
-    """First frame and spacing of a clip in a video of `count` frames; the spacing shrinks until the clip fits."""
+    """(first frame number, spacing) of a clip in a video of `count` frames. The spacing shrinks until the clip fits."""
     if frames > 1:
         delta = max(1, min(delta, (count - 1) // (frames - 1)))
     return int(position * max(1, count - (frames - 1) * delta)), delta
 
 
 def grab_frames(capture, first, frames, spacing, seek=True):
-    """Up to `frames` frames. Seeks once, or reads from the start on; frames that are passed over are grabbed, which
-    skips their conversion to BGR. DataError if OpenCV gives no picture of them, see `first_picture`."""
+    """Read up to `frames` frames, [H W 3 BGR uint8], every `spacing`-th from `first` on. Seeks there, or without `seek`
+    decodes all frames before it. Frames in between are grabbed only, which saves their conversion to BGR. DataError if
+    OpenCV gives no picture, see `first_picture`."""
     if first > 0 and not (capture.set(cv2.CAP_PROP_POS_FRAMES, first) if seek else
                           all(capture.grab() for _ in range(first))):
         return []
@@ -298,7 +307,7 @@ def grab_frames(capture, first, frames, spacing, seek=True):
 
 
 def count_frames(path, max_pixels=MAX_PIXELS):
-    """How many frames can be decoded: all are; the answer is kept while the file stays as it is."""
+    """The number of frames that can be decoded. All are decoded; the result is cached until the file changes."""
     try:
         about = os.stat(path)
     except OSError as error:
@@ -317,8 +326,8 @@ def _count_frames(path, max_pixels, *_):
 class VideoReader:
     """All frames of a video or image, in order: `for frame in VideoReader(path)` gives H W 3 RGB uint8.
 
-    Has `fps` (25 if the container names none), `frames` (by the container's word), `height`, `width`. DataError if it
-    is no video.
+    Has `fps` (25 if the container names none), `frames` (their number according to the container), `height` and
+    `width`. DataError if the file cannot be read.
     """
 
     def __init__(self, path, max_pixels=MAX_PIXELS):
@@ -342,8 +351,9 @@ class VideoReader:
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
     def changes(self):
-        """[what is odd about it] after it was read more than once: it may have grown, as a recording does. DataError if
-        it is another file now, or a shorter one: what was read of it does not belong together."""
+        """Call this after the file was read more than once. Returns [what is odd about it]: it may have been written
+        to, as a growing recording is. DataError if it was replaced or became shorter: then the readings do not
+        match."""
         now = os.stat(self.path)
         if now.st_ino != self.about.st_ino or now.st_size < self.about.st_size:
             raise DataError("the file was changed while it was read")
