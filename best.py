@@ -1,7 +1,7 @@
-"""best.pt of a run: the averaged weights that validated best, and what they were judged by.
+"""best.pt of a run: the averaged weights that validated best, their score, and what the score was measured with.
 
-A score belongs to a measure and to a set of clips, and best.pt itself names both. So its score counts as long as they
-are the same, whatever has happened to the run since; by another measure or on other clips it is judged anew.
+A score holds for one measure and one set of clips, and best.pt names both. As long as these are the same, its score
+counts, whatever has happened to the run since. With another measure or other clips, the weights are validated again.
 """
 import copy
 import hashlib
@@ -18,10 +18,10 @@ from ranks import copy_from_rank_0, from_rank_0, gather
 
 
 class Best:
-    """`score` is what a validation has to be above, dB; with `offer` rank 0 alone keeps it.
+    """Keeps best.pt up to date. `score` is the score to beat, dB; after `offer`, only rank 0 has the current one.
 
-    about: {"model_name", "model_config"} of the run; objective: its Objective, which measures; samples: this rank's
-    validation clips, as `evaluate` takes them; saver: the run's Saver.
+    about: {"model_name", "model_config"} of the run; objective: its Objective, which computes scores; samples: this
+    rank's validation clips, as `evaluate` takes them; saver: the run's Saver.
     """
 
     def __init__(self, about, objective, samples, saver):
@@ -30,8 +30,9 @@ class Best:
         self.saver, self.log, self.score = saver, saver.log, -math.inf
 
     def take_up(self, average, goes_on, validate):
-        """Before the first step, on all ranks together. validate: gives `evaluate`'s dict for a model like `average`;
-        None without validation. goes_on: whether the run was resumed; if not, best.pt is another run's."""
+        """Take over the score of an existing best.pt, or validate its weights again. All ranks call this before the
+        first step. goes_on: whether the run was resumed; if not, best.pt is of another run. validate: function that
+        returns `evaluate`'s dict for a model like `average`, or None without validation."""
         model = copy.deepcopy(average)
         found = from_rank_0(self.saver.control, lambda: self.find(model, goes_on))
         if not found or not validate:
@@ -51,8 +52,8 @@ class Best:
                 self.write(step, score, result, model)
 
     def find(self, model, goes_on):
-        """(what best.pt was judged by, its step, its score), and its weights in `model`; None if there is none of this
-        run. One that cannot be used is put aside under another name."""
+        """Load best.pt into `model`, and return (what it was judged by, its step, its score). None if this run has
+        none. A best.pt that cannot be used is renamed."""
         if not os.path.isfile(self.path):
             return None
         try:
@@ -74,21 +75,21 @@ class Best:
         return None
 
     def offer(self, step, result, average):
-        """Save the averaged weights of `step` if `evaluate`'s dict for them is better than what there is."""
+        """Save the averaged weights of `step` if their score is the best so far. result: `evaluate`'s dict for them."""
         score = self.score_of(result)
-        self.saver.settle()  # or what the last one has written does not count yet
+        self.saver.settle()  # the score of a best.pt that is still being written counts too
         if self.log.rank == 0 and score > self.score:
             self.write(step, score, result, average)
 
     def write(self, step, score, result, model):
-        """On rank 0. The score counts as soon as it is saved."""
+        """On rank 0: save best.pt. Its score counts as soon as it is saved."""
         self.saver.best(dict(**self.about, step=step, val=result, score=score, judged_by=self.judged_by,
                              ema=model.state_dict()), lambda: setattr(self, "score", score))
 
 
 def fingerprint(samples, control):
-    """16 hexadecimal digits that differ for other clips or other latents of a teacher. They are the same however many
-    ranks share the clips, and wherever the files lie."""
+    """16 hexadecimal digits that identify the validation clips and the teacher's latents of all ranks. They do not
+    depend on the number of ranks, nor on where the files are."""
     own = [[[name, list(tensor.shape), zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())]
             for name, tensor in sorted(sample.items())] for sample in samples]
     every = sorted(itertools.chain(*gather(control, own)))

@@ -4,9 +4,9 @@
     cache.read([0, 5])                                # {"video": uint8 2 T 3 H W, "latents": 2 T' C h w, ...}
     train, val, held_out = cache.split(0.1, seed=0, val_clips=64)
 
-A cache is a folder of shards that NumPy opens: shard_00000.clips.npy (uint8 N T H W 3, RGB), shard_00000.latents.npy
-(float16, or bfloat16 as its 16 bits; N T' C h w; none without a teacher), shard_00000.json (where each clip was cut
-from), and index.json (teacher, shapes, checksums).
+A cache is a folder of shards, whose arrays NumPy can open. A shard has three files: shard_00000.clips.npy (uint8
+N T H W 3, RGB), shard_00000.latents.npy (N T' C h w, float16, or the 16 bits of bfloat16; absent without a teacher) and
+shard_00000.json (where each clip was cut from). index.json holds the teacher, the shapes and the checksums.
 """
 import collections
 import contextlib
@@ -33,20 +33,21 @@ from untrusted import SETTINGS, open_regular, read_json
 from video_files import DataError
 
 FORMAT = 1
-MAX_INDEX, MAX_ORIGINS = 1 << 26, 1 << 28  # bytes: of 300 000 shards; of the origins of a million clips
+MAX_INDEX, MAX_ORIGINS = 1 << 26, 1 << 28  # bytes of JSON: an index of 300 000 shards; origins of a million clips
 ARRAYS = "clips.npy", "latents.npy"
 NO_TEACHER = "none"
 STORED = {"float16": np.float16, "bfloat16": np.uint16}
-OF_COGVIDEOX = re.compile(r"AutoencoderKLCogVideoX|\(taecvx\)|variant taecvx")  # names in caches without pools_pairs
+# Recognises a teacher with CogVideoX's latents by its name, in older caches that do not store pools_pairs.
+OF_COGVIDEOX = re.compile(r"AutoencoderKLCogVideoX|\(taecvx\)|variant taecvx")
 
 
 class LatentCache:
-    """A finished cache, memory-mapped. DataError, in one line, if it is partial, damaged or no cache.
+    """A finished cache, memory-mapped. DataError, in one line, if it is not complete, damaged or not a cache.
 
-    `frames`, `size`, `latent_shape` (T', C, h, w), `teacher` (spec, name, fingerprint, precision, pools_pairs),
-    `origins` (a dict for each clip: file, first, spacing, crop, flip). `problem` reads everything once and compares
-    checksums, `check_alignment` says whether its latents and a model's belong together. With `clips_only` latents are
-    left alone, or need not be there. It is not to be sent to other processes: its arrays would go along.
+    Attributes: `frames`, `size`, `latent_shape` (T', C, h, w), `teacher` (spec, name, fingerprint, precision,
+    pools_pairs), `origins` (a dict for each clip: file, first, spacing, crop, flip). `problem` reads the files and
+    compares their checksums. `check_alignment` checks that the latents suit a model. With `clips_only` the latents are
+    not opened, and may be absent. Do not send this object to other processes: that would copy its arrays.
     """
 
     def __init__(self, path, clips_only=False):
@@ -79,7 +80,7 @@ class LatentCache:
                     self.latents.append(self.open(i, "latents", (count, *self.latent_shape), STORED[self.dtype]))
                 numbers += [names.setdefault(str(origin["file"]), len(names)) for origin in self.read_origins(i)]
             self.fingerprint = str(self.teacher["fingerprint"])
-            self.names, self.file_of = list(names), np.array(numbers, np.int32)  # clip i is of names[file_of[i]]
+            self.names, self.file_of = list(names), np.array(numbers, np.int32)  # clip i comes from names[file_of[i]]
         except FileNotFoundError as error:
             raise DataError(f"{self.what} {path}: {os.path.basename(error.filename)} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -102,11 +103,12 @@ class LatentCache:
         return array
 
     def read_origins(self, i):
-        most = SETTINGS + os.path.getsize(shard_path(self.path, i, "clips.npy"))  # pictures are larger than words
+        # The origins are smaller than the clips: a longer file is damaged or forged.
+        most = SETTINGS + os.path.getsize(shard_path(self.path, i, "clips.npy"))
         return read_json(shard_path(self.path, i, "json"), min(most, MAX_ORIGINS))["origins"]
 
     @functools.cached_property
-    def origins(self):  # of a million clips they take a gigabyte
+    def origins(self):  # for a million clips they take a gigabyte
         return [origin for i in range(len(self.checksums)) for origin in self.read_origins(i)]
 
     @functools.cached_property
@@ -118,24 +120,24 @@ class LatentCache:
         return sum(array.nbytes for array in self.clips)
 
     def locate(self, i):
-        """(shard, row in it) of clip i."""
+        """(number of the shard, row in the shard) of clip i."""
         shard = np.searchsorted(self.starts, i, side="right") - 1
         return shard, i - self.starts[shard]
 
     def clip(self, i):
-        """A stored clip, uint8 T H W 3, in place."""
+        """Stored clip i, uint8 T H W 3, memory-mapped."""
         shard, row = self.locate(i)
         return self.clips[shard][row]
 
     def problem(self, rank=0, world=1, most=math.inf):
-        """Compare the checksums of this rank's share of the shards: "", or one line that names the damaged file. Clips
-        of more than `most` bytes in all are left out."""
+        """Compare the checksums of this rank's part of the files. Returns one line that names a damaged file, or "". If
+        the clips of the cache take more than `most` bytes, their files are left out."""
         parts = {"json"} | ({"clips.npy"} if self.clip_bytes <= most else set())
         parts |= {"latents.npy"} if self.latents else set()
-        share = [(i, kind, crcs[kind]) for i, (_, crcs) in enumerate(self.checksums) for kind in sorted(crcs)
+        files = [(i, kind, crcs[kind]) for i, (_, crcs) in enumerate(self.checksums) for kind in sorted(crcs)
                  if kind in parts]
         size = self.clip_bytes + sum(array.nbytes for array in self.latents)
-        for i, kind, crc in tqdm(share[rank::world], desc=f"checking the {self.what}", unit="file", leave=False,
+        for i, kind, crc in tqdm(files[rank::world], desc=f"checking the {self.what}", unit="file", leave=False,
                                  disable=rank > 0 or size < 4e9):
             name = shard_path(self.path, i, kind)
             if file_crc(name) != crc:
@@ -147,7 +149,7 @@ class LatentCache:
         return ""
 
     def check_alignment(self, model):
-        """DataError unless latents and frames stand to each other as a TAEHV's do."""
+        """DataError unless each latent stands for the same frames as in `model`, a TAEHV or one that holds one."""
         pairs = self.teacher.get("pools_pairs", True if OF_COGVIDEOX.search(str(self.teacher.get("name"))) else None)
         try:
             if pairs:
@@ -162,7 +164,7 @@ class LatentCache:
                             f"for other frames than those of variant {taehv.variant}: set {way_out}")
 
     def read(self, indices):
-        """{"video": uint8 N T 3 H W (memory order N T H W 3), "latents": N T' C h w, as stored, "notes": []}"""
+        """{"video": uint8 N T 3 H W (memory order N T H W 3), "latents": N T' C h w as in read_latents, "notes": []}"""
         clips = np.empty((len(indices), *self.clips[0].shape[1:]), np.uint8)
         for n, i in enumerate(indices):
             clips[n] = self.clip(i)
@@ -170,7 +172,7 @@ class LatentCache:
                 "latents": self.read_latents(indices)}
 
     def read_latents(self, indices):
-        """N T' C h w, as stored."""
+        """N T' C h w, in the stored dtype: float16 or bfloat16."""
         latents = np.empty((len(indices), *self.latent_shape), STORED[self.dtype])
         for n, i in enumerate(indices):
             shard, row = self.locate(i)
@@ -189,14 +191,15 @@ class LatentCache:
         return train, val, held_out
 
     def split_by_file(self, val_fraction):
-        """(clips to train with, clips to validate with, [held-out files]), as `data.split_sources` has it."""
+        """(numbers of the training clips, numbers of the validation clips, [held-out files]), by `split_sources`."""
         held_out = {s.key for s in split_sources([Source(f, f) for f in self.names], val_fraction)[1]}
         is_val = np.array([name in held_out for name in self.names], bool)[self.file_of]
         return np.flatnonzero(~is_val), np.flatnonzero(is_val), sorted(held_out)
 
 
 class CachedClips:
-    """Some clips of a LatentCache, to train or to validate with: what `data.TrainClips` and `data.ValClips` offer."""
+    """Some clips of a LatentCache, for training or validation, with the methods of `data.TrainClips` and
+    `data.ValClips`. indices: their numbers in the cache; limit: number of validation clips at most."""
 
     clips_per_open = 1  # see data.TrainSchedule
 
@@ -210,33 +213,34 @@ class CachedClips:
         return self.indices
 
     def check(self, bucket):
-        """DataError if training is to use other shapes than the cache holds."""
+        """DataError if the bucket's shape is not that of the cache."""
         if (bucket.size, bucket.frames) != (self.cache.size, self.cache.frames):
             raise DataError(f"size={bucket.size} frames={bucket.frames}, but the latent cache {self.cache.path} holds "
                             f"clips of size={self.cache.size} frames={self.cache.frames}: set these, or build another")
 
     def batches(self, schedule, workers, pin_memory=False):
-        """Batches for a TrainSchedule, without end, as `LatentCache.read` gives them. `workers` threads (1 to 8) read
-        one each: a file system over a network answers many at once."""
+        """Endless batches for a TrainSchedule, as `LatentCache.read` returns them. `workers` threads (1 to 8) read one
+        batch each: a network file system answers several requests at once."""
         def make(keys):
-            places = [datasets.epoch_order(self.seed, key.epoch, len(self))[key.index] for key in keys]
-            batch = self.cache.read(self.indices[places])
+            positions = [datasets.epoch_order(self.seed, key.epoch, len(self))[key.index] for key in keys]
+            batch = self.cache.read(self.indices[positions])
             return {k: v.pin_memory() if pin_memory and torch.is_tensor(v) else v for k, v in batch.items()}
         return read_ahead(make, schedule, threads=min(8, max(1, workers)))
 
     def share(self, rank, world, _):
-        """This rank's part of up to `limit` clips, evenly spread: [{"video": uint8 T 3 H W, "latents": T' C h w}]."""
+        """This rank's part of up to `limit` clips, evenly spaced: [{"video": uint8 T 3 H W, "latents": T' C h w}]."""
         chosen = self.indices[datasets.evenly_spread(len(self), self.limit)]
         batches = [self.cache.read([i]) for i in chosen[rank::world]]
         return [{"video": b["video"][0], "latents": b["latents"][0]} for b in batches]
 
     def sample(self, limit):
-        """The latents of up to `limit` clips, evenly spread: N T' C h w, float32."""
+        """The latents of up to `limit` clips, evenly spaced: N T' C h w, float32."""
         return self.cache.read_latents(self.indices[datasets.evenly_spread(len(self), limit)]).float()
 
 
 def read_ahead(make, schedule, threads=1):
-    """make(keys) for the keys of an endless schedule, in order. Each thread makes one ahead; closing it ends them."""
+    """Yields make(keys) for the keys of an endless schedule, in order. Threads call make() ahead of time; closing the
+    generator ends them. DataError if a file cannot be read."""
     with ThreadPoolExecutor(threads) as pool:
         keys = iter(schedule)
         ready = collections.deque(pool.submit(make, next(keys)) for _ in range(threads + 1))
@@ -250,7 +254,8 @@ def read_ahead(make, schedule, threads=1):
 
 
 def allow_open_files(count):
-    """Have the system let this process open so many files, and some more, as far as it may: a mapped array is one."""
+    """Raise this process's limit of open files to `count` and some more, as far as the system allows. Each
+    memory-mapped array is an open file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -258,28 +263,28 @@ def allow_open_files(count):
 
 
 def is_finite(latents, dtype):
-    """Whether a shard's latents are, as they are stored; a bfloat16's 16 bits have all those of the exponent set."""
+    """Whether a shard's stored latents are finite. A bfloat16 that is not has all bits of its exponent set."""
     return all(((one & 0x7f80) != 0x7f80 if dtype == "bfloat16" else np.isfinite(one)).all() for one in latents)
 
 
 def shard_path(folder, i, kind):
-    """The file of shard i; kind is its ending."""
+    """The path of a file of shard i. kind: the end of its name, such as "clips.npy"."""
     return os.path.join(folder, f"shard_{i:05d}.{kind}")
 
 
 def index_crc(index):
-    """The checksum of an index without its own."""
+    """The checksum of an index that does not hold its checksum yet."""
     return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def write_index(folder, index):
-    """index.json with its checksum, whole or not at all."""
+    """Write index.json with its checksum, atomically."""
     content = json.dumps({**index, "crc32": index_crc(index)}, indent=1)
     checkpoint.write_atomically(os.path.join(folder, "index.json"), content.encode())
 
 
 def file_crc(path):
-    """The checksum of a file's contents."""
+    """The CRC-32 of a file's contents."""
     crc = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -288,18 +293,19 @@ def file_crc(path):
 
 
 class ShardWriter:
-    """Writes one shard batch by batch; it gets its name, and its .json, when the block ends without an exception."""
+    """A context manager that writes one shard, batch by batch. If its block ends without an exception, the files get
+    their final names, and the .json is written last. Otherwise they are removed."""
 
     def __init__(self, folder, i, count):
         self.folder, self.i, self.count = folder, i, count
         self.files, self.crc32, self.origins = {}, {}, []
-        self.open = contextlib.ExitStack()  # where one cannot be closed, on a full disk, the other is all the same
+        self.open = contextlib.ExitStack()  # closes both files, even if closing one of them fails on a full disk
 
     def __enter__(self):
         return self
 
     def write(self, kind, array):
-        """Append N ... rows to clips or latents."""
+        """Append rows to the shard. kind: "clips" or "latents"; array: N rows of it."""
         name = kind + ".npy"
         if name not in self.files:
             temporary = f"{shard_path(self.folder, self.i, name)}.{os.getpid()}.tmp"
@@ -331,18 +337,18 @@ class ShardWriter:
 
 
 def open_array(path):
-    """A .npy file in place, without reading it. OSError or ValueError if that cannot be."""
+    """A .npy file as a memory-mapped array, read-only. OSError or ValueError if it cannot be opened."""
     try:
         with open_regular(path) as file:
-            if np.lib.format.read_magic(file) != (1, 0):  # of later ones NumPy takes headers of 4 GB
+            if np.lib.format.read_magic(file) != (1, 0):  # in later versions a header may take 4 GB
                 raise ValueError(f"{path}: not of version 1 of .npy files")
         return np.lib.format.open_memmap(path, mode="r")
-    except tokenize.TokenError as error:  # what NumPy makes of some damaged headers
+    except tokenize.TokenError as error:  # NumPy raises it for some damaged headers
         raise ValueError(f"{path}: damaged header ({error})") from None
 
 
 def shard_is_done(out, i, count, kinds=ARRAYS):
-    """Whether the shard is there, whole, with `count` clips."""
+    """Whether shard i is there, complete, with `count` clips."""
     try:
         about = read_json(shard_path(out, i, "json"), MAX_ORIGINS)
         arrays = [open_array(shard_path(out, i, kind)) for kind in kinds]

@@ -1,9 +1,9 @@
-"""The files of a run: saved so that no fault loses them, and read without running code or taking more memory than they
-hold.
+"""The files of a run. They are saved so that no fault loses them, and read without running code in them and without
+taking more memory than they hold.
 
 A run folder holds step_00001000.pt (everything a run needs to go on), best.pt (the averaged weights that validated
-best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json. Models that
-are built and loaded from such files are models.py's matter.
+best), model.pth (the newest averaged weights as a plain state_dict, for other programs) and config.json. models.py
+builds models from such files.
 """
 import errno
 import os
@@ -20,12 +20,12 @@ from untrusted import check_weights
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STEP_FILE = re.compile(r"step_(\d{8,})\.pt")
 RANK_FILE = re.compile(r"step_(\d{8,})\.rank(\d+)")
-# What `write_atomically` leaves behind if it is killed.
+# Temporary files that `write_atomically` leaves behind if it is killed.
 LEFTOVER = re.compile(r"(step_\d{8,}\.(pt|rank\d+)|model\.pth|best\.pt|config\.json|probe)\.(\d+\.)+tmp")
-# What contents that are not as expected raise.
+# Errors that a file raises whose contents are not as expected.
 MISSHAPEN = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError,
              ZeroDivisionError)
-# What reading a file of weights raises that is damaged, or is none, besides pickle.UnpicklingError.
+# Errors that reading a file raises which is damaged or holds no weights, besides pickle.UnpicklingError.
 UNREADABLE = (*MISSHAPEN, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, MemoryError, struct.error)
 
 
@@ -42,7 +42,7 @@ def first_line(error):
 
 def not_finite(weights):
     """The name of the first tensor in a state_dict that holds an inf or a NaN, or "". For the 459 million weights of
-    the largest model it takes 0.2 s on two cores (isfinite() of each tensor takes 5 s), and reading them several."""
+    the largest model this takes 0.2 s on two cores; isfinite() of each tensor takes 5 s."""
     for name, tensor in weights.items():
         if torch.is_tensor(tensor) and tensor.dtype in FLOATS and tensor.layout == torch.strided and tensor.numel() \
                 and not torch.stack(tensor.aminmax()).isfinite().all():
@@ -51,13 +51,13 @@ def not_finite(weights):
 
 
 def check_finite(path, weights):
-    """CheckpointError, about the file `path`, for weights that are not finite."""
+    """CheckpointError, naming the file `path`, for weights that are not finite."""
     if name := not_finite(weights):
         raise CheckpointError(f"checkpoint: {path!r}: its weights are not finite ({name})")
 
 
 def read_run(path):
-    """`read` for a step file, whose weights are to be finite too."""
+    """`read` for a step file. CheckpointError also if its weights are not finite."""
     state = read(path)
     for weights in (state.get("model"), state.get("ema")):
         if isinstance(weights, dict):
@@ -66,7 +66,7 @@ def read_run(path):
 
 
 def read(path):
-    """The dict in a .pt or .pth file, on the CPU. CheckpointError if it is damaged, holds code, or is no dict."""
+    """The dict in a .pt or .pth file, on the CPU. CheckpointError if it is damaged, holds code, or is not a dict."""
     try:
         check_weights(path)
         with warnings.catch_warnings():  # of files in old formats
@@ -86,7 +86,7 @@ def read(path):
 
 
 def step_path(folder, step):
-    """Of a run's checkpoint of that step; None for None."""
+    """The path of a run's checkpoint of this step; None if step is None."""
     return None if step is None else os.path.join(folder, f"step_{step:08d}.pt")
 
 
@@ -97,7 +97,7 @@ def checkpoints(folder):
 
 
 def step_of(path):
-    """The step of a step file, by its name."""
+    """The step in the name of a step file."""
     return int(STEP_FILE.fullmatch(os.path.basename(path))[1])
 
 
@@ -123,13 +123,14 @@ def problem_of(path):
 
 
 def write_atomically(path, data):
-    """Write bytes, or what the function data(file) writes, under a temporary name, flush them to the disk, rename. An
-    error leaves nothing behind."""
+    """Write a file under a temporary name, flush it to the disk, and rename it. data: bytes, or a function that is
+    called
+    with the open file and writes to it. An error leaves nothing behind."""
     write_all([data], [path])
 
 
 def write_all(contents, paths):
-    """Write several files so, all of them before the first is renamed."""
+    """`write_atomically` for several files: all are written before the first is renamed."""
     temporary = [f"{path}.{os.getpid()}.tmp" for path in paths]
     try:
         for name, content in zip(temporary, contents):
@@ -146,26 +147,27 @@ def write_all(contents, paths):
 
 
 def probe(folder):
-    """OSError if no small file can be written and flushed there."""
+    """OSError if not even a small file can be written to the folder."""
     path = os.path.join(folder, "probe")
-    write_atomically(path, os.urandom(1 << 16))  # which no file system compresses
+    write_atomically(path, os.urandom(1 << 16))  # random, so that no file system compresses it
     os.remove(path)
 
 
 def is_full(error):
-    """Whether an OSError says that the disk is full, or this user's part of it."""
+    """Whether an OSError says that the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def save(state, path, make_room=lambda: False):
-    """OSError leaves nothing behind. While the disk is full and make_room() returns True, it is tried again."""
+    """Save a state to `path` with torch.save. If the disk is full, call make_room(), and try again as long as it
+    returns True. OSError if that fails; it leaves nothing behind."""
     while error := try_to_save(state, path):
         if not is_full(error) or not make_room():
             raise error
 
 
 def try_to_save(state, path):
-    """Returns the OSError that prevents it, or None."""
+    """Save a state to `path` once. Returns the OSError that prevents this, or None."""
     def write(file):
         sink = Sink(file)
         torch.save(state, sink)
@@ -179,9 +181,9 @@ def try_to_save(state, path):
 
 
 class Sink:
-    """A file for torch.save, written piece by piece: through a buffer in memory, 400 MB took another 400 MB and three
-    times as long. A full disk is told when all is done, as `error`: raised inside of PyTorch's writer, it would come
-    out as another one."""
+    """A file object for torch.save that writes each piece to the file. (With a buffer in memory, 400 MB took another
+    400 MB and three times as long.) An OSError is kept as `error`, and all later writes are dropped: raised within
+    PyTorch's writer, it would turn into another error."""
 
     def __init__(self, file):
         self.file, self.error = file, None
@@ -195,13 +197,14 @@ class Sink:
         return len(content)
 
     def flush(self):
-        """Done by `write_all`."""
+        """Nothing: `write_all` flushes the file."""
 
 
 def drop_oldest(folder, step, log=print, sound=None):
-    """Remove the oldest checkpoint of a run to make room for what is saved at `step`, but neither the newest good one
-    nor that of step `sound`; the newest goes only where the sound one is all that is left besides. Returns whether that
-    could be done."""
+    """Remove the oldest checkpoint of a run, to make room for what is saved at `step`. Returns whether one was removed.
+
+    Two checkpoints are kept: the newest usable one, and that of step `sound` (None: there is none). If these two are
+    all that is left, the newest is removed, since the run can go on from the sound one."""
     newest, _ = newest_checkpoint(folder)
     sound = step_path(folder, sound)
     others = [path for path in checkpoints(folder) if newest and path not in (newest, sound)]
@@ -219,7 +222,7 @@ def drop_oldest(folder, step, log=print, sound=None):
 
 
 def remove_rank_files(folder, but=None):
-    """Those of steps that have no step file, except of one step. OSError."""
+    """Remove the rank files of steps that have no step file. but: a step whose rank files are kept. OSError."""
     kept = {os.path.basename(path).removesuffix(".pt") for path in checkpoints(folder)}
     for name in os.listdir(folder):
         match = RANK_FILE.fullmatch(name)
@@ -228,18 +231,19 @@ def remove_rank_files(folder, but=None):
 
 
 def remove_leftovers(folder):
-    """What killed saves left in a run folder, which no other process may be saving to. OSError."""
+    """Remove the temporary files of killed saves. No other process may be saving to the folder. OSError."""
     for name in os.listdir(folder):
         if LEFTOVER.fullmatch(name):
             os.remove(os.path.join(folder, name))
 
 
 def save_run(folder, state, keep_last, log=print, sound=None, sound_before=None):
-    """Save a run's state as its newest checkpoint and its averaged weights as model.pth; drop all but `keep_last`, on a
-    full disk some of them before. Returns why it could not be saved, or "": a full disk must not end a run.
+    """Save a run's state as its newest checkpoint, and its averaged weights as model.pth. Then remove older checkpoints
+    until `keep_last` are left; on a full disk, remove some of them before. Returns why the state could not be saved, or
+    "": a full disk must not end a run. Weights that are not finite are not saved, since no run can go on from them.
 
-    sound: the step of the newest sound checkpoint with this one, see `watch.Trend.judge`, which stays;
-    sound_before: without it. Weights that are not finite are not saved: no run goes on from them.
+    sound: the step of the newest sound checkpoint, this one included (see `watch.Trend.judge`), which is kept;
+    sound_before: that of the newest sound checkpoint before this one.
     """
     step = state["step"]
     if name := not_finite(state["model"]) or not_finite(state["ema"]):
@@ -255,14 +259,14 @@ def save_run(folder, state, keep_last, log=print, sound=None, sound_before=None)
             if path != step_path(folder, sound):
                 os.remove(path)
         remove_rank_files(folder)
-    except OSError as error:  # saved it is
+    except OSError as error:  # only a warning, since the state is saved
         log(f"warning: older checkpoints are not removed: {error}")
     return ""
 
 
 def save_rank(folder, step, rank, state):
-    """Save what one rank alone holds (its replayed samples), beside the step file and before it: step_00001000.rank3.
-    Nothing is written for None. Returns the OSError that prevents it, or None."""
+    """Save the state that one rank has for itself (its replayed samples) as step_00001000.rank3, before the step file.
+    state: None for nothing to save. Returns the OSError that prevents this, or None."""
     if state is not None:
         try:
             save(state, os.path.join(folder, f"step_{step:08d}.rank{rank}"))
@@ -272,7 +276,7 @@ def save_rank(folder, step, rank, state):
 
 
 def read_rank(path, rank):
-    """(what `save_rank` left beside the step file `path`, or None; what is wrong with it, or "")."""
+    """(the state that `save_rank` saved beside the step file `path`, or None; why it cannot be read, or "")."""
     path = f"{path.removesuffix('.pt')}.rank{rank}"
     try:
         return read(path) if os.path.exists(path) else None, ""
@@ -281,8 +285,8 @@ def read_rank(path, rank):
 
 
 def save_best(folder, state, log=print, sound=None):
-    """Save the weights that validated best, on a full disk in the place of older checkpoints (`sound` as in
-    `drop_oldest`); returns why they could not be saved, or ""."""
+    """Save the weights that validated best. On a full disk, older checkpoints make room (sound: as in `drop_oldest`).
+    Returns why the weights could not be saved, or ""."""
     if name := not_finite(state["ema"]):
         return f"its weights are not finite ({name})"
     try:
@@ -296,7 +300,7 @@ def save_best(folder, state, log=print, sound=None):
 
 
 def random_state(device):
-    """PyTorch's generators; nothing here draws from Python's or NumPy's global ones."""
+    """The states of PyTorch's random generators. Training does not use the global ones of Python or NumPy."""
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"torch": torch.get_rng_state(), **cuda}
 

@@ -1,13 +1,13 @@
-"""Clips of a cache as a run takes them: cut anew at each reading, at the speed at which memory is copied.
+"""Training and validation clips from a clip cache. Each reading cuts them anew, as fast as memory is copied.
 
     cache = LatentCache("clips/", clips_only=True)              # of latent_cache.py, with --teacher none or another
     train_clips, val_clips, held_out = cache.split_by_file(val_fraction=0.05)
     train = TrainCuts(cache, train_clips, seed=0)
     batches = train.batches(TrainSchedule(train, buckets, seed=0), workers=2)
 
-A training clip is a random piece of a stored one: `frames` frames of it, and a square of `size` pixels, which is copied
-and not resized. So the cache is made larger than training wants it. What is cut depends on (seed, epoch, index) alone,
-as in data.py.
+A training clip is a random part of a stored clip: `frames` consecutive frames, and a square of `size` pixels, which is
+copied without resizing. So the stored clips should be larger than the training clips. What is cut depends only on
+(seed, epoch, index), as in data.py.
 """
 import cv2
 import numpy as np
@@ -19,8 +19,8 @@ from video_files import DataError
 
 
 class TrainCuts:
-    """Training clips: what `data.TrainClips` offers. `indices`: those of the cache's clips that are used. Of `augment`,
-    min_crop has no part: what is stored was cut at random scales."""
+    """Training clips with the methods of `data.TrainClips`. indices: numbers of the cache's clips that are used. The
+    min_crop of `augment` has no effect: the stored clips were already cut at random scales."""
 
     clips_per_open = 1  # see data.TrainSchedule
 
@@ -38,8 +38,8 @@ class TrainCuts:
         check_shape(self.cache, "size", bucket.size, bucket.frames)
 
     def batches(self, schedule, workers, pin_memory=False):
-        """Batches for a TrainSchedule, without end: {"video": uint8 N T 3 H W (memory order N T H W 3), "notes": []}.
-        `workers` threads (at least one) make one each: copies, flips and colours need no interpreter."""
+        """Endless batches for a TrainSchedule: {"video": uint8 N T 3 H W (memory order N T H W 3), "notes": []}.
+        `workers` threads (at least one) make one batch each: copies, flips and colours do not hold the GIL."""
         def make(keys):
             size, frames = keys[0].size, keys[0].frames
             video = torch.empty(len(keys), frames, size, size, 3, dtype=torch.uint8, pin_memory=pin_memory)
@@ -69,8 +69,9 @@ class TrainCuts:
 
 
 class ValCuts:
-    """Validation clips, always the same: the first frames of up to `limit` stored clips, evenly spread, whole, resized.
-    What `data.ValClips` offers. setting: the one that `size` is of, for messages."""
+    """Validation clips, always the same, with the methods of `data.ValClips`: the first frames of up to `limit` stored
+    clips, evenly spaced, resized without cropping. setting: name of the setting that holds `size`, for messages.
+    DataError for a shape larger than the stored one."""
 
     def __init__(self, cache, indices, size, frames, limit, setting="val_size"):
         check_shape(cache, setting, size, frames)
@@ -81,7 +82,7 @@ class ValCuts:
         return len(self.indices)
 
     def share(self, rank, world, _):
-        """This rank's part: [{"video": uint8 T 3 H W}, ...]."""
+        """This rank's clips: [{"video": uint8 T 3 H W}, ...]."""
         return [{"video": self.read(i)} for i in self.indices[rank::world]]
 
     def read(self, i):
@@ -91,7 +92,7 @@ class ValCuts:
 
 
 def shrink(stored, clip):
-    """Resize a stored clip, T H W 3, into `clip`, as data.py does."""
+    """Resize a stored clip, uint8 T H W 3, into `clip`, as data.py does."""
     for frame, out in zip(stored, clip):
         if frame.shape == out.shape:
             out[:] = frame

@@ -1,7 +1,8 @@
-"""What a run trains and validates on: clips of files, of a clip cache, or of a latent cache with its teacher's latents.
+"""The clips that a run trains and validates on: from files, from a clip cache, or from a latent cache with its
+teacher's latents.
 
-All kinds of training clips have `check(bucket)` and `batches(schedule, workers, pin_memory)`, all kinds of validation
-clips `share(rank, world, note)` and a length.
+All kinds of training clips have `check(bucket)` and `batches(schedule, workers, pin_memory)`. All kinds of validation
+clips have `share(rank, world, note)` and a length.
 """
 import os
 from typing import NamedTuple
@@ -19,22 +20,24 @@ from ranks import everywhere, from_rank_0, gather
 from synthetic import make_demo
 from video_files import DataError
 
-MOST_COMPARED = 16e9  # bytes of clips whose checksums are compared at each start: some 10 s; their sizes always are
+# Bytes of clips whose checksums are compared at each start, in some 10 s. In larger caches only file sizes are
+# compared.
+MOST_COMPARED = 16e9
 
 
 class Clips(NamedTuple):
-    """What was found."""
+    """The clips of a run."""
     train: object
     val: object
-    teacher: str  # fingerprint of the teacher whose latents come with them; empty for none
-    lines: list   # what was found, in words
+    teacher: str  # fingerprint of the teacher whose latents come with the clips; empty without a teacher
+    lines: list   # lines for the log that describe the clips
 
 
 def find(cfg, buckets, model, rank, world, control):
-    """The Clips of a run; all ranks call it. DataError if there are none, ConfigError if they do not fit the model or
-    a bucket."""
+    """The Clips of a run; all ranks call this. DataError if no clip is found, or if a bucket's shape cannot be cut from
+    them; ConfigError if they do not fit the model."""
     found = (find_cached_clips(cfg, model, rank, world, control) if cfg.latent_cache
-             else find_cuts(cfg, buckets[0], rank, world, control) if cfg.clip_cache
+             else find_clip_cache_clips(cfg, buckets[0], rank, world, control) if cfg.clip_cache
              else find_clips(cfg, buckets[0], control))
     for bucket in buckets:
         found.train.check(bucket)
@@ -42,7 +45,8 @@ def find(cfg, buckets, model, rank, world, control):
 
 
 def share(val, rank, world, control, note):
-    """This rank's validation clips; note gets what was odd about them. DataError on all ranks if none can be read."""
+    """This rank's validation clips. note: function that is called with each [(path, what was odd)]. DataError on all
+    ranks if none of the clips can be read."""
     mine = val.share(rank, world, note)
     if len(val) and not any(gather(control, len(mine))):
         raise DataError("none of the clips for validation can be read; train.log names their files: set val_data to "
@@ -51,12 +55,12 @@ def share(val, rank, world, control, note):
 
 
 def first_batches(cfg, found, bucket, workers):
-    """The first training batches of this bucket; training will see them too."""
+    """The training batches of this bucket from step 0 on; training will see the same clips."""
     return found.train.batches(data.TrainSchedule(found.train, [bucket], cfg.seed), workers)
 
 
 def find_clips(cfg, bucket, control):
-    """Clips of files."""
+    """The Clips of a run that reads video and image files."""
     train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))
     clips = data.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment_of(cfg),
                             cfg.image_sequences, cfg.max_pixels, cfg.clips_per_open)
@@ -68,7 +72,7 @@ def find_clips(cfg, bucket, control):
 
 
 def find_files(cfg, frames):
-    """(training sources, validation sources, lines that say what was found, counting clips of `frames` frames)."""
+    """(training sources, validation sources, lines for the log). frames: length of the clips that the lines count."""
     path, val_path = cfg.data, cfg.val_data
     if path == "demo":
         path, val_path = "demo_data/train", val_path or "demo_data/val"
@@ -76,9 +80,9 @@ def find_files(cfg, frames):
             make_demo("demo_data")
         except OSError as error:
             raise DataError(f"data=demo: demo_data cannot be written here ({error})") from None
-    train, refused, notes = look_through(cfg, "data", path)
+    train, refused, notes = probe_path(cfg, "data", path)
     if val_path:
-        val, more, more_notes = look_through(cfg, "val_data", val_path)
+        val, more, more_notes = probe_path(cfg, "val_data", val_path)
         refused, notes = refused + more, notes + more_notes
     else:
         train, val = split_sources(train, cfg.val_fraction)
@@ -104,8 +108,9 @@ def find_files(cfg, frames):
     return train, val, lines
 
 
-def look_through(cfg, setting, path):
-    """(sources that can be read, [(path, why not)], [lines about the index of files])."""
+def probe_path(cfg, setting, path):
+    """Find and probe the files of `path`: (sources that can be read, [(path, why another cannot)], [lines about the
+    index of files]). setting: the one that names `path`, for DataError."""
     try:
         sources = find_sources(path, cfg.data_root, cfg.use_images)
     except DataError as error:
@@ -114,12 +119,12 @@ def look_through(cfg, setting, path):
 
 
 def describe_held_out(names):
-    """[a line that names the files held out for validation], without any: []."""
+    """[a line that names the files held out for validation]; [] if there are none."""
     return ["held out: " + ", ".join(names[:20]) + " ..." * (len(names) > 20)] if names else []
 
 
 def describe_overlap(cache, other):
-    """[a warning] if two caches were made from the same files. (Without val_data they are one cache.)"""
+    """[a warning] if two different caches were made from the same files, else []."""
     same = other is not cache and cache.made_from == other.made_from is not None
     return ["warning: val_data was made from the same files as the training's cache: validation and best.pt say "
             "nothing of other videos"] * same
@@ -130,7 +135,8 @@ def augment_of(cfg):
 
 
 def open_cache(path, rank, world, control, clips_only=False):
-    """A LatentCache, its checksums compared; each rank opens it for itself. What one finds wrong is raised on all."""
+    """Each rank opens the LatentCache and compares the checksums of a part of it. DataError on all ranks if one of them
+    finds damage."""
     def opened():
         cache = LatentCache(path, clips_only)
         if problem := cache.problem(rank, world, MOST_COMPARED):
@@ -139,14 +145,14 @@ def open_cache(path, rank, world, control, clips_only=False):
     return everywhere(control, opened)
 
 
-def uncompared(cache):
-    """What the log says of a cache that is too large to compare all checksums, or ""."""
+def note_uncompared(cache):
+    """The end of a log line about a cache that is too large to compare all checksums; "" for a smaller one."""
     size = cache.clip_bytes
     return f"; too large ({size / 1e9:.0f} GB) to compare checksums" if size > MOST_COMPARED else ""
 
 
-def find_cuts(cfg, bucket, rank, world, control):
-    """Clips of a clip cache."""
+def find_clip_cache_clips(cfg, bucket, rank, world, control):
+    """The Clips of a run that reads a clip cache."""
     cache = open_cache(cfg.clip_cache, rank, world, control, clips_only=True)
     size = cfg.val_size or bucket.size
     mine, held_back, held_out = cache.split_by_file(0 if cfg.val_data else cfg.val_fraction)
@@ -159,14 +165,15 @@ def find_cuts(cfg, bucket, rank, world, control):
     val = ValCuts(other, np.arange(len(other)) if cfg.val_data else held_back, size, bucket.frames,
                   cfg.val_clips, "val_size" if cfg.val_size else "size")
     lines = [f"clip cache: {len(cache)} clips of {cache.size}x{cache.size}x{cache.frames} from {len(cache.names)} files"
-             + uncompared(cache),
+             + note_uncompared(cache),
              f"training: {len(mine)} clips, validation: {len(val)}"]
     lines += describe_held_out(held_out) + describe_overlap(cache, other)
     return Clips(TrainCuts(cache, mine, cfg.seed, augment_of(cfg)), val, "", lines)
 
 
 def find_cached_clips(cfg, model, rank, world, control):
-    """Clips of latent caches; DataError if one is not whole, ConfigError if it does not fit the model."""
+    """The Clips of a run that reads a latent cache. DataError if it is damaged or not complete, ConfigError if it does
+    not fit the model."""
     caches = [open_cache(path, rank, world, control) for path in (cfg.latent_cache, cfg.val_data) if path]
     for cache in caches:
         latents, channels, height, width = cache.latent_shape
@@ -184,7 +191,7 @@ def find_cached_clips(cfg, model, rank, world, control):
     if cfg.model == "vq_latents" and not model.scale:
         model.calibrate(clips.sample(256))
     lines = [f"latent cache: {len(caches[0])} clips with latents of {caches[0].teacher['name']}"
-             + uncompared(caches[0]),
+             + note_uncompared(caches[0]),
              f"training: {len(clips)} clips, validation: {len(val_clips)}"]
     if cfg.model == "taehv":
         lines += suit_to_teacher(cfg, model, clips.sample(256))
@@ -193,9 +200,10 @@ def find_cached_clips(cfg, model, rank, world, control):
 
 
 def suit_to_teacher(cfg, model, latents):
-    """Lets a fresh model's layers have the teacher's latents with mean 0 and deviation 1, where that is wanted. Returns
-    what to say of it: [] or [a line]."""
-    wanted, fits = cfg.net.get("scaled_latents"), fits_teacher(model, latents)  # None: where they do not fit
+    """If net.scaled_latents asks for it, or is left open and the latents need it, a fresh model gets a scale with which
+    its layers see the teacher's latents with mean 0 and deviation 1. latents: N T' C h w. Returns [a line for the log]
+    or []."""
+    wanted, fits = cfg.net.get("scaled_latents"), fits_teacher(model, latents)  # wanted is None if it is left open
     may = not cfg.init_from and wanted is not False and (wanted or model.latents_scale is None)
     if not may and not fits:
         return ["warning: the teacher's latents are too large or too small for this model: a fresh one without "

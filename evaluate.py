@@ -1,7 +1,7 @@
-"""What quality means: one code for the validation of a run, the reconstructions of infer.py, and leaderboard.py.
+"""Measures the quality of reconstructions, for the validation of a run, for infer.py and for leaderboard.py.
 
-To add a metric: its function in metrics.py and a row in `MEASURES` there. Validation, TensorBoard, infer.py, its report
-and leaderboard.py then have it.
+To add a metric, write its function in metrics.py and add a row to `MEASURES` there. Validation, TensorBoard, infer.py,
+its report and leaderboard.py then have it.
 """
 import torch
 
@@ -11,46 +11,47 @@ from device import DeviceError, is_out_of_memory, time_call
 from metrics import MEASURES, Measure
 from ranks import agree
 
-TIMED_CLIPS = 3  # of a validation: encoded and decoded once more, for their speed
+TIMED_CLIPS = 3  # number of validation clips that are encoded and decoded once more, to measure the speed
 LATENT_FACTS = ("latent_mean", "latent_square", "teacher_mean", "teacher_square")
 
 
-# What sharpness is made of: see `metrics.sharpness`.
+# The two means that sharpness is computed from: see `metrics.sharpness`.
 DETAILS = {"detail": Measure(lambda output, target: metrics.laplacian_variance(output), ""),
            "original_detail": Measure(lambda output, target: metrics.laplacian_variance(target), "")}
 
 
-PHASES = "mse_first", "mse_inner", "mse_last"  # squared error by the frame's place among those that a latent stands for
+# Squared error by a frame's position among the frames that one latent decodes to.
+PHASES = "mse_first", "mse_inner", "mse_last"
 
 
 def group_of(model, frames):
-    """(how many frames a latent decodes to, place in its group of the first frame that comes back) for `frames` frames
-    that come back. (1, 0) where a latent is one frame, and of taeh3, whose groups have gaps."""
+    """(number of frames that a latent decodes to, position of the first decoded frame in its group), for a clip of
+    `frames` decoded frames. (1, 0) if a latent is one frame, and for taeh3, whose groups have gaps."""
     model = getattr(model, "taehv", model)
     size, trimmed = getattr(model, "time_factor", 1), getattr(model, "frames_to_trim", 0)
     if getattr(model, "t_upscale", size) != size or getattr(model, "is_h3", False):
         return 1, 0
-    return size, trimmed if frames % size else 0  # the first latents' own frames are not given back
+    return size, trimmed if frames % size else 0  # the decoder drops the first `trimmed` frames
 
 
 class Quality:
-    """Means over frames of `metrics.MEASURES` and of sharpness (or of those named in `only`), and of LPIPS if its
-    function is given. `fid`, a metrics.FID that others may add to as well, or None, gets each `every`-th frame.
-    group: see `group_of`; a group of more than one frame adds the squared errors of PHASES."""
+    """Means over frames of `metrics.MEASURES` and of sharpness, or of those named in `only`. lpips: its function, or
+    None to leave LPIPS out. fid: a metrics.FID, which gets every `every`-th frame and may be shared with others, or
+    None. group: see `group_of`; if it has more than one frame, the squared errors of PHASES are measured too."""
 
     def __init__(self, lpips=None, fid=None, every=1, only=(*MEASURES, *DETAILS), group=(1, 0)):
         measures = {**MEASURES, "lpips": MEASURES["lpips"]._replace(function=lpips), **DETAILS}
         self.measures = {name: measure for name, measure in measures.items()
                          if measure.function and name in (*only, "lpips")}
         self.fid, self.every, self.frames, self.group = fid, every, 0, group
-        self.last, self.phase = None, 0  # of the call before: its last frames; where in a group the next one stands
+        self.last, self.phase = None, 0  # previous `add`: its last frames; position in a group of the next frame
         self.names = [*self.measures, *PHASES]
-        self.sums = torch.zeros(len(self.names), 2, dtype=torch.float64)  # of each measure; and over how many frames
+        self.sums = torch.zeros(len(self.names), 2, dtype=torch.float64)  # per measure: its sum, the number of frames
 
     @torch.no_grad()
     def add(self, output, target, follows=False):
-        """N T 3 H W in [0, 1]. A measure leaves out frames that are too small for it. follows: whether these frames
-        come behind those of the call before, in the same videos."""
+        """output, target: N T 3 H W in [0, 1]. A measure leaves out frames that are too small for it. follows: whether
+        these frames continue the videos of the previous call."""
         frames = output.shape[:-3].numel()
         if self.fid:
             wanted = [i for i in range(frames) if (self.frames + i) % self.every == 0]
@@ -77,8 +78,9 @@ class Quality:
                 [[part.sum(), len(part)] for part in parts], dtype=torch.float64)
 
     def reduce(self, group=None):
-        """{"mse": its mean over all ranks of `group`, or None where no frame was measured, ...}; "sharpness" in the
-        place of "detail" and "original_detail"; PHASES where latents have groups of frames; "count": frames."""
+        """{"mse": mean over all ranks of the process group `group`, or None if no frame was measured, ...}. It has
+        "sharpness" instead of "detail" and "original_detail", PHASES if they were measured, and "count", the number of
+        frames."""
         if group is not None:
             torch.distributed.all_reduce(self.sums, group=group)
         means = {name: sum / count if count else None
@@ -92,17 +94,18 @@ class Quality:
 
 @torch.no_grad()
 def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=None):
-    """Means over all ranks' clips, each counted once. All ranks call it.
+    """Measure a model on the clips of all ranks, each counted once. All ranks call this.
 
-    samples: this rank's share, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
-    dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). The dict holds "mse", "psnr"
-    (frames at most 100 dB), "ssim", "flicker" (None for clips of one frame), "sharpness" (as `metrics.sharpness`, of
-    all frames; None for flat clips), PHASES (where a latent stands for several frames), "count";
-    "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`); for a tokenizer what
-    `metrics.CodeStatistics` gives; with teacher latents "latent_mse", mean and mean square of both
-    latents, and "teacher_psnr", "teacher_mse", "teacher_ssim" and, if asked for, "teacher_lpips", of decoding the
-    teacher's. "encode_fps", "decode_fps": frames a second and rank, of the first clips. DeviceError on all ranks if
-    memory runs out on one.
+    samples: this rank's clips, [{"video": uint8 T 3 H W, and, from a latent cache, "latents": T' C h w}]. Returns (a
+    dict, [up to four (original, reconstruction) of this rank, T 3 H W on the CPU]). DeviceError on all ranks if memory
+    runs out on one. The dict holds:
+    - "mse", "psnr" (dB, at most 100 per frame), "ssim", "flicker" (None for clips of one frame), "sharpness" (see
+      `metrics.sharpness`; None for flat clips), PHASES (if a latent stands for several frames), "count" (of frames);
+    - "lpips" and "fid" if their functions are given (`metrics.load_lpips`, `metrics.load_fid`);
+    - for a tokenizer, the result of `metrics.CodeStatistics`;
+    - with a teacher's latents, "latent_mse" and LATENT_FACTS, and, for the pictures decoded from them, "teacher_psnr",
+      "teacher_mse", "teacher_ssim" and with lpips "teacher_lpips";
+    - "encode_fps", "decode_fps": frames per second and rank, measured on the first clips.
     """
     fid = make_fid() if make_fid else None
     quality, teachers = Quality(lpips, fid), Quality(lpips, only=("psnr", "mse", "ssim"))
@@ -115,7 +118,7 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
         video = sample["video"][None].to(device).float().div_(255)
         with autocast:
             output, info = model(video)
-        if number < TIMED_CLIPS:  # the call above has warmed up what there is to warm up
+        if number < TIMED_CLIPS:  # after the call above, which was the warm-up
             with autocast:
                 times = time_halves(model, video, device)
             seconds.add(**{half: torch.full((video.shape[1],), t / video.shape[1]) for half, t in times.items()})
@@ -165,20 +168,21 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
 
 
 def time_halves(model, video, device):
-    """{"encode": seconds for the clips N T 3 H W, "decode": for their latents}"""
+    """{"encode": seconds for encoding the clips N T 3 H W, "decode": seconds for decoding their latents}"""
     latents, encode_seconds = time_call(model.encode, video, device)
     return {"encode": encode_seconds, "decode": time_call(model.decode, latents, device)[1]}
 
 
 def spread(facts):
-    """Mean squares as roots: {"latent_square": 4.0} -> {"latent_rms": 2.0}; the rest as it is."""
+    """Replace mean squares by their roots: {"latent_square": 4.0} -> {"latent_rms": 2.0}. The rest stays as it is."""
     return {name.replace("_square", "_rms") if name in LATENT_FACTS else name:
             value ** 0.5 if name in LATENT_FACTS and name.endswith("_square") else value
             for name, value in facts.items()}
 
 
 def load_judges(cfg, device):
-    """The functions that `evaluate` takes for val_metrics; ConfigError for one that cannot be had."""
+    """The arguments of `evaluate` for val_metrics: {"lpips": function, "make_fid": function}, as far as asked for.
+    ConfigError if one cannot be loaded."""
     judges = {}
     for name, keyword, load in (("lpips", "lpips", lambda: metrics.load_lpips(device=device)),
                                 ("fid", "make_fid", lambda: metrics.load_fid(device))):
@@ -190,15 +194,15 @@ def load_judges(cfg, device):
 
 
 def describe_phases(means):
-    """Those of PHASES among the means as words, "" if there are none: where in a latent's group of frames it errs."""
+    """The PHASES among the means as a text, or "" if there are none: the error by position in a latent's group."""
     found = [f"{name.removeprefix('mse_')} {means[name]:.5f}" for name in PHASES if means.get(name) is not None]
     return f"mse in a latent's group of frames: {', '.join(found)}" if found else ""
 
 
 def describe_validation(result):
-    """`evaluate`'s dict as a line of the log, with its units."""
+    """`evaluate`'s dict as a log line, with units."""
     ssim, sharpness = ("-" if result[name] is None else f"{result[name]:.{digits}f}"
-                       for name, digits in (("ssim", 4), ("sharpness", 3)))  # of tiny frames there is none
+                       for name, digits in (("ssim", 4), ("sharpness", 3)))  # None: for tiny or flat frames
     others = [name for name in (*MEASURES, "fid")
               if name not in ("psnr", "ssim", "mse") and result.get(name) is not None]
     line = (f"psnr {result['psnr']:.2f} dB, ssim {ssim}, mse {result['mse']:.5f}, sharpness {sharpness}"

@@ -6,8 +6,8 @@
     python latent_cache.py --teacher none --data videos/ --out clips/ --clips 20000 --size 160     # clips alone
     python train.py taehv clip_cache=clips/ size=128
 
-The same command again goes on where it stopped, and a larger --clips adds to a finished cache. cache_files.py says what
-stands in one.
+The same command again goes on where it stopped, and a larger --clips adds to a finished cache. cache_files.py describes
+the files.
 """
 from screen import end_at_ctrl_c, ended_by_sigterm, guard_screen, one_line, progress_bar
 
@@ -51,7 +51,8 @@ NO_STUDENT = ("no student here speaks latents of this shape: a TAEHV joins 8, 16
 
 
 def plan_cache(options, teacher, dtype, sources):
-    """The index of the cache that is asked for, not yet complete, after one trial of the teacher, if there is one."""
+    """The index of the cache that the options ask for, not yet complete. The teacher, if there is one, encodes one clip
+    of zeros, which gives the shape of its latents. TeacherError if it cannot."""
     frames, size = options.frames, options.size
     about, latents = dict(spec=NO_TEACHER, name="no teacher", fingerprint="", pools_pairs=None, precision=""), []
     if teacher:
@@ -75,7 +76,8 @@ def plan_cache(options, teacher, dtype, sources):
 
 
 def prepare_folder(out, plan):
-    """Make the folder, or see that what it holds belongs to this plan; write the plan. DataError otherwise."""
+    """Make the folder, or check that it holds a cache of this plan; write the plan, and return it with the number of
+    clips that the cache was begun for, if that is larger. DataError if the folder cannot be used."""
     path = os.path.join(out, "index.json")
     try:
         os.makedirs(out, exist_ok=True)
@@ -110,19 +112,19 @@ def prepare_folder(out, plan):
 
 
 def build(options):
-    """Everything from the options to a finished cache. Raises DataError, TeacherError, DeviceError, CheckpointError,
+    """Make the cache that the options ask for. Raises DataError, TeacherError, DeviceError, CheckpointError or
     InUse."""
     with contextlib.ExitStack() as at_end:
         build_in(options, at_end)
 
 
 def build_in(options, at_end):
-    """`build`; what has to be undone in the end, the folder's lock, goes onto the stack at_end."""
+    """The body of `build`. at_end: an ExitStack, which releases the folder's lock at the end."""
     learns = options.teacher != NO_TEACHER
     device = pick_device(options.device if learns else "cpu")
     tune(device)
     dtype = pick_precision(options.precision, device) if learns else torch.float32
-    # Ranks meet only at the ends, and over gloo: NCCL's group would keep a rank that fails from ending alone.
+    # Ranks communicate only at the start and the end, over gloo: with NCCL, a rank that fails could not end alone.
     rank, world, control = start_ranks(torch.device("cpu"), timeout_minutes=24 * 60)
     say = print if rank == 0 else lambda *_: None
     if unlocked := from_rank_0(control, lambda: at_end.enter_context(locked(options.out, "choose another --out"))):
@@ -156,7 +158,7 @@ def build_in(options, at_end):
     if missing[rank::world]:
         write_shards(options, teacher, device, clips, missing[rank::world], counts, tuple(plan["latents"]),
                      disable=rank > 0)
-    gather(control, None)  # all ranks are done
+    gather(control, None)  # wait until all ranks are done
     if rank == 0:
         for i in range(len(counts)):
             about = read_json(shard_path(options.out, i, "json"), MAX_ORIGINS)
@@ -170,8 +172,8 @@ def build_in(options, at_end):
 
 
 def student_settings(plan):
-    """The settings with which train.py builds a TAEHV that speaks a plan's latents: "variant=taew2_2", or its own shape
-    where no variant has it; "" if no TAEHV can."""
+    """The settings with which train.py builds a TAEHV that can learn a plan's latents, such as "variant=taew2_2"; with
+    its shape spelled out if no variant has it; "" if no TAEHV has that shape."""
     frames, size, pairs = plan["frames"], plan["size"], plan["teacher"]["pools_pairs"]
     latents, channels, height, width = plan["latents"]
     patch = size // (8 * height)
@@ -179,7 +181,7 @@ def student_settings(plan):
         return ""
 
     def fits(**arguments):
-        with torch.device("meta"):  # its counts alone are wanted
+        with torch.device("meta"):  # no weights: only its frame counts are needed
             model = TAEHV(**arguments)
         try:
             model.aligned(frames, latents)
@@ -190,12 +192,12 @@ def student_settings(plan):
     variants = [v for v, row in VARIANTS.items() if (row.patch_size, row.latent_channels) == (patch, channels)
                 and not row.arch_variant and v not in RELATIVES and (v == "taecvx") == bool(pairs)]
     if re.search("Wan|Qwen", plan["teacher"]["name"]):
-        variants.sort(key=lambda v: v != "taew2_1")  # Hunyuan Video's variant, the first, has the same shape
+        variants.sort(key=lambda v: v != "taew2_1")  # Hunyuan Video's variant has the same shape, and would come first
     for variant in variants:
         if fits(variant=variant):
             return f"variant={variant}"
     pools = [((2, 2, 1), (1, 2, 2)), ((2, 2, 2), (2, 2, 2)), ((2, 1, 1), (1, 1, 2)), ((1, 1, 1), (1, 1, 1))]
-    if latents == frames:  # of clips of 1 or 2 frames, the others could make as many
+    if latents == frames:  # clips of 1 or 2 frames would fit other time factors too
         pools = pools[-1:]
     for down, up in pools:
         if fits(variant="taecvx" if pairs else "taehv", patch_size=patch, latent_channels=channels,
@@ -207,9 +209,9 @@ def student_settings(plan):
 
 
 def encode(teacher, video, samples, shape, dtype):
-    """N T 3 H W in [0, 1] -> latents N T' C h w on the CPU, as they are stored: of this shape T' C h w, in this dtype,
-    finite. TeacherError, naming the clip, if the teacher gives something else, or raises whatever the user's program
-    may raise: its error is the cause of this one."""
+    """video N T 3 H W in [0, 1] -> latents N T' C h w on the CPU, in the stored dtype `dtype`. shape: the expected
+    (T', C, h, w); samples: where the clips come from, for messages. TeacherError, naming the clip, if the latents have
+    another shape or are not finite, or if the teacher raises an error of any kind, which becomes its __cause__."""
     def mistake(n, words):
         origin = samples[n]["origin"]
         return TeacherError(f"{words} (clip {n + 1} of a batch of {len(samples)}: {origin['file']} from frame "
@@ -231,8 +233,8 @@ def encode(teacher, video, samples, shape, dtype):
 
 
 def write_shards(options, teacher, device, clips, shards, counts, shape, disable):
-    """Make and encode this rank's clips, shard by shard. shape: of a clip's latents, T' C h w. No teacher, no latents.
-    """
+    """Make this rank's clips and write them, shard by shard, with their latents if there is a teacher. shards: numbers
+    of the shards; counts: clips in each shard of the cache; shape: (T', C, h, w) of a clip's latents."""
     pool = len(clips.pool(options.frames))
 
     def batches_of_keys():
@@ -255,7 +257,7 @@ def write_shards(options, teacher, device, clips, shards, counts, shape, disable
                 for _ in range(0, counts[i], options.batch_size):
                     samples = next(batches)
                     for note in (note for s in samples for note in s["notes"]):
-                        if note not in noted:  # of many clips of a file it is said once
+                        if note not in noted:  # printed once, though a file gives many clips
                             tqdm.write(f"{note[0]}: {note[1]}")
                         noted.add(note)
                     video = torch.stack([s["video"].permute(0, 2, 3, 1) for s in samples])  # N T H W 3
@@ -271,9 +273,9 @@ def write_shards(options, teacher, device, clips, shards, counts, shape, disable
 
 
 def parse(arguments=None):
-    """Options from the command line; leaves with code 2 and one line where they make no sense."""
+    """Options from the command line. Exits with code 2 and one line if they cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"latent_cache.py: {one_line(message)}\n")  # without lines of usage
+    parser.error = lambda message: parser.exit(2, f"latent_cache.py: {one_line(message)}\n")  # one line, without usage
     parser.add_argument("--teacher", required=True, metavar="SPEC", help=f"{KINDS}; none for clips without latents")
     parser.add_argument("--data", required=True,
                         help="folder, file, annotation .json or table .csv, as train.py's data=")
@@ -337,7 +339,7 @@ def main():
         with ended_by_sigterm():
             build(options)
     except (DataError, TeacherError, DeviceError, checkpoint.CheckpointError, InUse, OSError) as error:
-        if error.__cause__ is not None and isinstance(error, TeacherError):  # its author needs to know where
+        if error.__cause__ is not None and isinstance(error, TeacherError):  # the teacher's author needs the traceback
             traceback.print_exception(error.__cause__)
         if not isinstance(error, InUse) or int(os.environ.get("RANK", 0)) == 0:  # all ranks raise this together
             print(f"latent_cache.py: {one_line(str(error))}", file=sys.stderr)

@@ -1,5 +1,5 @@
-"""How far a run is: metrics.jsonl in its folder, a JSON object per line. logbook.py writes it, launch.py and bench.py
-read it, docs/formats.md describes it. This file works alone; it needs Python only.
+"""The progress of a run: metrics.jsonl in its folder, with one JSON object per line. logbook.py writes the file,
+launch.py and bench.py read it, and docs/formats.md describes it. This file works alone; it needs Python only.
 """
 import json
 import math
@@ -9,15 +9,16 @@ LARGEST_STEP = 10 ** 12
 
 
 def as_line(kind, step, values):
-    """The line (bytes) for {name: number or text}. None is left out; null stands for a number that is not finite."""
+    """A line (bytes) of metrics.jsonl. values: {name: number, text or None}; None is left out, and a number that is not
+    finite is written as null."""
     values = {name: None if isinstance(value, float) and not math.isfinite(value) else value
               for name, value in values.items() if value is not None}
     return json.dumps({"step": step, "kind": kind, **values}).encode() + b"\n"
 
 
 def parse(line):
-    """{"kind": a text, "step": a whole number, name: a finite number, a text or None, ...} of a line (bytes), without
-    what is none of these; None for a line that is damaged."""
+    """A line (bytes) -> {"kind": a text, "step": a whole number, name: a finite number, a text or None, ...}. Values of
+    other types are left out. Returns None if the line is damaged."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of 5000 digits; nested too deeply

@@ -1,5 +1,5 @@
-"""Saving to a run's folder, all ranks together. Its disk may be full, read-only or gone: what can be saved is saved;
-what cannot is said, with what is on disk instead. The files themselves are checkpoint.py's."""
+"""Saves checkpoints to a run's folder, by all ranks together, while training goes on. The disk may be full, read-only
+or gone: then the log says what could not be saved, and what is on disk instead. checkpoint.py writes the files."""
 import contextlib
 import copy
 import os
@@ -21,27 +21,30 @@ class NotSaved(Exception):
 
 
 class Saver:
-    """Saves to a folder that rank 0 has locked, while training goes on: what is to be saved is copied, and a thread of
-    each rank writes it, one file after the other. The threads have a process group of their own, so what they decide
-    together is the same on all ranks. Training waits for them only where the next save, or the run's end, comes before
-    they are done. log: a Logbook; trend: the run's, which knows the sound checkpoint; at_end: the run's ExitStack.
+    """Saves to a folder that rank 0 has locked. The state is copied, and a thread of each rank writes the copy while
+    training goes on, one file after the other. The threads have a process group of their own, in which they make
+    decisions that are the same on all ranks. Training waits only if the next save, or the end of the run, comes before
+    the threads are done. log: a Logbook; trend: the run's Trend, which knows the sound checkpoint; at_end: the run's
+    ExitStack.
     """
 
     def __init__(self, folder, cfg, control, log, trend, at_end):
         self.folder, self.keep_last, self.control, self.log, self.trend = folder, cfg.keep_last, control, log, trend
-        self.step, self.problem, self.on_disk = 0, "", ""  # of the last save: why it failed, what was there instead
+        self.step, self.problem, self.on_disk = 0, "", ""  # last save: step, why it failed, what was on disk instead
         self.group = None if control is None else dist.new_group(
             backend="gloo", timeout=timedelta(minutes=cfg.timeout_minutes))
         self.thread, self.pending = ThreadPoolExecutor(1, "saving"), []  # [(name, future, function of its result)]
-        self.memory = {"run": [], "best": []}  # storages that the copies are made in, again and again
+        self.memory = {"run": [], "best": []}  # storages for the copies, which each save uses again
         self.state, self.has_copy = None, True
         at_end.callback(self.close)
 
     def run(self, step, rank_state, random_state, make_state, is_last):
-        """Save all that a run needs to go on from a step; every rank calls this. rank_state: what this rank alone
-        holds, in memory that nobody else writes to, or None. make_state: called on rank 0 with the list of all ranks'
-        random_state and with the step of the newest sound checkpoint, this one counted, it returns what rank 0 saves.
-        is_last: wait for it, and return, on every rank, why the run could not be saved, or an empty string."""
+        """Save everything that a run needs to go on from a step. Every rank calls this.
+
+        rank_state: the state that this rank has for itself, in memory that nothing else writes to, or None.
+        random_state: this rank's. make_state: function that rank 0 calls with the list of all ranks' random_state and
+        with the newest sound checkpoint, this one included (see `Trend.judge`); it returns the state to save.
+        is_last: wait until all is written, and return, on every rank, why it could not be saved, or an empty string."""
         if self.state is not None and not self.pending[0][1].done():
             self.log(f"step {step}: waits, as step {self.step} is still being written", screen=False)
         self.settle(["run"])
@@ -60,7 +63,8 @@ class Saver:
         return self.problem
 
     def copy(self, name, state):
-        """On rank 0: a copy of a state for the thread. Where memory lacks for one, the state itself: `begin` waits."""
+        """On rank 0: a copy of a state for the thread. If there is no memory for a copy: the state itself, and `begin`
+        waits until it is written."""
         try:
             return copied(state, self.memory[name])
         except (RuntimeError, MemoryError) as error:
@@ -72,13 +76,14 @@ class Saver:
         return state
 
     def write(self, step, problem, rank_state, sound):
-        """In the threads of all ranks. Returns (why it could not be saved, or ""; what is on disk then, in words)."""
+        """The threads of all ranks call this. Returns (why the step could not be saved, or ""; a description of what is
+        on disk in that case)."""
         problem = problem or self.save_ranks(step, rank_state) or from_rank_0(self.group, lambda: checkpoint.save_run(
             self.folder, self.state, self.keep_last, self.log, sound[0], self.trend.sound_step))
         return problem, from_rank_0(self.group, self.look) if problem else ""
 
     def tell(self, step, sound, problem, on_disk, is_last):
-        """What became of a save, where training has time to hear of it."""
+        """Log how a save has ended. `settle` calls this, at a point where training can wait."""
         self.problem, self.on_disk, self.state = problem, on_disk, None
         if not problem:
             self.trend.sound = sound
@@ -87,28 +92,28 @@ class Saver:
             self.log(f"the checkpoint of step {step} could not be saved: {problem}; the run goes on; {on_disk}")
 
     def begin(self, name, write, tell):
-        """Have the thread call write(), after what it has to do already; `settle` gives its result to tell()."""
+        """Have the thread call write() when it is done with earlier calls. `settle` passes the result to tell()."""
         self.pending.append((name, self.thread.submit(write), tell))
         if not self.has_copy:
             self.settle()
             self.has_copy = True
 
     def settle(self, names=("run", "best")):
-        """Tell what has become of all that has been written, and wait until it includes what has these names. What the
-        thread did not expect is raised here."""
+        """Wait for the pending saves with these names ("run", "best") and all before them. Log how they have ended, and
+        also any other that is done. An unexpected error of the thread is raised here."""
         while self.pending and (self.pending[0][1].done() or any(name in names for name, *_ in self.pending)):
             _, future, tell = self.pending.pop(0)
             tell(future.result())
 
     def close(self):
-        """However the run ends: what is being written is finished before the folder is let go of, and told."""
+        """However the run ends: finish pending saves and log how they have ended, before the folder is unlocked."""
         self.thread.shutdown()
-        self.group = None  # its own threads could outlive it
+        self.group = None  # the threads of the process group could outlive it
         if not any(future.exception() for _, future, _ in self.pending):
             self.settle()
 
     def find_folder(self):
-        """On rank 0: make and lock the folder again if somebody has removed it. Returns why that cannot be, or ""."""
+        """On rank 0: if the folder was removed, make and lock it again. Returns why that is impossible, or ""."""
         try:
             if not lock.holds(self.folder):
                 lock.hold_again(self.folder)
@@ -118,8 +123,8 @@ class Saver:
         return ""
 
     def save_ranks(self, step, state):
-        """Each rank saves its own state. Where the disk is full, rank 0 makes room, and those who failed try again.
-        Returns why that cannot be, or ""."""
+        """Each rank saves its own state. If the disk is full, rank 0 makes room, and the ranks that failed try again.
+        Returns why a state could not be saved, or ""."""
         while True:
             error = checkpoint.save_rank(self.folder, step, self.log.rank, state)
             errors = list(filter(None, gather(self.group, error)))
@@ -131,7 +136,7 @@ class Saver:
             state = state if error else None
 
     def best(self, state, then):
-        """On rank 0: save the weights that validated best; then() is called once that is done."""
+        """On rank 0: save the weights that validated best. then: function that is called once they are saved."""
         self.settle()
         problem, state, sound = self.find_folder(), self.copy("best", state), self.trend.sound_step
 
@@ -143,7 +148,7 @@ class Saver:
         self.begin("best", lambda: problem or checkpoint.save_best(self.folder, state, self.log, sound), tell)
 
     def look(self):
-        """On rank 0: what is on disk, in words. Files of ranks whose step could not be saved are removed."""
+        """On rank 0: a description of what is on disk. Removes rank files whose step could not be saved."""
         try:
             if not lock.holds(self.folder):
                 return "nothing is on disk"
@@ -158,14 +163,14 @@ class Saver:
         return f"no step is on disk, but {best} is" if os.path.exists(best) else "nothing is on disk"
 
     def not_saved(self, problem):
-        """The words of a NotSaved, which are logged too."""
+        """Log that the run is not saved, and return the message of the NotSaved."""
         reason = f"{problem}; {self.on_disk}"
         self.log.event("not saved", self.step, f"not saved: {reason}", reason, screen=False)
         return f"not saved: {reason}"
 
     def lack_of_room(self, *states):
-        """A warning, or "" if the disk has room for a file of these nested states, or has it without older checkpoints.
-        It may be wrong: quotas are not seen, and some file systems compress."""
+        """A warning if the disk has no room for a file of these nested states, even without older checkpoints; else "".
+        This is an estimate: quotas are not seen, and some file systems compress."""
         needed = bytes_of(states)
         try:
             room = shutil.disk_usage(self.folder).free + sum(map(os.path.getsize,
@@ -187,14 +192,14 @@ def tensors_in(state):
 
 
 def bytes_of(state):
-    """How much the tensors take that are in nested dicts, lists and tuples."""
+    """The size in bytes of the tensors in nested dicts, lists and tuples."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(state))
 
 
 def copied(state, memory):
-    """A copy of a nested state on the CPU, which torch.save writes as it would write the state: tensors that share
-    their storage do so too. memory: a list of storages for it, which is filled; the next copy of the same shapes takes
-    them again (so no page is asked of the system anew) and overwrites this one."""
+    """A copy of a nested state on the CPU. Tensors that share a storage share one in the copy too, so torch.save writes
+    the same file. memory: a list of storages, which this function fills. The next copy of the same shapes uses them
+    again, and so overwrites this copy: this saves the system from providing new memory pages each time."""
     storages, copies = {}, {}
     for tensor in tensors_in(state):
         storage = tensor.untyped_storage()
