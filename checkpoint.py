@@ -124,8 +124,7 @@ def problem_of(path):
 
 def write_atomically(path, data):
     """Write a file under a temporary name, flush it to the disk, and rename it. data: bytes, or a function that is
-    called
-    with the open file and writes to it. An error leaves nothing behind."""
+    given the open file and writes to it. An error leaves nothing behind."""
     write_all([data], [path])
 
 

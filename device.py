@@ -1,4 +1,4 @@
-"""The machine: which device, which precision, how much memory. Used by every command, imports nothing of ours."""
+"""The machine: its device, precision and memory. Every command uses this file; it works alone with torch."""
 import contextlib
 import ctypes
 import functools
@@ -12,13 +12,13 @@ import torch
 
 
 class DeviceError(Exception):
-    """A device that is not there, or has too little memory; the message says what to use instead."""
+    """A device that does not exist, or has too little memory; the message says what to use instead."""
 
 
 def pick_device(name="auto"):
     """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; under torchrun "auto" and "cuda" take this rank's GPU.
 
-    DeviceError for a device that is not there.
+    DeviceError for a device that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -48,18 +48,18 @@ def pick_device(name="auto"):
 def pick_precision(name, device, trains_volumes=False):
     """"auto", "bf16", "fp16" or "fp32" -> torch.bfloat16, torch.float16 or torch.float32.
 
-    "auto" is bf16 where the hardware multiplies it: a CPU with AMX, or with AVX-512's bf16 instructions. Others emulate
-    it: one 64-channel convolution took 110 ms in float32 and 530 ms in bf16 there (12 x 128 x 128, channels-last,
-    AVX-512 without bf16, two cores). With AVX512_BF16 (AMD EPYC) a training step in bf16 has 1.5 times the speed.
-    trains_volumes: for training 3D convolutions, "auto" is float32 on a CPU, whose bf16 gradients are wrong for clips
-    of one or two frames (see Adversary.precision).
+    "auto" is bf16 if the hardware multiplies it: a GPU from compute capability 8.0 on, a CPU with AMX or with AVX-512's
+    bf16 instructions. Other CPUs emulate it: a 64-channel convolution took 110 ms in float32 and 530 ms in bf16 (12 x
+    128 x 128, channels-last, AVX-512 without bf16, two cores). With AVX512_BF16 (AMD EPYC), a training step in bf16 is
+    1.5 times as fast. trains_volumes: whether 3D convolutions are trained. Then "auto" is float32 on a CPU, where their
+    bf16 gradients are wrong for clips of one or two frames (see Adversary.precision).
     """
     if name == "auto":
         if trains_volumes and device.type == "cpu":
             return torch.float32
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:  # torch 2.4 does not know about AVX512_BF16: float32 there
+        else:  # torch 2.4 cannot tell whether there is AVX512_BF16, and so takes float32
             fast = device.type == "cpu" and any(getattr(torch.cpu, has, bool)() for has in (
                 "_is_amx_tile_supported", "_is_avx512_bf16_supported"))
         return torch.bfloat16 if fast else torch.float32
@@ -67,23 +67,24 @@ def pick_precision(name, device, trains_volumes=False):
 
 
 def cores_per_rank():
-    """This process's share of the cores that it and the other ranks on this machine may use, at least 1."""
+    """The number of cores that this process may use, divided by the number of ranks on this machine; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def default_workers(device):
-    """Data processes per rank: one beside a model on the CPU, which needs the cores; else the cores, up to 16."""
+    """Number of data processes per rank: one if the model runs on the CPU, which needs the cores; else one for each
+    core, up to 16."""
     return 1 if device.type == "cpu" else min(16, cores_per_rank())
 
 
 def tune(device):
-    """Process-wide settings that pay: a thread for each core (torchrun gives each rank one); TF32 and cuDNN's search on
-    a GPU; on a CPU an allocator that keeps its pages, and no more memory than there is."""
+    """Set what makes this process faster: one thread for each core (torchrun gives each rank one); on a GPU, TF32 and
+    cuDNN's benchmark; on a CPU, an allocator that keeps freed memory. On a CPU, also limit memory to what there is."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(cores_per_rank())
     if device.type == "cuda":
-        # By the old names: torch.compile reads these, and refuses what was set by the new ones (fp32_precision).
+        # By the old names: torch.compile reads these, and raises an error if the new ones (fp32_precision) were set.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     elif device.type == "cpu":
@@ -92,8 +93,8 @@ def tune(device):
 
 
 def keep_freed_blocks(largest):
-    """Have the C allocator keep freed blocks of up to so many bytes: they otherwise go back to the kernel, and come
-    again page by page, which takes longer than many a layer. What it holds unused now, it gives back."""
+    """Have the C allocator keep freed blocks of up to `largest` bytes. Otherwise it returns them to the kernel, and
+    gets them back page by page, which takes longer than many layers. Blocks that are free now are returned once."""
     if libc := glibc():
         libc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
@@ -101,29 +102,29 @@ def keep_freed_blocks(largest):
 
 
 def share_freed_blocks():
-    """Have threads that start later get memory from one heap, where each finds what the others freed: by a heap of its
-    own each, infer.py took 0.1 GB more at 1080p."""
+    """Have threads that start later use one common heap, where each finds the blocks that others freed. With a heap for
+    each thread, infer.py took 0.1 GB more at 1080p."""
     if libc := glibc():
         libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def limit_memory(most):
-    """Let this process have no more bytes than that. Linux otherwise grants what the machine does not have, and kills a
-    process when it is used; so an allocation fails, which is an error of one line, or a step in smaller parts."""
+    """Limit this process to `most` bytes of memory. Otherwise Linux grants more than the machine has, and kills a
+    process when the memory is used. With the limit, the allocation fails, which can be reported or tried in parts."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if sys.platform == "linux" and not 0 <= soft <= most:
         resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
-@functools.cache  # finding out reads the interpreter's file
+@functools.cache  # since libc_ver() reads the interpreter's file
 def glibc():
     """The C library, if it is glibc; else None."""
     return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
 def to_device(model, device, dtype=None):
-    """Move a model to its device, the weights of 2D and 3D convolutions channels-last. Returns it. Quantizers stay
-    float32, whatever `dtype` is: see quantize.py."""
+    """Move a model to a device and a dtype (None: unchanged), in place, and make the weights of 2D and 3D convolutions
+    channels-last. Returns the model. Quantizers stay float32, whatever `dtype` is: see quantize.py."""
     model.to(device, dtype)
     for parameter in model.parameters():
         layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.ndim)
@@ -132,14 +133,14 @@ def to_device(model, device, dtype=None):
     return model
 
 
-# How libraries word it that the memory ran out. cuBLAS and cuDNN want some of their own, and say so in their own ways:
-# a handle that cannot be made, or no way to compute a convolution in what is left.
+# Parts of the messages with which libraries report that memory ran out. cuBLAS and cuDNN need some memory of their own:
+# without it they report that a handle cannot be made, or that no engine can compute a convolution.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cudnn_status_alloc_failed",
                  "cublas_status_alloc_failed", "cublas_status_not_initialized", "unable to find an engine")
 
 
 def is_out_of_memory(error):
-    """Whether the exception says that memory ran out, on the device or the host: smaller parts may then succeed."""
+    """Whether the exception means that memory ran out, on the device or the host. Then smaller parts may succeed."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
@@ -153,7 +154,7 @@ def synchronize(device):
 
 
 def time_call(call, argument, device):
-    """(call(argument), the seconds until the device was done with it)"""
+    """Returns (call(argument), seconds until the device was done)."""
     synchronize(device)
     start = time.perf_counter()
     result = call(argument)
@@ -162,7 +163,7 @@ def time_call(call, argument, device):
 
 
 def reset_peak_memory(device):
-    """Whether `peak_memory` counts from now on; not every system can start anew."""
+    """Let `peak_memory` count from now on. Returns whether that worked: not every system can do so."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -174,8 +175,8 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Bytes since `reset_peak_memory`: the most that tensors took on a GPU; on a CPU the process's peak resident memory
-    (since its start where the system cannot reset that)."""
+    """Peak memory since `reset_peak_memory`, bytes. On a GPU: of tensors. On a CPU: resident memory of the process,
+    since its start if the system cannot reset the peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists("/proc/self/status"):
@@ -188,7 +189,7 @@ def peak_memory(device):
 
 
 def held_memory(device):
-    """Bytes that are in use now: by tensors on a GPU; else the process's resident memory, less what was freed."""
+    """Memory in use now, bytes: of tensors on a GPU; else the resident memory of the process, without freed blocks."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if libc := glibc():
@@ -197,7 +198,7 @@ def held_memory(device):
 
 
 def resident_memory():
-    """Bytes of physical memory that this process and those it started (of the data) hold now; 0 without /proc."""
+    """Bytes of physical memory that this process and its descendants (data processes) hold now; 0 without /proc."""
     total, waiting = 0, [os.getpid()]
     while waiting and os.path.exists("/proc/self/statm"):
         process = waiting.pop()
@@ -219,8 +220,8 @@ def host_memory():
 
 
 def free_memory(device):
-    """Bytes that this process can still get: on a GPU, with what PyTorch holds there unused; else of the machine's
-    memory, or of what its container may use."""
+    """Bytes of memory that this process can still allocate. On a GPU this includes memory that PyTorch has reserved but
+    does not use; else it is that of the machine, or of its container."""
     if device.type == "cuda":
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
@@ -231,13 +232,14 @@ def free_memory(device):
 
 
 def stream_limit(device):
-    """Bytes that a stream's activations may take, for its memory_limit. A GPU wants several latents at a time, but more
-    than 2 GB of them would only keep waiting what comes behind. None on other devices: one at a time."""
+    """A memory_limit for a model's stream: the bytes that its activations may take. A GPU is faster with several
+    latents at a time, but more than 2 GB of them only delay the next stage. None on other devices: a latent at a time.
+    """
     return min(1 << 31, free_memory(device) // 4) if device.type == "cuda" else None
 
 
 def describe(device):
-    """One line for logs and reports."""
+    """A description of the device, in one line for logs and reports."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()

@@ -2,7 +2,7 @@
 
     python launch.py tasks.json                    # all GPUs; on a machine without, one task at a time
     python launch.py tasks.json --gpus 0,1,2,3     # these, as CUDA_VISIBLE_DEVICES names them
-    python launch.py tasks.json --slots 2          # no GPUs (a CPU, say): two places instead
+    python launch.py tasks.json --slots 2          # without GPUs (on a CPU, say): two tasks at a time
     python launch.py tasks.json --dry-run          # check settings, data and models, show the commands, start nothing
 
     {"tasks": [
@@ -11,14 +11,14 @@
          "overrides": {"data": "videos/", "net.attn_resolutions": [], "net.ch": 64, "net.ch_mult": [1, 2, 4]}}
     ]}
 
-`overrides` are settings of config.py; without `gpus` a task gets one. Each task is its own torchrun with the run folder
-runs/NAME, where launch.log holds what it prints. Whenever GPUs are free, the first waiting task that fits them starts:
-a small one may overtake a large one. A task that fails leaves the others alone. Ctrl-C or SIGTERM: all save and end,
-however long that takes; a second, two seconds later or more, kills those that have not ended, unsaved. The same command
-again goes on from what is saved, and passes over what is finished.
+`overrides` are settings of config.py; without `gpus` a task gets one GPU. Each task is its own torchrun with the run
+folder runs/NAME, where launch.log holds what it prints. Whenever GPUs are free, the first waiting task that fits them
+starts: a small one may overtake a large one. If a task fails, the others go on. After Ctrl-C or SIGTERM, all tasks save
+and end, however long that takes. A second signal, at least two seconds later, kills the remaining tasks without saving.
+The same command again goes on from what is saved, and skips finished tasks.
 
-Exit code: 0 all done; 1 a task failed, as the last line says, or a full disk took what --dry-run printed; 2 a mistake
-in the file or command; 130 interrupted.
+Exit code: 0 if all tasks are done; 1 if a task failed, which the last line names, or if a full disk lost output of
+--dry-run; 2 for a mistake in the file or command; 130 if interrupted.
 """
 import argparse
 import contextlib
@@ -45,36 +45,37 @@ from untrusted import SETTINGS, open_regular, read_json
 
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
 LINUX = sys.platform == "linux"
-PIECE = 1 << 20  # bytes of metrics.jsonl that are taken in at once
-ENDINGS = "done", "nothing to do", "stopped", "not saved"  # the kinds of its lines that are a run's last
-FIGURES = {"train": {"loss": ("loss", 5), "clips_per_second": ("speed", 2)},  # of its lines: the table's name for each,
-           "val": {"psnr": ("psnr", 2)}}                                      # and how many decimals
+PIECE = 1 << 20  # bytes of metrics.jsonl that are read at once
+ENDINGS = "done", "nothing to do", "stopped", "not saved"  # kinds of lines in metrics.jsonl that end a run
+# {kind of line in metrics.jsonl: {name in the line: (column of the table, number of decimals)}}
+FIGURES = {"train": {"loss": ("loss", 5), "clips_per_second": ("speed", 2)},
+           "val": {"psnr": ("psnr", 2)}}
 
 
 @dataclasses.dataclass
 class Task:
-    """One entry of the file, and what has become of it."""
+    """One task of the file, and its state."""
     name: str
-    arguments: list             # of train.py
+    arguments: list             # command line of train.py
     gpus: int
     config: Config
     folder: str                 # its run folder
     state: str = "queued"       # queued, running, done, failed, stopped or killed
     note: str = ""
-    devices: tuple = ()         # those it has while it runs
+    devices: tuple = ()         # devices that it has while it runs
     process: object = None      # its torchrun
-    mark: str = ""              # in the environment of all its processes
-    log: object = None          # launch.log, open and locked ...
-    log_start: int = 0          # ... where what this launch adds begins
-    read: int = 0               # bytes of metrics.jsonl that are in `seen`
-    seen: dict = dataclasses.field(default_factory=dict)  # the newest step, a number; loss, speed, psnr, ending: texts
+    mark: str = ""              # an environment variable that all its processes have
+    log: object = None          # launch.log, open and locked
+    log_start: int = 0          # position in launch.log where the output of this launch begins
+    read: int = 0               # bytes of metrics.jsonl that were read into `seen`
+    seen: dict = dataclasses.field(default_factory=dict)  # newest step, a number; loss, speed, psnr, ending: texts
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
 
 
 def read_tasks(path):
-    """[Task, ...] of a JSON file; ConfigError, naming the task, for whatever is wrong with it."""
+    """[Task, ...] from a JSON file. ConfigError, naming the task, for any mistake in it."""
     try:
         content = read_json(path, SETTINGS, object_pairs_hook=without_repeats)
     except ValueError as error:  # not UTF-8, not JSON, nested too deeply, too long
@@ -90,10 +91,10 @@ def read_tasks(path):
                 raise ConfigError('an object {"name": ..., "preset": ...} is wanted')
             where += f" ({entry['name'][:50]})" if isinstance(entry.get("name"), str) else ""
             task = make_task(**only_keys(entry, ["name", "preset", "overrides", "gpus"]))
-            for own in (("name", task.name), ("run folder", os.path.realpath(task.folder))):
-                if own in taken:
-                    raise ConfigError(f"the {own[0]} {own[1]} is another task's already")
-                taken.add(own)
+            for unique in (("name", task.name), ("run folder", os.path.realpath(task.folder))):
+                if unique in taken:
+                    raise ConfigError(f"the {unique[0]} {unique[1]} is another task's already")
+                taken.add(unique)
         except (ConfigError, OverflowError, RecursionError) as error:  # a number of 400 digits, a list 900 deep
             raise ConfigError(f"{path}: {where}: {error}") from None
         tasks.append(task)
@@ -116,7 +117,7 @@ def only_keys(given, known):
 
 
 def make_task(name=None, preset=None, gpus=1, overrides=None):
-    """A Task, its settings checked by config.py and its data looked for."""
+    """A Task, after config.py has checked its settings. ConfigError for a mistake, or for data that does not exist."""
     overrides = {} if overrides is None else overrides
     for key, value, kind, words in (("name", name, str, "a text"), ("preset", preset, str, "a text"), (
             "gpus", gpus, int, "a whole number"), ("overrides", overrides, dict, 'an object like {"lr": 1e-4}')):
@@ -151,14 +152,14 @@ def check_models(tasks):
     ask = "import json, models, sys; print(json.dumps([models.problem_of(a) for a in json.load(sys.stdin)]))"
     done = subprocess.run([sys.executable, "-c", ask], env={**os.environ, "PYTHONPATH": os.path.dirname(TRAIN)},
                           input=json.dumps([task.arguments for task in tasks]), stdout=subprocess.PIPE, text=True,
-                          check=True)  # in a process of its own: PyTorch's memory and threads go with it
+                          check=True)  # in a process of its own, which takes PyTorch's memory and threads with it
     for task, problem in zip(tasks, json.loads(done.stdout.splitlines()[-1])):
         if problem:
             raise ConfigError(f"task {task.name}: {problem}")
 
 
 def as_argument(key, value):
-    """("lr", 1e-4) -> "lr=0.0001", as train.py takes it."""
+    """("lr", 1e-4) -> "lr=0.0001", an argument of train.py. ConfigError for a key or value that cannot be one."""
     if not re.fullmatch(r"\w+(\.\w+)?", key) or key == "name":
         raise ConfigError(f"overrides: {key!r} is set beside overrides, as the task's name" if key == "name" else
                           f"overrides: {key!r} is no setting, or not one to set here{nearest(key, vars(Config()))}")
@@ -175,25 +176,25 @@ def as_argument(key, value):
 
 
 def finished(task):
-    """True if its folder holds the checkpoint of the last step of exactly these settings: train.py would say "nothing
-    to do". Whatever else is there train.py has to judge."""
+    """Whether the task's folder holds a checkpoint of its last step with exactly its settings, so that train.py would
+    say "nothing to do". In all other cases train.py decides."""
     try:
         found = read_json(os.path.join(task.folder, "config.json"), SETTINGS)
-        same = as_asked(found, json.loads(json.dumps(dataclasses.asdict(task.config))))
+        same = same_settings(found, json.loads(json.dumps(dataclasses.asdict(task.config))))
     except (OSError, ValueError, KeyError, TypeError):  # no such folder, or no settings of a run
         return False
     return task.config.resume == "auto" and same and saved_step(task.folder) >= task.config.max_steps
 
 
 def saved_step(folder):
-    """That of its newest checkpoint, by the files' names; 0 for none."""
+    """The step of the newest checkpoint in a folder, by the names of the files; 0 if there is none."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return max([int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{8,12})\.pt", name))], default=0)
 
 
-def as_asked(found, asked):
-    """Whether a run's settings are those of a task, but for the shape that train.py writes in where the task leaves it
-    open: `init_from`'s, or else that of the variant taehv."""
+def same_settings(found, asked):
+    """Whether the settings of a run, `found`, are those of a task, `asked`. If the task leaves the model's shape open,
+    the run's settings have that of init_from or of the variant taehv instead."""
     if asked["model"] == "taehv" and not asked["init_from"]:
         asked = {**asked, "variant": asked["variant"] or "taehv"}
     elif asked["init_from"]:
@@ -207,14 +208,14 @@ def as_asked(found, asked):
 
 def visible_gpus():
     """The GPUs that PyTorch sees, as CUDA_VISIBLE_DEVICES names them: ["0", "1"]."""
-    count = "import torch; print(torch.cuda.device_count())"  # in a process of its own: its memory goes with it
+    count = "import torch; print(torch.cuda.device_count())"  # in a process of its own, which takes its memory with it
     output = subprocess.run([sys.executable, "-c", count], check=True, stdout=subprocess.PIPE, text=True).stdout
     count = int(output.split()[-1])
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 
 def find_devices(gpus, slots):
-    """(devices to share out, whether they are GPUs) for --gpus and --slots, None where not given."""
+    """([devices for the tasks], whether they are GPUs). gpus, slots: the values of --gpus and --slots, or None."""
     if slots is not None:
         if not 1 <= slots <= 1024:
             raise ConfigError(f"--slots {slots}: 1 to 1024 is wanted")
@@ -229,14 +230,14 @@ def find_devices(gpus, slots):
 
 
 def train_command(task):
-    """torchrun on a free port of this machine."""
+    """The command line of a task: torchrun, on a free port of this machine, with train.py."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(task.gpus), TRAIN,
             *task.arguments]
 
 
 def claim(task):
-    """Lock its launch.log for as long as any of its processes lives: no two launches, nor a new one and the remains of
-    an old one, shall train in one folder."""
+    """Open and lock the task's launch.log, until the last of its processes has ended. So a folder has only one launch
+    at a time, and no leftovers of an earlier one. ConfigError if it is locked already."""
     os.makedirs(task.folder, exist_ok=True)
     task.log = open(os.path.join(task.folder, "launch.log"), "ab")  # noqa: SIM115 (its processes write to it)
     try:
@@ -248,7 +249,8 @@ def claim(task):
 
 
 def start(task, devices, on_gpus, command):
-    """Start it in a session of its own: a terminal's Ctrl-C reaches launch.py alone."""
+    """Start a task in a session of its own, so that a terminal's Ctrl-C reaches only launch.py. InUse if its folder is
+    in use, OSError if no process can be started."""
     launcher = os.getpid()
 
     def end_with_launcher():
@@ -257,7 +259,7 @@ def start(task, devices, on_gpus, command):
             os._exit(1)
 
     task.log_start = task.log.tell()
-    if other := lock.holder(task.folder):  # train.py would wait for it, and then say the same
+    if other := lock.holder(task.folder):  # train.py would wait for it, and then fail with the same message
         reason = f"{task.folder} is in use by {other}"
         task.log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} not started: {reason}\n".encode(errors="replace"))
         task.log.flush()
@@ -277,9 +279,9 @@ def start(task, devices, on_gpus, command):
     task.state, task.devices, task.note = "running", tuple(devices), on_gpus * f"GPU {','.join(devices)}"
 
 
-def members(task):
-    """{pid: parent's pid} of its processes, by the mark in their environments: torchrun gives each rank a session of
-    its own, and orphans have another parent. Where there is no /proc: torchrun alone."""
+def processes_of(task):
+    """{pid: parent's pid} of the task's processes. They are found by the mark in their environment, since torchrun
+    gives each rank a session of its own, and orphans get another parent. Without /proc: only torchrun."""
     if not LINUX:
         return {task.process.pid: 0} if task.process.poll() is None else {}
     found = {}
@@ -288,7 +290,7 @@ def members(task):
             with open(f"/proc/{pid}/environ", "rb") as environment, open(f"/proc/{pid}/stat", "rb") as stat:
                 if task.mark in environment.read().split(b"\0"):
                     found[int(pid)] = int(stat.read().rpartition(b")")[2].split()[1])
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
     return found
 
@@ -300,27 +302,28 @@ def send(pids, number):
 
 
 def ask_to_end(task):
-    """SIGTERM for its ranks: they save and end, and so does torchrun, which itself would kill them after 30 seconds. It
-    gets the signal while it has no ranks yet."""
-    ranks = [pid for pid, parent in members(task).items() if parent == task.process.pid]
+    """Send SIGTERM to the task's ranks: they save and end, and then torchrun ends too. (If torchrun got the signal, it
+    would kill its ranks after 30 seconds.) torchrun gets it only while it has no ranks yet."""
+    ranks = [pid for pid, parent in processes_of(task).items() if parent == task.process.pid]
     send(ranks or [task.process.pid], signal.SIGTERM)
 
 
 def kill(task):
-    """End whatever is left of it."""
-    limit = time.monotonic() + 5  # what is stuck in a driver dies when that lets it
-    while (left := members(task)) and time.monotonic() < limit:
+    """Kill the task's remaining processes."""
+    limit = time.monotonic() + 5  # a process that is stuck in a driver may need longer, and ends by itself then
+    while (left := processes_of(task)) and time.monotonic() < limit:
         send(left, signal.SIGKILL)
         time.sleep(0.01)
 
 
 def finish(task, stopping):
-    """Its torchrun has ended: what of? Free its devices."""
+    """After the task's torchrun has ended: set the task's final state, and free its devices. stopping: whether
+    launch.py was asked to end."""
     kill(task)
     follow(task)
     task.log.close()
     code, ending, task.devices, task.note = task.process.returncode, task.seen["ending"], (), ""
-    full = code and not ending and no_room(task.folder)  # then metrics.jsonl says nothing
+    full = code and not ending and no_room(task.folder)  # on a full disk, metrics.jsonl has no last line
     if ending.startswith("not saved") or full:
         task.state, task.note = "failed", one_line(ending, 400) or f"exit code {code}, and its disk is full"
         task.seen["step"] = saved_step(task.folder)
@@ -336,7 +339,7 @@ def finish(task, stopping):
 
 
 def no_room(folder):
-    """Whether its disk has no room for some lines of text."""
+    """Whether the disk of a folder has no room for some lines of text."""
     try:
         return shutil.disk_usage(folder).free < 1 << 16
     except OSError:
@@ -344,14 +347,14 @@ def no_room(folder):
 
 
 def run_all(tasks, devices, on_gpus, command):
-    """Run them to their ends. Returns whether a signal cut that short."""
-    screen, told, signals = Screen(tasks), False, []  # signals: when they came
+    """Run all tasks until none is queued or running. Returns whether a signal has ended that early."""
+    screen, told, signals = Screen(tasks), False, []  # told: whether tasks were asked to end; signals: when each came
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
     for number in numbers:
         signal.signal(number, lambda *_: signals.append(time.monotonic()))
     while True:
-        stopping = bool(signals)  # asked once per turn: one may come at any line
-        hard = stopping and signals[-1] - signals[0] > 2  # launchers repeat a signal: those count as one
+        stopping = bool(signals)  # read once per turn, since a signal may come at any line
+        hard = stopping and signals[-1] - signals[0] > 2  # launchers repeat a signal: within two seconds it counts once
         for task in [t for t in tasks if t.state == "running"]:
             if hard:
                 kill(task)
@@ -370,7 +373,7 @@ def run_all(tasks, devices, on_gpus, command):
             elif task.gpus <= len(free):
                 try:
                     start(task, free[:task.gpus], on_gpus, command)
-                except OSError as error:  # no memory, no more processes
+                except OSError as error:  # no memory, or too many processes
                     task.state, task.note = "failed", f"cannot be started: {error.strerror}"
                 except lock.InUse as error:
                     task.state, task.note = "failed", str(error)
@@ -378,7 +381,7 @@ def run_all(tasks, devices, on_gpus, command):
         screen.show(f"{states.count('running')} running, {states.count('queued')} queued; "
                     + ("Ctrl-C again kills" if stopping else "Ctrl-C saves and ends"))
         if "running" not in states and "queued" not in states:
-            for number in numbers:  # or one that comes as Python ends, its handlers gone, takes the exit code's place
+            for number in numbers:  # a signal after Python has removed the handlers would replace the exit code
                 signal.signal(number, signal.SIG_IGN)
             return stopping
         time.sleep(0.1)
@@ -388,7 +391,7 @@ def run_all(tasks, devices, on_gpus, command):
 
 
 def follow(task):
-    """Take in the whole lines that metrics.jsonl has gained, of its last megabyte."""
+    """Read the complete lines that were added to metrics.jsonl, at most its last megabyte, into task.seen."""
     try:
         with open_regular(os.path.join(task.folder, progress.FILE)) as file:
             size = file.seek(0, os.SEEK_END)
@@ -407,14 +410,15 @@ def follow(task):
 
 
 def figure(value, decimals):
-    """A number of metrics.jsonl for the table; None, one that was not finite, is nan."""
+    """A number of metrics.jsonl as a text for the table. None (a number that is not finite) becomes "nan"."""
     if value is None:
         return "nan"
     return f"{value:.{decimals}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 class Screen:
-    """The table: redrawn in place on a terminal; elsewhere a line per change of state, and every minute."""
+    """The table of tasks. On a terminal it is redrawn in place. Elsewhere a task gets a line when its state changes,
+    and every minute while it runs."""
 
     def __init__(self, tasks):
         self.tasks, self.width = tasks, max(len("task"), *(len(task.name) for task in tasks))
@@ -425,7 +429,7 @@ class Screen:
         return f"{name:{self.width}}  {state:7} {step:>15} {loss:>9} {psnr:>7} {speed:>8}  {note}".rstrip()
 
     def show(self, words):
-        """Bring it up to date; `words` stand below it on a terminal."""
+        """Draw the table if something has changed or enough time has passed. words: the line below it on a terminal."""
         new = {t.name: (t.state, t.note) for t in self.tasks}
         due = time.monotonic() >= self.next
         if new == self.shown and not due:
@@ -434,7 +438,7 @@ class Screen:
         tasks = [t for t in self.tasks if self.live or self.shown.get(t.name) != new[t.name]
                  or due and t.state == "running"]
         self.shown, (columns, height) = new, shutil.get_terminal_size()
-        if self.live and len(tasks) > height - 3:  # those that run first; the last do not show
+        if self.live and len(tasks) > height - 3:  # running tasks come first; those at the end are not shown
             tasks = sorted(tasks, key=lambda t: t.state != "running")[:max(1, height - 3)]
         rows = [self.row(t.name, t.state, f"{t.seen.get('step', 0)}/{t.config.max_steps}", t.seen.get("loss", ""),
                          t.seen.get("psnr", ""), t.seen.get("speed", "") * (t.state == "running"), t.note)
@@ -451,19 +455,19 @@ class Screen:
 
 
 def last_lines(task):
-    """The end of what it printed, without progress bars and torchrun's own report."""
+    """[the last lines that the task printed, without progress bars and torchrun's own report]"""
     try:
         with open(os.path.join(task.folder, "launch.log"), "rb") as file:
             file.seek(max(task.log_start, file.seek(0, os.SEEK_END) - (1 << 16)))
             lines = [line.rstrip("\r").split("\r")[-1] for line in file.read().decode("utf-8", "replace").split("\n")]
-    except OSError as error:  # removed with its folder
+    except OSError as error:  # the folder was removed
         return [str(error)]
     report = next((i for i, line in enumerate(lines) if "failed (exitcode:" in line), len(lines))
     return [one_line(line, 400) for line in lines[:report] if line.strip()][-12:]
 
 
 def report(tasks):
-    """Say how it ended."""
+    """Print how the tasks have ended."""
     failed = [task for task in tasks if task.state == "failed"]
     for task in failed:
         print(f"\n{task.name}: {task.note}; the end of {task.folder}/launch.log:", *last_lines(task), sep="\n    ")
@@ -478,10 +482,10 @@ def report(tasks):
 
 
 def main(arguments=None, command=train_command):
-    """Returns the exit code. `command` makes the command line of a Task."""
+    """Returns the exit code. command: function that makes the command line of a Task."""
     guard_screen()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"launch.py: {one_line(message)}\n")  # without lines of usage
+    parser.error = lambda message: parser.exit(2, f"launch.py: {one_line(message)}\n")  # one line, without usage
     parser.add_argument("tasks", metavar="tasks.json")
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--gpus", metavar="LIST", help="GPUs to use (default: all)")
@@ -499,7 +503,7 @@ def main(arguments=None, command=train_command):
             if finished(task):
                 task.state, task.note, task.seen["step"] = "done", "nothing to do", saved_step(task.folder)
         waiting = [task for task in tasks if task.state == "queued"]
-        if waiting:  # those of finished tasks were built before
+        if waiting:  # the models of finished tasks were built before
             check_models(waiting)
         if options.dry_run:
             for task in tasks:
@@ -509,7 +513,7 @@ def main(arguments=None, command=train_command):
             claim(task)
         if any(task.config.data == "demo" for task in waiting):
             from synthetic import make_demo  # here, as it needs OpenCV
-            make_demo("demo_data")  # before two tasks make it at once
+            make_demo("demo_data")  # now, since two tasks could make it at the same time
     except (ConfigError, OSError) as error:
         print(f"launch.py: {one_line(str(error), 400)}", file=sys.stderr)
         return 2

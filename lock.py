@@ -1,14 +1,17 @@
-"""One command, one folder: a lock that the system gives back when its process ends, even by kill -9.
+"""A lock for a folder, so that only one command at a time writes to it. The system releases the lock when the process
+ends, even by kill -9.
 
     with locked("runs/mine", "choose another name="):
         ...                            # or InUse: one line that names the process that has the folder
 
-It is flock(2) on FOLDER/.lock, a file that is removed at the end. What is written in it is for people: a file that a
-killed process has left means nothing, since its lock is gone. Folders on network file systems are locked at the server,
-for all machines (NFS, where Linux makes of it a lock on all bytes of the file; SMB; Lustre with `flock`), or for the
-processes of one machine only, which cannot be noticed here (NFS with `nolock` or `local_lock`, Lustre with
-`localflock`), or not at all, which is said (Lustre with `noflock`). When the whole machine that had it has died, a
-server gives a lock back some time later: NFS 4 by Linux after 90 seconds.
+The lock is flock(2) on FOLDER/.lock, a file that is removed at the end. The text in it is for people: a file that a
+killed process has left does not lock anything. What the lock does on a network file system depends on how it is
+mounted:
+- It holds for all machines: NFS (where Linux locks all bytes of the file instead), SMB, Lustre with `flock`.
+- It holds for the processes of one machine only, which cannot be noticed here: NFS with `nolock` or `local_lock`,
+  Lustre with `localflock`.
+- The folder cannot be locked, which `locked` reports: Lustre with `noflock`.
+If the machine with the lock dies, the file server releases the lock some time later: Linux's NFS 4 after 90 seconds.
 This file works alone, with Python's library only.
 """
 import contextlib
@@ -26,14 +29,15 @@ except ImportError:  # Windows
     fcntl = None
 
 NAME = ".lock"
-AGAIN = 0.2  # seconds between two attempts
-# Under torchrun: how many seconds ranks of before have to end in, and the locks of a machine that has died.
+RETRY_AFTER = 0.2  # seconds between two attempts
+# Under torchrun, the seconds to wait for earlier ranks of this machine to end, and for the lock of another machine,
+# which may have died.
 DYING, LOST = 10, 120
-HELD = {}  # this process's descriptors: the paths of their lock files
+HELD = {}  # {file descriptor of a lock that this process has: path of its lock file}
 
 
 def let_go():
-    """In a forked child: it must not keep a folder locked when this process is gone."""
+    """In a forked child: close the locks, so that the child does not hold them after this process has ended."""
     while HELD:
         os.close(HELD.popitem()[0])
 
@@ -48,11 +52,11 @@ class InUse(Exception):
 
 @contextlib.contextmanager
 def locked(folder, way_out):
-    """Makes the folder and holds it until the block ends; one that was made here and is empty then is removed.
+    """Make the folder, and lock it until the block ends. If the folder was made here and is empty then, it is removed.
 
-    Yields "", or one line that says why it cannot be locked, here or on this file system. InUse if another process has
-    it: at once, or, under torchrun, whose ranks of before may still be dying, after some seconds. way_out: what the
-    user can do instead. OSError if the folder cannot be made or written to.
+    Yields "", or one line that says why the folder cannot be locked on this system or file system. InUse if another
+    process has it; under torchrun only after some seconds, since earlier ranks may still be ending. way_out: what the
+    user can do instead, for messages. OSError if the folder cannot be made or written to.
     """
     path, made = os.path.join(folder, NAME), not os.path.isdir(folder)
     try:
@@ -65,26 +69,26 @@ def locked(folder, way_out):
     try:
         yield f"{folder} cannot be locked ({problem}): start no other command that writes there" if problem else ""
     finally:
-        if handle in HELD:  # not so in a forked child
+        if handle in HELD:  # it is not in a forked child
             with contextlib.suppress(OSError):  # the folder or the disk may be gone
                 if is_at(handle, path):
                     os.remove(path)
             del HELD[handle]
             os.close(handle)
             if made:
-                with contextlib.suppress(OSError):  # not empty, as it should be
+                with contextlib.suppress(OSError):  # not empty, which is the usual case
                     os.rmdir(folder)
 
 
 def holds(folder):
-    """Whether a folder that this process has locked is still there, with that lock. OSError if nobody can say."""
+    """Whether a folder that this process has locked is still there, with that lock file. OSError if that is unknown."""
     path = os.path.join(folder, NAME)
     return any(is_at(handle, path) for handle, held in HELD.items() if held == path)
 
 
 def hold_again(folder):
-    """Makes and locks anew a folder that this process had locked, and that was removed. InUse if another process has it
-    meanwhile. OSError."""
+    """Make and lock again a folder that this process had locked and that was removed since. InUse if another process
+    has locked it meanwhile. OSError if it cannot be made."""
     path = os.path.join(folder, NAME)
     new, _ = open_and_lock(folder, path, ", and was removed before", patient=False)
     os.dup2(new, next(handle for handle, held in HELD.items() if held == path), inheritable=False)
@@ -92,50 +96,51 @@ def hold_again(folder):
 
 
 def open_and_lock(folder, path, advice, patient):
-    """(descriptor of the lock file, with this process's words in it; "" or why there is no lock on it). InUse, its
-    message with `advice` at its end. `patient`: after some seconds only."""
+    """Returns (descriptor of the lock file, "" or why it cannot be locked). Writes a description of this process to the
+    file. InUse, with a message that ends with `advice`, if another process has the lock. patient: whether to wait some
+    seconds for it first."""
     began, told, removed = time.monotonic(), False, 0
     while True:
         os.makedirs(folder, exist_ok=True)
-        try:  # for writing: NFS wants that
+        try:  # opened for writing, as NFS requires for a lock
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except FileNotFoundError:  # the folder was removed just now
             removed += 1
-            if removed > 9:  # it is one where no file can be, such as /proc
+            if removed > 9:  # no file can be made there, as in /proc
                 raise
             continue
         other = ""
         try:
             problem = lock(handle)
             if is_at(handle, path):
-                with contextlib.suppress(OSError):  # a full disk: the lock counts, not its words
+                with contextlib.suppress(OSError):  # on a full disk the lock has no text, but it holds
                     os.truncate(handle, 0)
-                    os.write(handle, own_words().encode(errors="backslashreplace"))
+                    os.write(handle, own_description().encode(errors="backslashreplace"))
                 return handle, problem
         except BlockingIOError:
-            other = words_in(handle)
+            other = read_description(handle)
         os.close(handle)
-        if not other:  # who had it has removed it just now
+        if not other:  # the file that was locked here has just been removed by its owner
             continue
-        limit = AGAIN  # once more, since the other may have got it just now, and not have written its words
+        limit = RETRY_AFTER  # try once more: the other process may not have written its description yet
         if patient:
             limit = DYING if f" on {socket.gethostname()} " in other else LOST
         waited = time.monotonic() - began
         if waited >= limit:
             raise InUse(f"{folder} is in use by {other}{advice}")
-        if limit > AGAIN and not told:
+        if limit > RETRY_AFTER and not told:
             print(f"{folder} is in use by {other}: waiting up to {limit} seconds for its end", file=sys.stderr)
             told = True
-        time.sleep(AGAIN)
+        time.sleep(RETRY_AFTER)
 
 
 def lock(handle):
-    """Locks an open file. Returns "", or why that cannot be; BlockingIOError if another process has it locked."""
+    """Lock an open file. Returns "", or why it cannot be locked. BlockingIOError if another process has locked it."""
     if fcntl is None:
         return "this system has no flock"
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except PermissionError as error:  # as some SMB servers say it
+    except PermissionError as error:  # some SMB servers report a lock of others so
         raise BlockingIOError(*error.args) from None
     except BlockingIOError:
         raise
@@ -145,7 +150,7 @@ def lock(handle):
 
 
 def holder(folder):
-    """Which process has the folder, in words; "" for none."""
+    """A description of the process that has the folder; "" if there is none."""
     try:
         handle = os.open(os.path.join(folder, NAME), os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
@@ -154,31 +159,31 @@ def holder(folder):
         lock(handle)
         return ""
     except BlockingIOError:
-        return words_in(handle)
+        return read_description(handle)
     finally:
         os.close(handle)
 
 
 def is_at(handle, path):
-    """Whether the open file is still the one of that name."""
+    """Whether `path` still names the open file. OSError if that cannot be found out."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):  # ESTALE: another machine has removed it, on NFS
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # ESTALE: another machine has removed the file on NFS
             raise
         return False
 
 
-def own_words():
+def own_description():
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     command = command if len(command) < 100 else f"{command:.96} ..."
     return f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')} ({command})\n"
 
 
-def words_in(handle):
-    """What the holder has written, on one line."""
+def read_description(handle):
+    """The description that the lock's owner has written, on one line; "another process" if it cannot be read."""
     text = b""
-    with contextlib.suppress(OSError):  # an SMB server lets no one else read what is locked
+    with contextlib.suppress(OSError):  # on SMB, nobody else can read a locked file
         text = os.pread(handle, 2000, 0)
     line = "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace").rstrip("\n"))
     return line if re.match(r"pid \d+ on ", line) else "another process"

@@ -1,5 +1,5 @@
-"""What a run says of itself: for people, lines on the screen and in train.log, TensorBoard's curves, pictures and
-clips; for programs, a line of metrics.jsonl for each set of curves and each event (progress.py)."""
+"""The log of a run. For people: lines on the screen and in train.log, and TensorBoard's curves, pictures and clips. For
+programs: a line of metrics.jsonl for each set of curves and each event (progress.py)."""
 import contextlib
 import io
 import json
@@ -20,14 +20,14 @@ from device import is_out_of_memory
 
 
 class Logbook:
-    """Writes to `folder`. Only rank 0 speaks, except that each rank notes oddities of the data that it met."""
+    """Writes to `folder`. Only rank 0 logs, except that each rank reports oddities of the data that it read."""
 
     def __init__(self, folder, rank):
         self.folder, self.rank, self.noted, self.complained = folder, rank, set(), False
         self.board = self.copy = self.config = None  # TensorBoard's writer; the run at Weights & Biases; its settings
-        self.drawn, self.missing = None, ""  # the newest step that has curves; why some before it have got lost
+        self.drawn, self.missing = None, ""  # the newest step that has curves; why earlier curves are lost
         self.clock = None  # the run's Clock, as soon as it trains
-        self.metrics = None  # metrics.jsonl: open until the process ends, for its last line comes after `close`
+        self.metrics = None  # metrics.jsonl; stays open until the process ends, since its last line comes after `close`
 
     def __call__(self, line, screen=True):
         if self.rank > 0:
@@ -42,13 +42,13 @@ class Logbook:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def event(self, kind, step, line, reason=None, screen=True):
-        """A line for people, and for programs its kind, a word of docs/formats.md."""
+        """Log a line for people, and for programs a line of metrics.jsonl. kind: one of those in docs/formats.md."""
         self(line, screen)
         self.record(kind, step, reason=reason)
 
     def record(self, kind, step, **values):
-        """A line of metrics.jsonl, written at once. A line that was cut off, by a full disk or a kill, ends first.
-        The file stays open: after the folder was removed, the next of that name may be another run's."""
+        """Write a line of metrics.jsonl, unbuffered. If the last line was cut off by a full disk or a kill, a newline
+        ends it first. The file stays open: if the folder is removed, a new one of that name may be another run's."""
         if self.rank > 0:
             return
         line = progress.as_line(kind, step, values)
@@ -60,7 +60,7 @@ class Logbook:
 
     @contextlib.contextmanager
     def unharmed(self):
-        """A full disk must not end a run: what cannot be logged is said once, on the screen, and left out."""
+        """A context in which OSErrors are ignored, and the first is reported on the screen: a full disk ends no run."""
         try:
             yield
         except OSError as error:
@@ -72,7 +72,7 @@ class Logbook:
             print(f"the log in {self.folder} cannot be written: {error}; the run goes on", file=sys.stderr)
 
     def start(self, config, step):
-        """Save the resolved configuration, open TensorBoard's file; curves past `step` are a stopped run's, and go."""
+        """Save the configuration and open TensorBoard's file. Remove curves beyond `step`, of a run that stopped."""
         if self.rank > 0:
             return
         self.config, self.drawn = config, step
@@ -87,7 +87,7 @@ class Logbook:
             checkpoint.write_atomically(os.path.join(self.folder, "config.json"), content)
 
     def start_again(self):
-        """In a folder that was removed and is made again, on rank 0: new files from here on."""
+        """On rank 0, after the folder was removed and made again: begin new files."""
         self(f"warning: {self.folder} was removed, and with it what was saved; it is made again")
         self.write_config()
         self.metrics = None
@@ -97,8 +97,8 @@ class Logbook:
             self.board, self.missing = None, "their folder was removed"
 
     def mirror(self, project, config, resumed):
-        """Copy the curves to a project of Weights & Biases, if one is named, by its own means; call it on rank 0,
-        before `start`. A resumed run goes on with the same curves there. ConfigError for what goes wrong there."""
+        """If a project of Weights & Biases is named, have its package copy TensorBoard's curves there. Call this on
+        rank 0, before `start`. A resumed run continues its curves. ConfigError if Weights & Biases fails."""
         if not project:
             return
         import wandb
@@ -116,22 +116,23 @@ class Logbook:
             file.write(identity)
 
     def notes(self, notes):
-        """[(path, what was odd)] of a batch: each once, counted, from whichever rank met it."""
+        """Log the [(path, what was odd)] of a batch, on any rank: each once, with a number."""
         for note in notes:
             if note not in self.noted:
                 self.noted.add(note)
                 self.write(f"data, rank {self.rank}, oddity {len(self.noted)}: {note[0]}: {note[1]}")
 
     def draw(self, step, write):
-        """write(TensorBoard's writer), which is to draw something of this step. A full disk ends the writer's thread,
-        and that writer for good: what it held is lost, and another goes on as soon as there is room, in a file of its
-        own, for a record that was cut off hides what follows in the same one. Before `start`, and on other ranks than
-        the first, it does nothing."""
+        """Call write(board), which draws something of this step with TensorBoard's writer. Does nothing before `start`,
+        and on other ranks than 0.
+
+        A full disk ends the writer's thread, and so the writer; what it had not written is lost. As soon as there is
+        room, a new writer begins a new file: in the old one, a record that was cut off would hide all that follows."""
         if self.drawn is None:
             return
         try:
             if self.board is not None:
-                self.board.flush()  # raises what has ended the thread; its queue has long been empty
+                self.board.flush()  # raises the error that has ended the thread, if any; the queue is empty by now
         except OSError as error:
             self.board, self.missing = None, str(error)
             self.complain(error)
@@ -149,8 +150,8 @@ class Logbook:
             self.complain(error)
 
     def new_board(self):
-        """TensorBoard's writer. OSError where there is no room for some curves: tried with another file, since the
-        writer would leave one more broken one behind, and its thread a traceback on the screen."""
+        """A new writer of TensorBoard. OSError if the disk has no room for some curves. This is tried with another file
+        first: the writer itself would leave a broken file, and its thread would print a traceback."""
         trial = os.path.join(self.folder, "curves.tmp")
         try:
             with open(trial, "wb") as file:
@@ -162,13 +163,14 @@ class Logbook:
         return SummaryWriter(self.folder, purge_step=self.drawn + 1)
 
     def rename_files_of_the_future(self):
-        """TensorBoard reads files in the order of their names, in which the time comes first, and each drops the steps
-        that it goes on from. After the clock was set back a new file would come before an old one, and lose all its
-        curves. So those of the future get names that come just before the new one, in their own order."""
+        """Rename TensorBoard's files whose names hold a time in the future. TensorBoard reads files in the order of
+        their names, which begin with the time, and a file drops the later steps of those before it. After the clock was
+        set back, a new file would come before an old one, which would drop its curves. So files of the future get names
+        that come just before the new one, in their own order."""
         now = int(time.time())
         late = [name for name in os.listdir(self.folder)
                 if (found := re.match(r"events\.out\.tfevents\.(\d+)", name)) and int(found[1]) > now]
-        for name in late:  # - is before the . that follows the time in other names
+        for name in late:  # "-" sorts before the "." that follows the time in other names
             os.rename(os.path.join(self.folder, name),
                       os.path.join(self.folder, name.replace("tfevents.", f"tfevents.{now:010d}-", 1)))
         if late:
@@ -176,8 +178,8 @@ class Logbook:
                  "before the new ones; start a TensorBoard that shows them again")
 
     def scalars(self, step, group, **values):
-        """Curves: group "train", loss=0.1 is drawn as train/loss; None is left out. And a line of metrics.jsonl, which
-        has the seconds of training too."""
+        """Draw a step's values as curves, and write them as a line of metrics.jsonl, with the seconds of training. With
+        group "train", loss=0.1 belongs to the curve train/loss. None is left out."""
         self.record(group, step, seconds=self.clock and self.clock.total(), **values)
 
         def write(board):
@@ -187,7 +189,8 @@ class Logbook:
         self.draw(step, write)
 
     def pictures(self, step, shown):
-        """[(original, reconstruction)], T 3 H W in [0, 1]: middle frames side by side, and the first clip moving."""
+        """Draw the middle frames of clips side by side, and the first clip as a moving picture. shown: [(original,
+        reconstruction)], T 3 H W in [0, 1]."""
         def write(board):
             for i, (original, output) in enumerate(shown):
                 pair = torch.cat([original, output], -1)  # T 3 H 2W
@@ -197,7 +200,7 @@ class Logbook:
         self.draw(step, write)
 
     def moving_picture(self, board, name, frames, step):
-        """T 3 H W in [0, 1] as an animated GIF; SummaryWriter.add_video would need moviepy."""
+        """Draw frames, T 3 H W in [0, 1], as an animated GIF. (SummaryWriter.add_video would need moviepy.)"""
         from PIL import Image  # comes with tensorboard
         from tensorboard.compat.proto.summary_pb2 import Summary
         images = [Image.fromarray(f) for f in (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()]
@@ -216,7 +219,7 @@ class Logbook:
 
 
 class Clock:
-    """Seconds of training alone, validation and saving left out; `total`: those of the run before it was resumed."""
+    """Counts the seconds of training, without validation and saving. total: seconds before the run was resumed."""
 
     def __init__(self, total=0.0, monotonic=time.monotonic):
         self.monotonic, self.before, self.began, self.last, self.paused = monotonic, total, monotonic(), total, False
@@ -231,14 +234,14 @@ class Clock:
 
     @contextlib.contextmanager
     def stopped(self):
-        """While something else than training goes on."""
+        """A context in which the clock stands still: something other than training is going on."""
         self.before, self.paused = self.total(), True
         yield
         self.began, self.paused = self.monotonic(), False
 
 
 def summarize(model, bucket, autocast):
-    """`summary` of the model; ConfigError where a clip does not fit the memory even without gradients."""
+    """`summary` of the model. ConfigError if one clip does not fit into memory even without gradients."""
     try:
         with autocast:
             return summary(model, bucket.size, bucket.frames)
@@ -250,9 +253,10 @@ def summarize(model, bucket, autocast):
 
 
 def summary(model, size, frames):
-    """Parameters and output shape of every layer, and of the whole, for one clip of `frames` x `size` x `size`. A layer
-    that takes the clip in pieces, as on CPUs, is one line: the frames of all its calls."""
-    shapes, hooks = {}, []  # name and class of each layer: the shape of what it gives
+    """A table, as text, of the parameters and output shape of every layer and of the whole model, for one clip of
+    `frames` x `size` x `size`. A layer that is called for parts of the clip, as on CPUs, has one line with the frames
+    of all its calls."""
+    shapes, hooks = {}, []  # {text with a layer's name, class and parameters: shape of its output}
     for part, module in model.named_children():
         blocks = module.named_children() if isinstance(module, (torch.nn.Sequential, torch.nn.ModuleList)) else []
         for name, layer in [(f"{part}.{i}", block) for i, block in blocks] or [(part, module)]:

@@ -1,6 +1,6 @@
 """Training losses: distances of pixels, of changes in time and of wavelets, and LPIPS.
 
-This file works alone: torch, and lpips where LPIPS is asked for.
+This file works alone with torch; LPIPS needs the package lpips.
 """
 import os
 import warnings
@@ -15,9 +15,10 @@ BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  #
 
 def pixel_loss(kind, output, target):
     """Mean pixel distance, a scalar. output, target: equal shapes, any layout, [0, 1] (output may exceed it).
+    ValueError for unequal shapes or an unknown kind.
 
-    "l2" is the squared distance; "charbonnier" is sqrt(d^2 + 1e-6), a smooth l1 (Charbonnier et al. 1994); "l1+l2" is
-    |d| + 2 d^2: what trainers on [-1, 1] count as l1 + l2, whose distance is 2 d, and half of it.
+    "l2" is the squared distance. "charbonnier" is sqrt(d^2 + 1e-6), a smooth l1 (Charbonnier et al. 1994). "l1+l2" is
+    |d| + 2 d^2, which is half of the l1 + l2 of trainers on [-1, 1]: their distance is 2 d.
     """
     if output.shape != target.shape:
         raise ValueError(f"output {tuple(output.shape)} and target {tuple(target.shape)} differ in shape")
@@ -33,18 +34,19 @@ def pixel_loss(kind, output, target):
 
 
 def temporal_loss(output, target):
-    """Mean distance of the changes from frame to frame, a scalar: the l1 form of `metrics.flicker`. N T 3 H W in
-    [0, 1]; 0 for T = 1. It does not see an error that all frames share: the pixel loss does."""
+    """Mean absolute error of the changes from frame to frame, a scalar, as `metrics.flicker`. output, target: N T 3 H W
+    in [0, 1]. 0 for T = 1. An error that is the same in all frames does not count here, but in the pixel loss."""
     error = output - target
     return error.diff(dim=1).abs().mean() if error.shape[1] > 1 else error.sum() * 0
 
 
 def wavelet_loss(output, target, levels=2):
-    """Mean distance of the details in an orthonormal Haar transform in space and time, a scalar; N T 3 H W in [0, 1].
+    """Mean absolute error of the details in an orthonormal Haar transform in space and time, a scalar. output, target:
+    N T 3 H W in [0, 1].
 
-    A level splits each 2 x 2 pixels of two frames into their mean and seven details; the next one splits the means.
-    Levels weigh the same. The means that the last level leaves are not compared: the pixel loss does that. An axis of
-    one frame or pixel is not split, and an odd one is filled up with its last frame, row or column.
+    A level splits each 2 x 2 pixels of two frames into their mean and seven details. The next level splits the means.
+    All levels have the same weight. The last level's means are not compared: the pixel loss does that. An axis of one
+    frame or pixel is not split, and an axis of odd length is padded with its last frame, row or column.
     """
     means, total = output - target, 0
     for _ in range(levels):
@@ -57,7 +59,7 @@ def wavelet_loss(output, target, levels=2):
 
 
 def haar(x, axis):
-    """[sums, differences] of neighbours along an axis, over sqrt(2); [x] where the axis has one entry."""
+    """[sums, differences] of pairs of neighbours along an axis, divided by sqrt(2); [x] if the axis has one entry."""
     size = x.shape[axis]
     if size == 1:
         return [x]
@@ -68,10 +70,10 @@ def haar(x, axis):
 
 
 def lpips_network(net):
-    """The lpips package's network, frozen, in eval mode: module of (a, b) in [-1, 1] -> distance per image.
+    """The lpips package's network, frozen, in eval mode: a module, (a, b) in [-1, 1], N 3 H W -> distance per image.
 
-    The package brings its own small weights, and downloads its backbone ("alex" or "vgg") on first use. OSError, in one
-    line, if that cannot be had; ImportError without the package.
+    The package contains its own small weights, and downloads its backbone ("alex" or "vgg") on first use. OSError, in
+    one line, if the backbone cannot be loaded; ImportError without the package; ValueError for another backbone.
     """
     if net not in BACKBONES:
         raise ValueError(f"unknown LPIPS backbone {net!r}; there are {', '.join(BACKBONES)}")
@@ -87,14 +89,14 @@ def lpips_network(net):
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS (Zhang et al. 2018) of some frames of each clip, as a scalar.
+    """LPIPS (Zhang et al. 2018) of some frames of each clip, as a scalar. Errors as in `lpips_network`.
 
-    net: "vgg" (the usual choice for training) or "alex". frames: how many frames of each clip are compared, drawn
-    anew at every call from PyTorch's CPU generator (which a checkpoint holds); 0: all of them.
-    Inside autocast the backbone's convolutions run in its type, the rest in float32 all the same: norms of features
-    vanish in bf16. (A VGG with random weights on 128 px: a third of float32's time on a core with AMX; the gradient's
-    cosine to float32's is 0.99 for noise of 0.1, 0.98 for 0.02, its length the same within 1 %.) Errors as in
-    `lpips_network`.
+    net: "vgg" (the usual choice for training) or "alex". frames: number of frames of each clip that are compared, drawn
+    anew at every call from PyTorch's CPU generator (whose state is in checkpoints); 0: all of them.
+    Inside autocast the backbone's convolutions run in the autocast type. The rest stays in float32, since in bf16 the
+    norms of features vanish. (Measured with a VGG with random weights on 128 px: bf16 takes a third of float32's time
+    on a core with AMX; the cosine between the two gradients is 0.99 for noise of 0.1, and 0.98 for 0.02; their lengths
+    agree within 1 %.)
     """
 
     def __init__(self, net="vgg", frames=2):
@@ -102,7 +104,7 @@ class PerceptualLoss(nn.Module):
         self.network, self.frames = lpips_network(net).to(memory_format=torch.channels_last), frames
 
     def forward(self, output, target):
-        """output, target: N T 3 H W, [0, 1]; the gradient goes to `output`."""
+        """output, target: N T 3 H W in [0, 1]. The gradient flows to `output` only."""
         count = output.shape[1]
         if 0 < self.frames < count:
             chosen = [torch.randperm(count)[:self.frames].tolist() for _ in output]
@@ -116,7 +118,7 @@ class PerceptualLoss(nn.Module):
                        for layer, x, y in zip(self.network.lins, ours, theirs))
 
     def features(self, video):
-        """N T 3 H W -> (N T, C, h, w) of each of the backbone's layers."""
+        """N T 3 H W in [0, 1] -> features (N T, C, h, w) of each of the backbone's layers."""
         x = self.network.scaling_layer(video.flatten(0, 1).float() * 2 - 1)
         return self.network.net(x.contiguous(memory_format=torch.channels_last))
 
@@ -126,7 +128,7 @@ class PerceptualLoss(nn.Module):
 
 
 def unit(features):
-    """Features of length 1 at every position, in float32; where there are none, zeros (the ReLU before them stops their
-    gradient)."""
+    """Normalise the features at every position to length 1, in float32. Features that are all zero stay zero (and get
+    no gradient, which the ReLU before them stops)."""
     features = features.float()
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)

@@ -1,9 +1,10 @@
-"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, flicker, FID, sharpness, and their sums over clips and ranks.
+"""Quality of reconstructions: MSE, PSNR, SSIM, LPIPS, flicker, FID, sharpness, and their means over clips and ranks.
 
-All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N); that
-of flicker, which videos have alone, one per pair of frames.
-Networks and windows multiply in true float32 (no TF32, no autocast), so that figures from a GPU compare with others.
-This file works alone with torch; LPIPS needs losses.py beside it and the package lpips, FID the package pytorch-fid.
+All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
+`flicker` takes videos only, and returns one value per pair of consecutive frames, shape N T-1.
+Networks and windows compute in true float32 (no TF32, no autocast), so that results from a GPU can be compared with
+others. This file works alone with torch. LPIPS needs losses.py beside it and the package lpips, FID the package
+pytorch-fid.
 """
 import contextlib
 import math
@@ -52,12 +53,13 @@ def mse(output, target):
 
 
 def psnr(output, target):
-    """Peak signal-to-noise ratio per image, dB, for a peak of 1; infinite for equal images. As scikit-image."""
+    """Peak signal-to-noise ratio per image, dB, for a peak of 1; infinite for equal images. As in scikit-image."""
     return -10 * mse(output, target).log10()
 
 
 def blur_matrix(size, device):
-    """size x (size + 10): times a column of size + 10 pixels it gives `size` ones, blurred by SSIM's Gaussian."""
+    """A matrix that blurs with SSIM's Gaussian, size x (size + 10): from size + 10 pixels in a column it makes
+    `size`."""
     window = torch.exp(-(torch.arange(11, dtype=torch.float32) - 5).square() / (2 * 1.5 ** 2))
     matrix = torch.zeros(size, size + 10)
     for k, weight in enumerate((window / window.sum()).tolist()):
@@ -68,18 +70,19 @@ def blur_matrix(size, device):
 def ssim(output, target):
     """Structural similarity per image (Wang et al. 2004): 11 x 11 Gaussian window of deviation 1.5, mean over channels.
 
-    As scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1. ValueError for
+    As in scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1. ValueError for
     images smaller than 11 pixels.
     """
     height, width = output.shape[-2:]
     if min(height, width) < 11:
         raise ValueError(f"SSIM needs images of at least 11x11 pixels, got {height}x{width}")
     a, b = (images.reshape(-1, height, width) for images in (output, target))  # B H W
-    # An image is blurred in blocks, each by a product with a banded matrix: on a CPU a third of the time of 11 shifted
-    # sums for each axis. At once as many images as its caches hold; a GPU gets larger blocks, so fewer kernels.
+    # Images are blurred in blocks, by products with banded matrices: on a CPU this takes a third of the time of 11
+    # shifted sums for each axis. A CPU gets as many images at once as its caches hold; a GPU gets larger blocks, so
+    # that it runs fewer kernels.
     rows, columns, most = (32, 16, 1 << 18) if a.device.type == "cpu" else (256, 128, 1 << 24)
     vertical, horizontal = blur_matrix(rows, a.device), blur_matrix(columns, a.device).t()
-    whole, rest = divmod(width - 10, columns)  # blocks in a row of pixels, and the columns that they leave over
+    whole, rest = divmod(width - 10, columns)  # number of whole blocks in a row; number of columns that remain
 
     def similarity(maps):  # n blocks, 4 blurred maps, images, pixels -> images
         mean_a, mean_b, squares, product = maps.unbind(1)  # of a, b, a^2 + b^2, a b
@@ -109,14 +112,15 @@ def ssim(output, target):
 
 
 def flicker(output, target):
-    """Mean absolute error of the changes from frame to frame: N T C H W -> N T-1. Errors that stand still make none of
-    it; what moves in the reconstruction alone shows here, and in no measure of single frames."""
+    """Mean absolute error of the changes from frame to frame: N T C H W -> N T-1. Constant errors do not count.
+    Movement that is only in the reconstruction shows here, and in no measure of single frames."""
     return (output.float() - target.float()).diff(dim=-4).abs().mean((-3, -2, -1))
 
 
 def laplacian_variance(images):
-    """Variance of the Laplacian (4 neighbours) of each image's grey values: its fine detail. Of a reconstruction over
-    that of its original it is a measure of sharpness: below 1 is blurred, above 1 is oversharp or noisy."""
+    """Variance of the Laplacian (4 neighbours) of each image's grey values, which measures its fine detail. The ratio
+    of a reconstruction's value to its original's measures sharpness: below 1 is blurred, above 1 is oversharp or
+    noisy."""
     grey = images.float().mean(-3)
     middle = grey[..., 1:-1, 1:-1]
     around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
@@ -124,15 +128,15 @@ def laplacian_variance(images):
 
 
 class Measure(NamedTuple):
-    """What is measured of each frame, and how tables show its mean over all frames."""
-    function: object    # reconstructions and originals, N T 3 H W in [0, 1] -> N T; None for one that has to be loaded
+    """A measure of each frame, and how tables show its mean over all frames."""
+    function: object    # (reconstructions, originals), N T 3 H W in [0, 1] -> N T; None if it has to be loaded
     heading: str
     style: str = ".4f"  # format of the number
-    least: int = 1      # pixels of height and width that it needs; smaller frames are left out
-    frames: int = 1     # frames in a row that it compares: of 2, the function returns N T-1
+    least: int = 1      # smallest height and width that it can measure, pixels; smaller frames are left out
+    frames: int = 1     # number of consecutive frames that it compares; for 2, the function returns N T-1
 
 
-# Validation, TensorBoard, infer.py's table and its report have all of these. A frame without an error counts as 100 dB.
+# Validation, TensorBoard, infer.py's table and its report show all of these. A frame without error counts as 100 dB.
 MEASURES = {"mse": Measure(mse, "MSE", ".5f"),
             "psnr": Measure(lambda output, target: psnr(output, target).clamp(max=100), "PSNR dB", ".2f"),
             "ssim": Measure(ssim, "SSIM", least=11),
@@ -140,21 +144,21 @@ MEASURES = {"mse": Measure(mse, "MSE", ".5f"),
             "flicker": Measure(flicker, "flicker", ".5f", frames=2)}
 
 
-# What rounding to 8 bits makes by itself: an error of variance 1/12 of a level squared, times the Laplacian's 4^2 + 4.
+# The detail that rounding to 8 bits adds: an error of variance 1/12 of a squared level, times the Laplacian's 4^2 + 4.
 LEAST_DETAIL = 20 / 12 / 255 ** 2
 
 
 def sharpness(detail, original_detail):
-    """Detail of the reconstruction over that of the original, a float; None where the original is flat: of less detail
-    than rounding to 8 bits makes the ratio says nothing (a black clip gave 154005837).
+    """The reconstruction's detail over the original's, a float. None if the original has less detail than rounding to 8
+    bits adds: then the ratio means nothing (for a black clip it was 154005837).
 
-    detail, original_detail: `laplacian_variance`, mean over the frames, floats.
+    detail, original_detail: mean of `laplacian_variance` over the frames, floats.
     """
     return detail / original_detail if original_detail > LEAST_DETAIL else None
 
 
 def load_lpips(net="alex", device="cpu"):
-    """(function of (output, target) -> LPIPS per image, "") or (None, why it cannot be had). Needs losses.py."""
+    """(function of (output, target) -> LPIPS per image, "") or (None, why it cannot be loaded). Needs losses.py."""
     from losses import lpips_network
     try:
         model = lpips_network(net).to(device)
@@ -174,9 +178,9 @@ def load_lpips(net="alex", device="cpu"):
 class FID:
     """Frechet inception distance (Heusel et al. 2017) between all reconstructed and all original frames added.
 
-    network: B 3 H W in [0, 1] -> B features; `load_fid` gives pytorch-fid's, with which figures compare to published
-    ones. Covariances are those of the frames at hand: with fewer of them than features (2048) the figure is biased, and
-    compares only with others over as many.
+    network: B 3 H W in [0, 1] -> B features. `load_fid` has pytorch-fid's, with which results compare to published
+    ones. With fewer frames than features (2048) the result is biased, and can only be compared with others over as many
+    frames.
     """
 
     def __init__(self, network, features=2048):
@@ -200,7 +204,7 @@ class FID:
             self.products[i].addmm_(found.t(), found)
 
     def reduce(self, group=None):
-        """The distance; NaN of fewer than two frames."""
+        """The distance over all ranks of the process group `group`, a float; NaN for fewer than two frames."""
         if group is not None:
             for sums in (self.counts, self.totals, self.products):
                 torch.distributed.all_reduce(sums, group=group)
@@ -216,7 +220,7 @@ class FID:
 
 
 def load_fid(device="cpu"):
-    """(a function that makes FIDs, "") or (None, why it cannot be had). Needs the package pytorch-fid."""
+    """(a function that makes FIDs, "") or (None, why they cannot be made). Needs the package pytorch-fid."""
     try:
         from pytorch_fid.inception import InceptionV3
         network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().to(device)
@@ -231,17 +235,17 @@ def load_i3d(path, device="cpu"):
     """A function that makes FIDs between videos, which are Frechet video distances (Unterthiner et al. 2018) with the
     I3D network in a TorchScript file. Each `add` takes one clip: 1 T 3 H W in [0, 1].
 
-    The network gets clips 1 3 T 224 224 in [-1, 1]; the file that the field shares (of StyleGAN-V, i3d_torchscript.pt)
-    is asked for its features, 400 of them, and not to resize. OSError or RuntimeError for a file that cannot be used.
+    The network gets clips 1 3 T 224 224 in [-1, 1]. StyleGAN-V's i3d_torchscript.pt, which is the usual file, is told
+    to return features (400) and not to resize. OSError or RuntimeError for a file that cannot be used.
     """
-    with warnings.catch_warnings():  # that torch.jit is deprecated
+    with warnings.catch_warnings():  # "torch.jit is deprecated"
         warnings.simplefilter("ignore")
         network = torch.jit.load(path, map_location=device).eval()
     known = {argument.name for argument in network.forward.schema.arguments}
     options = {name: value for name, value in (("rescale", False), ("resize", False), ("return_features", True))
                if name in known}
 
-    def features(frames):  # T 3 H W, of one clip
+    def features(frames):  # one clip, T 3 H W
         sized = torch.nn.functional.interpolate(frames, size=(224, 224), mode="bilinear")
         return network(sized.transpose(0, 1)[None] * 2 - 1, **options).flatten(1)
 
@@ -251,9 +255,9 @@ def load_i3d(path, device="cpu"):
 
 
 class CodeStatistics:
-    """How tokens use their codebooks, over all videos added on all ranks.
+    """Statistics of how tokens use their codebooks, over all videos that were added on all ranks.
 
-    codebook_sizes: of each tensor in a model's list of codes.
+    codebook_sizes: the size of the codebook of each tensor in a model's list of codes.
     """
 
     def __init__(self, codebook_sizes):
@@ -261,14 +265,14 @@ class CodeStatistics:
         self.pixels = torch.zeros(1, dtype=torch.float64)
 
     def add(self, codes, pixels):
-        """codes: a list of int64 tensors; pixels: how many they stand for."""
+        """codes: a list of int64 tensors; pixels: number of pixels that they encode."""
         for counts, c in zip(self.counts, codes):
             counts += torch.bincount(c.flatten().cpu(), minlength=len(counts))
         self.pixels += pixels
 
     def reduce(self, group=None):
-        """{"codebook_use": share of the codes that occurred, "perplexity" (both means over the code tensors),
-        "bits_per_pixel": of codes written plainly, "entropy_bits_per_pixel": by their order-0 entropy}"""
+        """{"codebook_use": fraction of the codes that occurred, "perplexity" (both means over the code tensors),
+        "bits_per_pixel": of codes of fixed length, "entropy_bits_per_pixel": by the order-0 entropy of the codes}"""
         if group is not None:
             for tensor in (*self.counts, self.pixels):
                 torch.distributed.all_reduce(tensor, group=group)
@@ -283,9 +287,9 @@ class CodeStatistics:
 
 
 class Mean:
-    """Sums of per-image values over all ranks, reduced once: `add` on each rank, then `reduce`, which all ranks call.
+    """Means of per-image values over all ranks. Each rank calls `add`, then all ranks call `reduce` once.
 
-    Every image counts once and equally, however the clips are spread over the ranks.
+    Every image counts equally, however the clips are distributed over the ranks.
     """
 
     def __init__(self, *names):

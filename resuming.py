@@ -52,7 +52,7 @@ def check_start(saved, cfg, path):
 
 # Settings that do not affect what a run learns: how long it goes on, where its files are, and what it logs.
 NOT_LEARNING = ("name out_dir resume init_from device max_steps max_minutes workers log_every val_every save_every "
-             "keep_last timeout_minutes wandb").split()
+                "keep_last timeout_minutes wandb").split()
 
 
 def describe_changes(saved, cfg):
@@ -77,7 +77,7 @@ def restore(state, model, average, optimizer, teacher, path):
     if "optimizer" not in state:
         raise ConfigError(f"{path} holds weights only: give it as init_from=, not as resume=")
     today = optimizer.state_dict()["param_groups"]
-    if parameter_numbers(state["optimizer"]["param_groups"]) != numbers(today):
+    if parameter_numbers(state["optimizer"]["param_groups"]) != parameter_numbers(today):
         raise ConfigError(f"{path} trained other parts: keep train_encoder and train_decoder, or give it as init_from=")
     counts = state["step"], state["samples"], state.setdefault("pieces", 1) - 1
     if any(type(count) is not int or not 0 <= count < 2 ** 60 for count in counts) or not 0 <= float(

@@ -1,11 +1,11 @@
-"""The screen may go away, and the work goes on: a closed terminal, `| tee log` whose tee has ended, a full disk behind
-`> file`, a stdout or stderr that was closed before the start. Each command calls `guard_screen()` first of all; what
-prints, warns, draws bars or shows tracebacks after that needs no care of its own.
+"""Lets a command go on when its output cannot be written: after its terminal was closed, after the tee of `| tee log`
+has ended, with a full disk behind `> file`, or with a stdout or stderr that was closed before the start. Each command
+calls `guard_screen()` first. After that, prints, warnings, progress bars and tracebacks need no care of their own.
 
-What cannot be written is dropped, and what comes later is tried again: a disk may get room. The exit code is that of
-the work, where Python's own is 120 as soon as its last words find no room. Only a command whose whole product is text
-(bench.py without --json, launch.py --dry-run) asks what became of it: code 1 after a full disk, and 0, without a word,
-where its reader wants no more, as `| head -1`.
+Text that cannot be written is dropped. Later text is tried again, since the disk may get room. The exit code is that of
+the work; Python's own would be 120 if its last text cannot be written. Only a command whose whole result is text
+(bench.py without --json, launch.py --dry-run) checks whether it was written: its exit code is 1 after a full disk, and
+0 if the reader has stopped reading, as in `| head -1`.
 
 This file works alone; it needs Python only, and tqdm for `progress_bar`.
 """
@@ -18,13 +18,13 @@ import threading
 
 
 class Guarded(io.RawIOBase):
-    """The lowest layer of a stream, that of bytes: `write` never fails. `lost` says why some were last lost, "" if none
-    were; `unread`, whether it was for want of a reader."""
+    """The lowest layer of a stream, which takes bytes: its `write` never fails. `lost`: why bytes were lost the last
+    time, "" if none were; `unread`: whether the reason was that the reader has gone."""
 
     def __init__(self, stream):
-        self.stream = stream  # the one that was there: it would close its file if it were let go
+        self.stream = stream  # the original stream is kept, since it would close its file when it is deleted
         self.lost, self.unread = "", False
-        self.lower = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no layer in between
+        self.lower = getattr(stream.buffer, "raw", stream.buffer)  # with python -u there is no buffer in between
 
     def write(self, content):
         try:
@@ -32,11 +32,11 @@ class Guarded(io.RawIOBase):
         except (OSError, ValueError) as error:  # ValueError: a closed file
             self.note(error)
             return len(content)
-        return len(content) if written is None else written  # None: a pipe that does not wait is full
+        return len(content) if written is None else written  # None: a non-blocking pipe is full
 
     def note(self, error):
-        """Not the error itself: its traceback keeps alive what its frames hold. DataLoader's iterator, held so, let the
-        interpreter wait for its processes for ever."""
+        """Keep the error's text, not the error: its traceback keeps the objects in its frames alive. With DataLoader's
+        iterator among them, the interpreter waited forever for its processes."""
         self.lost, self.unread = str(error), isinstance(error, BrokenPipeError)
 
     def writable(self):
@@ -50,29 +50,29 @@ class Guarded(io.RawIOBase):
 
 
 def end_at_ctrl_c(name):
-    """From here to `guard_screen`, Ctrl-C ends Python as it ends any program, without a traceback: for the seconds in
-    which a command imports PyTorch. name: the caller's __name__; where it is imported itself, nothing is done. A job in
-    the background, which ignores Ctrl-C, goes on to."""
+    """Until `guard_screen` is called, Ctrl-C ends the process without a traceback, while a command imports PyTorch for
+    some seconds. name: the caller's __name__; nothing is done unless it is "__main__". A background job, which ignores
+    Ctrl-C, still ignores it."""
     if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def guard_screen():
-    """Make sys.stdout and sys.stderr such that no writing to them fails, whatever is behind them and whatever the text
-    holds (file names may hold anything). File descriptors 0 to 2 that are closed lead to /dev/null from here on: or the
-    next file that is opened, a checkpoint say, is what C libraries and other processes take for the screen."""
+    """Replace sys.stdout and sys.stderr by streams to which no write fails, whatever is behind them and whatever the
+    text holds (file names may hold anything). Open closed file descriptors 0 to 2 on /dev/null: otherwise the next file
+    that is opened, such as a checkpoint, gets that number, and C libraries and child processes print into it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number: this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # it was closed as Python started
+        if stream is None:  # it was closed when Python started
             stream = open(os.devnull, "w")  # noqa: SIM115 (kept)
-        if isinstance(getattr(stream.buffer, "raw", stream.buffer), Guarded):  # by an earlier call
+        if isinstance(getattr(stream.buffer, "raw", stream.buffer), Guarded):  # guarded by an earlier call
             continue
         guarded = Guarded(stream)
         try:
@@ -85,17 +85,17 @@ def guard_screen():
 
 
 def progress_bar(iterable=None, **options):
-    """tqdm(iterable, ...), as wide as the terminal. In a file, such as a scheduler's, each drawing stays: there it is
-    drawn every 20 seconds."""
+    """tqdm(iterable, ...), as wide as the terminal. In a file, such as a scheduler's log, each update adds a line, so
+    there is one every 20 seconds only."""
     from tqdm import tqdm
     return tqdm(iterable, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 
 
 @contextlib.contextmanager
 def ended_by_sigterm():
-    """SIGTERM ends what is in the block as Ctrl-C does, by an exception, so that files are left whole or removed."""
+    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that files are left whole or removed."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets no other thread choose
+        yield  # only the main thread can set signal handlers
         return
     def stop(number, _):
         raise KeyboardInterrupt(number)
@@ -109,9 +109,9 @@ def ended_by_sigterm():
 
 @contextlib.contextmanager
 def ending_in_one_line(command, mistakes, when_stopped, words=str):
-    """For the body of a command's main: ends the process with one line on stderr, after the errors `mistakes` with exit
-    code 2, after Ctrl-C with 130 and after SIGTERM with 143; `when_stopped` ends the line then. words(error): what is
-    said of it."""
+    """A context for the body of a command's main. An error ends the process with one line on stderr: one of the classes
+    `mistakes` with exit code 2, Ctrl-C with 130 and SIGTERM with 143. words: function that makes the message of a
+    mistake; when_stopped: the end of the line after Ctrl-C or SIGTERM."""
     try:
         with ended_by_sigterm():
             yield
@@ -125,18 +125,19 @@ def ending_in_one_line(command, mistakes, when_stopped, words=str):
 
 
 def one_line(text, most=4000):
-    """A message without line breaks and other control characters, as values and names of files may hold them, of a
-    bounded length."""
+    """The first `most` characters of a message, with line breaks and other control characters escaped: settings and
+    file names may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
 
 
 def nobody_reads():
-    """True if the reader of stdout has gone: `| head -1` has what it wants."""
+    """Whether the reader of stdout has gone, as after `| head -1`."""
     return flushed_stdout().unread
 
 
 def text_is_lost():
-    """Says in one line on stderr why text for stdout was lost, and returns True. No loss: that its reader has gone."""
+    """If text for stdout was lost, print why, in one line on stderr, and return True. If only its reader has gone, that
+    does not count as lost."""
     stdout = flushed_stdout()
     if not stdout.lost or stdout.unread:
         return False
@@ -145,6 +146,6 @@ def text_is_lost():
 
 
 def flushed_stdout():
-    """The Guarded of sys.stdout, after `guard_screen`."""
+    """Flush sys.stdout, and return its Guarded. Call `guard_screen` before."""
     sys.stdout.flush()
     return getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)

@@ -1,7 +1,7 @@
-"""What a run shows of its health: the discriminators' figures, and whether loss and gradients go the right way.
+"""The health of a run: means of its scalars, figures of the discriminators, trends of the loss and the gradient norm.
 
-All is gathered on the device, step by step, and read when a line is logged: nothing here waits for the GPU in between.
-What is gathered is part of a checkpoint, so a resumed run shows what an uninterrupted one would.
+All figures are collected on the device, step by step, and read when a line is logged: in between, nothing here waits
+for the GPU. They are part of a checkpoint, so a resumed run logs the same as an uninterrupted one.
 This file works alone: torch only.
 """
 import math
@@ -15,7 +15,7 @@ class Meter:
 
     def __init__(self, names, device):
         self.names = names
-        self.sums = torch.zeros(len(names), device=device)  # over the good steps since the last line
+        self.sums = torch.zeros(len(names), device=device)  # over the steps since the last line that were not skipped
         self.good, self.skipped_in_a_row, self.skipped = (torch.zeros((), device=device) for _ in range(3))
         self.gradient_norm = torch.zeros((), device=device)  # the last step's
 
@@ -28,7 +28,7 @@ class Meter:
         self.gradient_norm = gradient_norm
 
     def read(self):
-        """A Reading; the means begin anew. The host waits for the device here."""
+        """Returns a Reading, and starts new means. The host waits for the device here."""
         *sums, good, in_a_row, skipped = self.state().tolist()
         self.sums.zero_()
         self.good.zero_()
@@ -36,11 +36,13 @@ class Meter:
         return Reading(means, int(in_a_row), int(skipped), self.gradient_norm.item())
 
     def state(self):
-        """One tensor on the CPU: the sums, good steps, steps skipped in a row and in all."""
+        """One tensor on the CPU: the sums, then the numbers of good steps, of steps skipped in a row, and of all
+        skipped.
+        """
         return torch.cat([self.sums, torch.stack([self.good, self.skipped_in_a_row, self.skipped])]).cpu()
 
     def load_state(self, state):
-        """What `state` gave; of other scalars it starts anew."""
+        """Load what `state` returned. A state of other scalars is ignored."""
         if len(state) == len(self.names) + 3:
             self.sums.copy_(state[:-3])
             for own, given in zip((self.good, self.skipped_in_a_row, self.skipped), state[-3:]):
@@ -48,31 +50,31 @@ class Meter:
 
 
 class Reading(NamedTuple):
-    means: dict            # of the good steps; NaN if there were none
-    skipped_in_a_row: int  # steps, up to now
-    skipped: int           # in all
+    means: dict            # over the steps since the last line that were not skipped; NaN if there were none
+    skipped_in_a_row: int  # number of steps skipped in a row up to now
+    skipped: int           # number of steps skipped in all
     gradient_norm: float   # of the last step
 
 
 class Figures:
-    """Means since the last log line of what the discriminators report.
+    """Means of the figures that the discriminators report, since the last log line.
 
-    names: {prefix: (names of the figures)}. Values are those of all ranks, the same on each.
+    names: {prefix: (names of the figures)}. The figures are already means over the ranks, so the same on each.
     """
 
     def __init__(self, names, device):
         self.names = names
         self.scores = {prefix: torch.tensor([name.startswith("score") for name in all_names], device=device)
                        for prefix, all_names in names.items()}
-        # Of each figure: its sum, and over how many steps. Then: how many it has skipped in all.
+        # sums: for each figure its sum, and the number of steps in it. skipped: number of steps skipped in all.
         self.sums = {prefix: torch.zeros(2, len(all_names), device=device) for prefix, all_names in names.items()}
         self.skipped = {prefix: torch.zeros((), device=device) for prefix in names}
 
     @torch.no_grad()
     def add(self, prefix, values, skipped, learned=True):
-        """values: {name: scalar on the device} of one step, `skipped`: how many steps the discriminator has skipped in
-        all; this step does not count if it was one of them, or if the discriminator has not `learned` in it. A score of
-        exactly 0 is that of a step that drew none."""
+        """Add a step. values: {name: scalar on the device}; skipped: number of steps that the discriminator has skipped
+        in all, a scalar on the device; learned: whether it has learned in this step. The step does not count if it was
+        skipped, or if nothing was learned. A score of exactly 0 does not count: the step drew no sample for it."""
         counts = (skipped == self.skipped[prefix]).float() * learned
         self.skipped[prefix] = skipped.detach().clone()
         found = torch.stack([values[name].detach().float() for name in self.names[prefix]])
@@ -80,7 +82,8 @@ class Figures:
         self.sums[prefix] += torch.stack([torch.where(counts > 0, found, 0.0), counts])
 
     def read(self):
-        """{"gan_score_real": mean since the last call, ..., "gan_skipped_steps": in all}, without what never came."""
+        """{"gan_score_real": mean since the last call, ..., "gan_skipped_steps": number in all}. Figures without a
+        value since the last call are left out."""
         result = {}
         for prefix, all_names in self.names.items():
             sums, counts = self.sums[prefix].tolist()
@@ -100,7 +103,7 @@ class Figures:
 
 
 def describe_figures(figures):
-    """In short: ", gan: loss 0.912, real 0.31, fake -0.27, weight 1.4"."""
+    """The figures as the end of a log line: ", gan: loss 0.912, real 0.31, fake -0.27, weight 1.4"."""
     line = ""
     for prefix in ("gan", "seraena"):
         shown = [f"{word} {figures[f'{prefix}_{name}']:.3g}" for word, name in
@@ -111,42 +114,46 @@ def describe_figures(figures):
 
 
 def describe_trend(trend):
-    """In short: " ± 31 %, loss trend -2.4 %", to follow the gradient norm; "" where there is none yet."""
+    """A part of a log line, after the gradient norm: " ± 31 %, loss trend -2.4 %"; "" if there is no trend yet."""
     if not trend:
         return ""
     return f" ± {100 * trend['gradient_norm_deviation']:.0f} %, loss trend {100 * trend['loss_trend']:+.1f} %"
 
 
 class Trend:
-    """Loss and gradient norm over the last `window` steps, and a warning when either says that the run goes wrong.
+    """Watches the loss and the gradient norm over the last `window` steps, and warns if either goes wrong.
 
     The loss goes wrong if its mean over the later half of the window is above that of the earlier half by more than a
-    quarter, and by more than four times what chance would do (the standard error of the difference). The gradient norm
-    goes wrong if its deviation is more than twice its mean while it does not fall: at the start of a run it falls, from
-    far above, which is as it should be. No warning is given on fewer than `least` steps, nor again within a window.
+    quarter, and by more than four standard errors of the difference, so not by chance. The gradient norm goes wrong if
+    its standard deviation is more than twice its mean and it does not fall. (At the start of a run it falls from a high
+    value, which is normal.) There is no warning before `least` steps, and each warning comes once per window at most.
 
-    `judge` says which checkpoint is sound: saved before the loss went wrong. `loss` says what it is made of; what was
-    seen of another one is forgotten.
+    A checkpoint is sound if it was saved before the loss went wrong; `judge` decides that. loss: a description of the
+    loss. The steps in a checkpoint with another description are ignored, since the two losses cannot be compared.
     """
 
     RISE, CHANCE, DEVIATION = 1.25, 4.0, 2.0
-    RECENT, ENOUGH = 20, 10  # steps whose mean a checkpoint's loss is; and the least of them
-    LEAPS = {RECENT: 2.0, 1: 4.0}  # the mean of so many steps is at most so many times a sound checkpoint's loss
+    # A checkpoint's loss is the mean over its last RECENT steps. Fewer than ENOUGH steps are not judged.
+    RECENT, ENOUGH = 20, 10
+    # {n: factor}: the loss goes wrong if its mean over n steps exceeds a sound checkpoint's loss by this factor.
+    LEAPS = {RECENT: 2.0, 1: 4.0}
 
     def __init__(self, device, window=1000, least=200, loss=""):
         self.window, self.least, self.loss = window, least, loss
-        self.kept = torch.zeros(3, window, device=device)  # loss, norm, 1 if both are; a ring: step n is at n % window
+        # A ring buffer, 3 x window: loss, gradient norm, and 1 for a good step. Step n is in column n % window.
+        self.kept = torch.zeros(3, window, device=device)
         self.warned = {"loss": -window, "gradient norm": -window}  # the step of the last warning
         self.sound = None, math.inf  # the step of the newest sound checkpoint, and the mean loss then
 
     def add(self, step, loss, norm, bad):
-        """Step `step` (from 0): scalars on the device; `bad`: 1.0 there if the step was skipped, which is left out."""
+        """Add step `step`, counted from 0. loss, norm, bad: scalars on the device; bad: 1.0 for a skipped step, which
+        is left out."""
         values = torch.stack([loss, norm, torch.ones_like(loss)]).to(self.kept)
         self.kept[:, step % self.window] = torch.where(bad > 0, 0.0, values)
 
     def read(self, step):
-        """({"loss_trend": 0.1 if the later half's mean is 10 % above the earlier one's, "gradient_norm_deviation": as a
-        part of the norm's mean}, [warnings]) after `step` steps; the dict is empty before there are eight."""
+        """After `step` steps: ({"loss_trend": 0.1 if the later half's mean is 10 % above the earlier half's,
+        "gradient_norm_deviation": standard deviation over mean}, [warnings]). The dict is empty before eight steps."""
         loss, norm, good = self.steps(step)
         loss, norm = loss[good], norm[good]
         if len(loss) < 8:
@@ -155,7 +162,7 @@ class Trend:
         deviation = norm.std() / norm.mean().clamp(min=1e-30)
         wrong = {"loss": self.rises(loss),
                  "gradient norm": deviation > self.DEVIATION and norm_after.mean() >= norm_before.mean()}
-        words = {"loss": f"the loss rises: mean {after.mean():.4g} over the last {len(after)} steps, "
+        texts = {"loss": f"the loss rises: mean {after.mean():.4g} over the last {len(after)} steps, "
                          f"{before.mean():.4g} over the {len(before)} before",
                  "gradient norm": f"the gradient norm is unsteady: mean {norm.mean():.3g}, deviation {norm.std():.3g} "
                                   f"over the last {len(norm)} steps"}
@@ -163,7 +170,7 @@ class Trend:
         for name in wrong:
             if wrong[name] and len(loss) >= self.least and step - self.warned[name] >= self.window:
                 self.warned[name] = step
-                warnings.append(f"warning: {words[name]}; the run may be going wrong: look at the curves, and try a "
+                warnings.append(f"warning: {texts[name]}; the run may be going wrong: look at the curves, and try a "
                                 "lower lr")
         return {"loss_trend": ((after.mean() - before.mean()) / before.mean().abs().clamp(min=1e-30)).item(),
                 "gradient_norm_deviation": deviation.item()}, warnings
@@ -175,11 +182,12 @@ class Trend:
         return loss, norm, good > 0
 
     def rises(self, loss):
-        """Whether the later half of these losses is above the earlier one by more than RISE, and than chance would."""
+        """Whether these losses rise from their earlier to their later half, by RISE and by more than chance
+        explains."""
         before, after = loss.tensor_split(2)
-        chance = (before.var() / len(before) + after.var() / len(after)).sqrt()
+        standard_error = (before.var() / len(before) + after.var() / len(after)).sqrt()
         rise = after.mean() - before.mean()
-        return bool(rise > (self.RISE - 1) * before.mean().abs() and rise > self.CHANCE * chance)
+        return bool(rise > (self.RISE - 1) * before.mean().abs() and rise > self.CHANCE * standard_error)
 
     @property
     def sound_step(self):
@@ -187,8 +195,8 @@ class Trend:
         return self.sound[0]
 
     def has_risen(self, step):
-        """Whether the loss has gone wrong after `step` steps: it rises, or it is far above what it was at the newest
-        sound checkpoint. Steps that were skipped are left out; of fewer than ENOUGH nothing can be said."""
+        """Whether the loss has gone wrong after `step` steps: it rises, or is far above that of the newest sound
+        checkpoint. Skipped steps are left out. False if fewer than ENOUGH steps remain."""
         loss, _, good = self.steps(step)
         loss = loss[good]
         if len(loss) < self.ENOUGH:
@@ -197,8 +205,8 @@ class Trend:
                                        for count, leap in self.LEAPS.items())
 
     def judge(self, step):
-        """What `sound` becomes with a checkpoint after `step` steps: that one, if the last step was not skipped and the
-        loss has not gone wrong, or what it is now."""
+        """The value of `sound` once a checkpoint after `step` steps is saved: that checkpoint, if the last step was not
+        skipped and the loss has not gone wrong; else `sound` stays as it is."""
         loss, _, good = self.steps(step)
         if not good[-1:].any() or self.has_risen(step):
             return self.sound
@@ -208,7 +216,7 @@ class Trend:
         return {"kept": self.kept, "warned": self.warned, "sound": self.sound, "loss": self.loss}
 
     def load_state(self, state):
-        """What `state` gave; of an older run, which has none, another window or another loss, it starts anew."""
+        """Load what `state` returned. A state with another window or another loss, or none, is ignored."""
         if "kept" in state and state["kept"].shape == self.kept.shape and state.get("loss") == self.loss:
             self.kept.copy_(state["kept"])
             self.warned = {name: int(state["warned"][name]) for name in self.warned}
@@ -217,7 +225,7 @@ class Trend:
 
 
 def describe_step(values):
-    """The objective's scalars in short: "loss 0.0431, 21.90 dB"."""
+    """The objective's scalars as a part of a log line: "loss 0.04310, psnr 21.90 dB"."""
     parts = [f"loss {values['loss']:.5f}"]
     if "squared_error" in values:
         parts.append(f"psnr {-10 * math.log10(max(values['squared_error'], 1e-10)):.2f} dB")
