@@ -20,7 +20,7 @@ AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_s
                "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
                "gan_every clips_per_open wavelet_levels",
             0.1: "timeout_minutes", 16: "size", -1: "workers"}
-# Far above what any run needs: a greater value is a typing error, and would fill the memory or fail after minutes.
+# Far above what any run needs: a greater value is a typo, and would fill the memory or fail after minutes.
 AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur own_share lr_final lr_decay",
            0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
            8: "wavelet_levels", 64: "clips_per_open",

@@ -206,7 +206,7 @@ VQVAE2 = dict(model="vqvae2", frames=1, size=256, batch_size=16, max_steps=10000
 DCAE = dict(model="dcae", size=256, frames=32, batch_size=1, buckets="256x32:0.8:1, 256x1:0.2:8", max_frame_delta=1,
             lr=5e-5, schedule="constant", warmup_steps=0, beta2=0.98, weight_decay=0.0, ema_decay=0.99,
             max_steps=100000, pixel_weight=2.0, perceptual_weight=0.5, perceptual_frames=0)
-# Its second stage, video_dc_ae_disc.py. The adaptive weight is at most 10 000 for that sum, so 10 000 / 196 608 for the
+# Its second stage, video_dc_ae_disc.py. Its adaptive weight is at most 10 000 for the sum: 10 000 / 196 608 for our
 # mean.
 DCAE_DISC = dict(gan_weight=0.05, gan_dims=3, gan_ramp=0, gan_max_weight=0.051, gan_lr=1e-4, gan_beta1=0.9,
                  gan_beta2=0.98, gan_clip=1.0)
@@ -233,9 +233,9 @@ PRESETS = {
     # loss: neither a teacher's latents nor Seraena. The table in docs/speed.md compares with it.
     "taehv_notebook": dict(init="pytorch", size=64, batch_size=16, pixel_loss="l2", schedule="constant", warmup_steps=0,
                            grad_clip=0.0, max_steps=50000),
-    # A TAEHV that speaks a big VAE's latents: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
-    # encoder learns the teacher's latents, the decoder the pixels from the teacher's latents. train_encoder=false or
-    # train_decoder=false trains one half alone; init_from=FILE.pth goes on from published weights.
+    # A TAEHV for the latents of a big VAE: add latent_cache=FOLDER, made by latent_cache.py, and variant=... . The
+    # encoder learns the teacher's latents, and the decoder learns the pixels from the teacher's latents.
+    # train_encoder=false or train_decoder=false trains one half; init_from=FILE.pth starts from published weights.
     # A quarter of the clips are decoded from its own latents: without them, encoding and decoding with it gets worse at
     # first. The encoder learns latents sooner at three times the learning rate, and its last layer, whose weights are
     # large if they are fitted, at eight times that (docs/results.md).
@@ -248,7 +248,7 @@ PRESETS = {
     # that are 0.07 off. Differences: a cosine schedule with warm-up, clipped gradients and 4 clips (there constant,
     # unclipped and 16); 512 MB of replayed samples (there 16 384 samples, which are 2.5 GB at 64 px); frames are not
     # clamped in training (there they are); the discriminator sees 9 frames as three images (there 12, with the first
-    # three repeated). With few clips in a step, Seraena has no visible effect for long: with seraena_pairs=true
+    # three repeated). With few clips in a step, this has no visible effect for a long time; with seraena_pairs=true
     # seraena_lr=1e-3 seraena_weight=0.2 it has one within 300 steps of 4 clips (docs/results.md).
     "taehv_seraena": dict(max_steps=10000, decoder_input="teacher", encoder_weight=1.0, pixel_loss="l2",
                           seraena_weight=1.0),

@@ -164,9 +164,9 @@ class Logbook:
 
     def rename_files_of_the_future(self):
         """Rename TensorBoard's files whose names hold a time in the future. TensorBoard reads files in the order of
-        their names, which begin with the time, and a file drops the later steps of those before it. After the clock was
-        set back, a new file would come before an old one, which would drop its curves. So files of the future get names
-        that come just before the new one, in their own order."""
+        their names, which begin with the time. Each file drops the curves of earlier files from its own first step on.
+        After the clock was set back, a new file would come before an old one, which would drop the new curves. So files
+        of the future get names that come just before that of the new file, in their own order."""
         now = int(time.time())
         late = [name for name in os.listdir(self.folder)
                 if (found := re.match(r"events\.out\.tfevents\.(\d+)", name)) and int(found[1]) > now]

@@ -3,8 +3,7 @@
 All functions take videos N T C H W (or images N C H W) in [0, 1] and return one value per image, shape N T (or N).
 `flicker` takes videos only, and returns one value per pair of consecutive frames, shape N T-1.
 Networks and windows compute in true float32 (no TF32, no autocast), so that results from a GPU can be compared with
-others. This file works alone with torch. LPIPS needs losses.py beside it and the package lpips, FID the package
-pytorch-fid.
+others. This file works alone with torch. LPIPS also needs losses.py and the package lpips, FID the package pytorch-fid.
 """
 import contextlib
 import math
@@ -58,8 +57,7 @@ def psnr(output, target):
 
 
 def blur_matrix(size, device):
-    """A matrix that blurs with SSIM's Gaussian, size x (size + 10): from size + 10 pixels in a column it makes
-    `size`."""
+    """A matrix, size x (size + 10), that blurs a column of size + 10 pixels with SSIM's Gaussian: `size` remain."""
     window = torch.exp(-(torch.arange(11, dtype=torch.float32) - 5).square() / (2 * 1.5 ** 2))
     matrix = torch.zeros(size, size + 10)
     for k, weight in enumerate((window / window.sum()).tolist()):
@@ -119,8 +117,7 @@ def flicker(output, target):
 
 def laplacian_variance(images):
     """Variance of the Laplacian (4 neighbours) of each image's grey values, which measures its fine detail. The ratio
-    of a reconstruction's value to its original's measures sharpness: below 1 is blurred, above 1 is oversharp or
-    noisy."""
+    of a reconstruction's value to its original's is its sharpness: below 1 is blurred, above 1 oversharp or noisy."""
     grey = images.float().mean(-3)
     middle = grey[..., 1:-1, 1:-1]
     around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
@@ -179,8 +176,7 @@ class FID:
     """Frechet inception distance (Heusel et al. 2017) between all reconstructed and all original frames added.
 
     network: B 3 H W in [0, 1] -> B features. `load_fid` has pytorch-fid's, with which results compare to published
-    ones. With fewer frames than features (2048) the result is biased, and can only be compared with others over as many
-    frames.
+    ones. With fewer frames than features (2048) the result is biased: compare it only with others over as many frames.
     """
 
     def __init__(self, network, features=2048):

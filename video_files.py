@@ -138,7 +138,7 @@ def open_video(path, threads=1, max_pixels=MAX_PIXELS):
     capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
     if not capture.isOpened():
         raise DataError("not a video")
-    # By the container's word; nothing is decoded yet.
+    # The container's values: nothing is decoded yet.
     check_size(*(int(capture.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)), max_pixels)
     return capture
 
@@ -213,7 +213,7 @@ def read_frames(path, position, frames, delta, max_pixels=MAX_PIXELS):
     Returns (list of H W 3 BGR uint8, first frame number, spacing used, [what was odd]). If the video is too short, the
     spacing becomes smaller, and if need be the last frame is repeated. If the container's frame count is wrong, the
     frames are counted. DataError if nothing can be read. OpenCV seeks by time: in a video with a variable frame rate,
-    the clip may begin some frames before or after the first frame number. Its frames are still consecutive ones.
+    the clip may begin some frames before or after the first frame number. Its spacing is still right.
     """
     capture = open_video(path, max_pixels=max_pixels)
     count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -352,8 +352,7 @@ class VideoReader:
 
     def changes(self):
         """Call this after the file was read more than once. Returns [what is odd about it]: it may have been written
-        to, as a growing recording is. DataError if it was replaced or became shorter: then the readings do not
-        match."""
+        to, as a growing recording is. DataError if it was replaced or became shorter: what was read does not match."""
         now = os.stat(self.path)
         if now.st_ino != self.about.st_ino or now.st_size < self.about.st_size:
             raise DataError("the file was changed while it was read")

@@ -36,9 +36,8 @@ class Meter:
         return Reading(means, int(in_a_row), int(skipped), self.gradient_norm.item())
 
     def state(self):
-        """One tensor on the CPU: the sums, then the numbers of good steps, of steps skipped in a row, and of all
-        skipped.
-        """
+        """One tensor on the CPU: the sums, then the numbers of good steps, of steps skipped in a row, and of skipped
+        steps in all."""
         return torch.cat([self.sums, torch.stack([self.good, self.skipped_in_a_row, self.skipped])]).cpu()
 
     def load_state(self, state):
@@ -182,8 +181,7 @@ class Trend:
         return loss, norm, good > 0
 
     def rises(self, loss):
-        """Whether these losses rise from their earlier to their later half, by RISE and by more than chance
-        explains."""
+        """Whether the later half of the losses is above the earlier half, by RISE and by more than chance explains."""
         before, after = loss.tensor_split(2)
         standard_error = (before.var() / len(before) + after.var() / len(after)).sqrt()
         rise = after.mean() - before.mean()
