@@ -55,17 +55,19 @@ class Objective:
         self.cfg, self.model, self.device, self.autocast = cfg, model, device, autocast
         self.requantizes = hasattr(model, "requantize")  # a tokenizer of latents, between a frozen encoder and decoder
         learns, teacher = what_learns(cfg), bool(cfg.latent_cache)
-        self.trains_decoder, self.pixels, self.latents = learns.decoder, learns.from_pixels, learns.from_latents
+        self.trains_decoder = learns.decoder
+        self.compares_pixels, self.learns_latents = learns.from_pixels, learns.from_latents
         check_sizes(cfg, model, learns.from_pixels)
-        self.runs_encoder = self.latents or self.pixels and (cfg.decoder_input == "own" or cfg.own_share > 0)
+        decodes_own = cfg.decoder_input == "own" or cfg.own_share > 0
+        self.runs_encoder = self.learns_latents or self.compares_pixels and decodes_own
         terms = pixel_terms(cfg, device)
         weights = {**{name: weight for name, (weight, _) in terms.items()}, "seraena_loss": cfg.seraena_weight}
-        self.weights = {name: weight for name, weight in weights.items() if self.pixels and weight > 0}
-        if self.latents:
+        self.weights = {name: weight for name, weight in weights.items() if self.compares_pixels and weight > 0}
+        if self.learns_latents:
             self.weights["encoder_loss"] = cfg.encoder_weight
         self.pixel_terms = {name: make() for name, (_, make) in terms.items() if name in self.weights}
         self.seraena = make_seraena(cfg, model, device) if "seraena_loss" in self.weights else None
-        self.adversary = make_adversary(cfg, device) if cfg.gan_weight > 0 and self.pixels else None
+        self.adversary = make_adversary(cfg, device) if cfg.gan_weight > 0 and self.compares_pixels else None
         self.quantizers = quantizers(model)
         if cfg.compile:
             Quantizer.forward = torch.compiler.disable(Quantizer.forward)  # see quantize.true_float32
@@ -76,7 +78,7 @@ class Objective:
         self.code_counts = {}  # number of a quantizer: how often each of its codes was used since the last `codes_used`
         if self.quantizers:
             self.weights["vq_loss"] = cfg.vq_weight
-        self.names = ["loss", *self.weights, *(["squared_error"] if self.pixels else []),
+        self.names = ["loss", *self.weights, *(["squared_error"] if self.compares_pixels else []),
                       *(["adversarial_loss"] if self.adversary else []),
                       *(LATENT_FACTS[:2] if self.runs_encoder else []), *(LATENT_FACTS[2:] if teacher else [])]
         opponents = {"gan": self.adversary and self.adversary.FIGURES,
@@ -109,7 +111,7 @@ class Objective:
         values = {} if made.vq_loss is None else {"vq_loss": made.vq_loss}
         values.update(self.latent_values(made.own, video, latents))
         surrogate = 0.0
-        if self.pixels:
+        if self.compares_pixels:
             # Both the adaptive weight and the step need the gradient of these terms. It is computed once, at a leaf:
             # otherwise the backward pass would run through LPIPS's network twice.
             leaf = made.output.detach().requires_grad_() if self.adversary and self.adversary.weighs() else made.output
@@ -131,14 +133,14 @@ class Objective:
                 own = source = info["latents"]
             elif self.requantizes:
                 own, info = model.requantize(latents)
-                source, output = own, self.decode(own) if self.pixels else None
+                source, output = own, self.decode(own) if self.compares_pixels else None
             else:
                 own = self.encode(video) if self.runs_encoder else None
                 source = self.mix_latents(own, latents) if cfg.decoder_input == "teacher" else own
-                output = self.decode(source) if self.pixels else None
+                output = self.decode(source) if self.compares_pixels else None
         if self.quantizers:
             vq_loss = info["vq_loss"]
-        if not self.pixels:
+        if not self.compares_pixels:
             return ModelOutputs(own, source, None, None, vq_loss)
         if latents is not None and (cfg.decoder_input == "teacher" or self.requantizes):
             _, count = model.aligned(video.shape[1], latents.shape[1])
@@ -156,7 +158,7 @@ class Objective:
         if own is not None:
             own = own.float()
             values.update(latent_mean=own.detach().mean(), latent_square=own.detach().square().mean())
-        if self.latents:
+        if self.learns_latents:
             count, _ = self.model.aligned(video.shape[1], latents.shape[1])
             values["encoder_loss"] = F.mse_loss(own[:, :count], latents[:, :count])
             if self.scaled():  # divided by the teacher's variance, which is about 1 for other teachers
@@ -277,14 +279,14 @@ class Objective:
         description = self.cfg.best_by
         if self.from_teacher():
             description = " x ".join([f"{description} from the teacher's latents"] * self.trains_decoder
-                                     + ["latent error"] * self.latents)
+                                     + ["latent error"] * self.learns_latents)
         return description
 
     def from_teacher(self):
         """Whether the run distils a teacher's latents. Then reconstructions through the model's own latents do not show
         how well it does: its encoder and decoder fit each other from the first step on. (A tokenizer of latents is
         judged by its reconstructions all the same.)"""
-        return bool(self.latents or self.cfg.decoder_input == "teacher") and not self.requantizes
+        return bool(self.learns_latents or self.cfg.decoder_input == "teacher") and not self.requantizes
 
     def score(self, result):
         """The score of `evaluate`'s result, dB, higher is better: -10 log10 of an error. By cfg.best_by, the error of
@@ -295,7 +297,7 @@ class Objective:
         if self.trains_decoder or not self.from_teacher():
             value = result[prefix + name]
             errors.append({"psnr": 10 ** (-value / 10), "ssim": 1 - value}.get(name, value))
-        if self.from_teacher() and self.latents:
+        if self.from_teacher() and self.learns_latents:
             errors.append(result["latent_mse"] / max(result["teacher_square"], 1e-10))
         return sum(-10 * math.log10(max(error, 1e-10)) for error in errors)
 

@@ -20,12 +20,12 @@ def make_optimizer(model, cfg, device):
                              weight_decay=cfg.weight_decay, eps=1e-7, fused=device.type in ("cuda", "cpu"))
 
 
-def learning_rate(cfg, step, time=0.0):
-    """The learning rate of optimizer step `step`, counted from 0. time: the fraction of max_minutes that has passed."""
+def learning_rate(cfg, step, elapsed=0.0):
+    """The learning rate of optimizer step `step`, counted from 0. elapsed: the part of max_minutes that has passed."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.schedule == "cosine":
-        done = min(1, max(time, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)))
+        done = min(1, max(elapsed, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)))
         return cfg.lr * (cfg.lr_final + (1 - cfg.lr_final) * 0.5 * (1 + math.cos(math.pi * done)))
     return cfg.lr * cfg.lr_decay ** ((step - cfg.warmup_steps) / 1000) if cfg.schedule == "exponential" else cfg.lr
 

@@ -105,12 +105,12 @@ class Vote(NamedTuple):
     out_of_memory: bool = False  # repeat the step, in smaller parts
     stop: bool = False           # a signal has come: save and end after this step
     no_data: bool = False        # a rank has no clips: save and end without this step
-    time: float = 0.0            # fraction of max_minutes that has passed; from 1 on, this step is the last
+    elapsed: float = 0.0         # fraction of max_minutes that has passed; from 1 on, this step is the last
 
     def count(self, control):
-        """All ranks call this. Returns a Vote: each flag is true if it is true on any rank; time is the largest."""
-        *flags, time = largest(control, *self)
-        return Vote(*map(bool, flags), time)
+        """All ranks call this. Returns a Vote: each flag is true if it is true on any rank; elapsed is the largest."""
+        *flags, elapsed = largest(control, *self)
+        return Vote(*map(bool, flags), elapsed)
 
 
 class LeftStep(Exception):

@@ -111,7 +111,7 @@ def where_to_go_on(folder, model, trend, step, skipped):
     if finite and not trend.has_risen(step):
         return f"{words}."
     words += ", when the loss had risen already." if finite else ", and not finite."
-    sound = checkpoint.step_path(folder, trend.sound_step)
+    sound = checkpoint.step_path(folder, trend.sound.step)
     if sound and os.path.exists(sound):
         words += f" resume={sound} name=OTHER goes on from before that."
     return words

@@ -4,8 +4,9 @@ import contextlib
 import copy
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,13 @@ from ranks import from_rank_0, gather
 
 class NotSaved(Exception):
     """A run has ended without its last steps; the message is one line. All ranks raise it together."""
+
+
+class Pending(NamedTuple):
+    """A save that a thread works on, or is done with."""
+    name: str         # "run" or "best"
+    future: Future    # of the thread's result
+    report: callable  # function of that result, which logs how the save has ended
 
 
 class Saver:
@@ -33,9 +41,9 @@ class Saver:
         self.step, self.problem, self.on_disk = 0, "", ""  # last save: step, why it failed, what was on disk instead
         self.group = None if control is None else dist.new_group(
             backend="gloo", timeout=timedelta(minutes=cfg.timeout_minutes))
-        self.thread, self.pending = ThreadPoolExecutor(1, "saving"), []  # [(name, future, function of its result)]
+        self.thread, self.pending = ThreadPoolExecutor(1, "saving"), []  # [Pending]
         self.memory = {"run": [], "best": []}  # storages for the copies, which each save uses again
-        self.state, self.has_copy = None, True
+        self.state, self.has_copy = None, True  # the run's state that is being written; whether it is a copy
         at_end.callback(self.close)
 
     def run(self, step, rank_state, random_state, make_state, is_last):
@@ -45,7 +53,7 @@ class Saver:
         random_state: this rank's. make_state: function that rank 0 calls with the list of all ranks' random_state and
         with the newest sound checkpoint, this one included (see `Trend.judge`); it returns the state to save.
         is_last: wait until all is written, and return, on every rank, why it could not be saved, or an empty string."""
-        if self.state is not None and not self.pending[0][1].done():
+        if self.state is not None and not self.pending[0].future.done():
             self.log(f"step {step}: waits, as step {self.step} is still being written", screen=False)
         self.settle(["run"])
         self.step, sound = step, self.trend.judge(step)
@@ -57,7 +65,7 @@ class Saver:
             return problem
         problem = from_rank_0(self.control, prepare)
         self.begin("run", lambda: self.write(step, problem, rank_state, sound),
-                   lambda result: self.tell(step, sound, *result, is_last))
+                   lambda result: self.report(step, sound, *result, is_last))
         if is_last:
             self.settle()
         return self.problem
@@ -79,10 +87,10 @@ class Saver:
         """The threads of all ranks call this. Returns (why the step could not be saved, or ""; a description of what is
         on disk in that case)."""
         problem = problem or self.save_ranks(step, rank_state) or from_rank_0(self.group, lambda: checkpoint.save_run(
-            self.folder, self.state, self.keep_last, self.log, sound[0], self.trend.sound_step))
-        return problem, from_rank_0(self.group, self.look) if problem else ""
+            self.folder, self.state, self.keep_last, self.log, sound.step, self.trend.sound.step))
+        return problem, from_rank_0(self.group, self.describe_disk) if problem else ""
 
-    def tell(self, step, sound, problem, on_disk, is_last):
+    def report(self, step, sound, problem, on_disk, is_last):
         """Log how a save has ended. `settle` calls this, at a point where training can wait."""
         self.problem, self.on_disk, self.state = problem, on_disk, None
         if not problem:
@@ -91,9 +99,9 @@ class Saver:
         elif not is_last:
             self.log(f"the checkpoint of step {step} could not be saved: {problem}; the run goes on; {on_disk}")
 
-    def begin(self, name, write, tell):
-        """Have the thread call write() when it is done with earlier calls. `settle` passes the result to tell()."""
-        self.pending.append((name, self.thread.submit(write), tell))
+    def begin(self, name, write, report):
+        """Have the thread call write() when it is done with earlier calls. `settle` passes the result to report()."""
+        self.pending.append(Pending(name, self.thread.submit(write), report))
         if not self.has_copy:
             self.settle()
             self.has_copy = True
@@ -101,15 +109,15 @@ class Saver:
     def settle(self, names=("run", "best")):
         """Wait for the pending saves with these names ("run", "best") and all before them. Log how they have ended, and
         also any other that is done. An unexpected error of the thread is raised here."""
-        while self.pending and (self.pending[0][1].done() or any(name in names for name, *_ in self.pending)):
-            _, future, tell = self.pending.pop(0)
-            tell(future.result())
+        while self.pending and (self.pending[0].future.done() or any(save.name in names for save in self.pending)):
+            save = self.pending.pop(0)
+            save.report(save.future.result())
 
     def close(self):
         """However the run ends: finish pending saves and log how they have ended, before the folder is unlocked."""
         self.thread.shutdown()
         self.group = None  # the threads of the process group could outlive it
-        if not any(future.exception() for _, future, _ in self.pending):
+        if not any(save.future.exception() for save in self.pending):
             self.settle()
 
     def find_folder(self):
@@ -131,23 +139,23 @@ class Saver:
             if not errors:
                 return ""
             if not all(map(checkpoint.is_full, errors)) or not from_rank_0(
-                    self.group, lambda: checkpoint.drop_oldest(self.folder, step, self.log, self.trend.sound_step)):
+                    self.group, lambda: checkpoint.drop_oldest(self.folder, step, self.log, self.trend.sound.step)):
                 return str(errors[0])
             state = state if error else None
 
     def best(self, state, then):
         """On rank 0: save the weights that validated best. then: function that is called once they are saved."""
         self.settle()
-        problem, state, sound = self.find_folder(), self.copy("best", state), self.trend.sound_step
+        problem, state, sound = self.find_folder(), self.copy("best", state), self.trend.sound.step
 
-        def tell(problem):
+        def report(problem):
             if problem:
                 self.log(f"best.pt of step {state['step']} could not be saved: {problem}; the run goes on")
             else:
                 then()
-        self.begin("best", lambda: problem or checkpoint.save_best(self.folder, state, self.log, sound), tell)
+        self.begin("best", lambda: problem or checkpoint.save_best(self.folder, state, self.log, sound), report)
 
-    def look(self):
+    def describe_disk(self):
         """On rank 0: a description of what is on disk. Removes rank files whose step could not be saved."""
         try:
             if not lock.holds(self.folder):

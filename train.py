@@ -74,8 +74,8 @@ def train(cfg):
                 trainer.give_up(f"no data ({trouble or 'on another rank'})", "Look at the files that train.log names.")
 
             # ---- update the weights, unless the loss or a gradient is not finite on some rank
-            trainer.update(micro_batches, vote.time)
-            last, stopping = run.step >= cfg.max_steps or vote.time >= 1, vote.stop
+            trainer.update(micro_batches, vote.elapsed)
+            last, stopping = run.step >= cfg.max_steps or vote.elapsed >= 1, vote.stop
 
             # ---- once in a while: log, validate, save
             trainer.saver.settle([])
@@ -278,10 +278,10 @@ class Trainer:
         torch.cuda.empty_cache()
         self.log(f"step {self.run.step + 1}: out of memory; micro-batches are split in {self.run.pieces} from here on")
 
-    def update(self, micro_batches, time):
+    def update(self, micro_batches, elapsed):
         """Average the gradients over the ranks. Update weights, discriminators, codebooks and the averaged weights."""
         cfg, run, optimizer = self.cfg, self.run, self.optimizer
-        self.learning_rate = learning_rate(cfg, run.step, time)
+        self.learning_rate = learning_rate(cfg, run.step, elapsed)
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * self.learning_rate
         norm, bad = self.gradients.step(optimizer, cfg.grad_clip)
@@ -352,7 +352,7 @@ class Trainer:
                     model_name=self.cfg.model, model_config=self.model.config, config=asdict(self.cfg), **run,
                     tally=self.meter.state(), world=self.world, random=states, teacher=self.clips.teacher,
                     model=self.model.state_dict(), ema=self.average.state_dict(),
-                    optimizer=self.optimizer.state_dict(), trend={**self.trend.state(), "sound": sound},
+                    optimizer=self.optimizer.state_dict(), trend={**self.trend.state(), "sound": tuple(sound)},
                     objective=self.objective.state()), is_last)
 
     def give_up(self, reason, way_out):

@@ -119,6 +119,12 @@ def describe_trend(trend):
     return f" ± {100 * trend['gradient_norm_deviation']:.0f} %, loss trend {100 * trend['loss_trend']:+.1f} %"
 
 
+class Sound(NamedTuple):
+    """The newest sound checkpoint, see Trend."""
+    step: int = None  # None: there is none
+    loss: float = math.inf  # the mean loss then
+
+
 class Trend:
     """Watches the loss and the gradient norm over the last `window` steps, and warns if either goes wrong.
 
@@ -142,7 +148,7 @@ class Trend:
         # A ring buffer, 3 x window: loss, gradient norm, and 1 for a good step. Step n is in column n % window.
         self.kept = torch.zeros(3, window, device=device)
         self.warned = {"loss": -window, "gradient norm": -window}  # the step of the last warning
-        self.sound = None, math.inf  # the step of the newest sound checkpoint, and the mean loss then
+        self.sound = Sound()
 
     def add(self, step, loss, norm, bad):
         """Add step `step`, counted from 0. loss, norm, bad: scalars on the device; bad: 1.0 for a skipped step, which
@@ -187,11 +193,6 @@ class Trend:
         rise = after.mean() - before.mean()
         return bool(rise > (self.RISE - 1) * before.mean().abs() and rise > self.CHANCE * standard_error)
 
-    @property
-    def sound_step(self):
-        """The step of the newest sound checkpoint, or None."""
-        return self.sound[0]
-
     def has_risen(self, step):
         """Whether the loss has gone wrong after `step` steps: it rises, or is far above that of the newest sound
         checkpoint. Skipped steps are left out. False if fewer than ENOUGH steps remain."""
@@ -199,7 +200,7 @@ class Trend:
         loss = loss[good]
         if len(loss) < self.ENOUGH:
             return False
-        return self.rises(loss) or any(loss[-count:].mean() > leap * self.sound[1]
+        return self.rises(loss) or any(loss[-count:].mean() > leap * self.sound.loss
                                        for count, leap in self.LEAPS.items())
 
     def judge(self, step):
@@ -208,10 +209,10 @@ class Trend:
         loss, _, good = self.steps(step)
         if not good[-1:].any() or self.has_risen(step):
             return self.sound
-        return step, loss[good][-self.RECENT:].mean().item() if good.sum() >= self.ENOUGH else math.inf
+        return Sound(step, loss[good][-self.RECENT:].mean().item() if good.sum() >= self.ENOUGH else math.inf)
 
     def state(self):
-        return {"kept": self.kept, "warned": self.warned, "sound": self.sound, "loss": self.loss}
+        return {"kept": self.kept, "warned": self.warned, "sound": tuple(self.sound), "loss": self.loss}
 
     def load_state(self, state):
         """Load what `state` returned. A state with another window or another loss, or none, is ignored."""
@@ -219,7 +220,7 @@ class Trend:
             self.kept.copy_(state["kept"])
             self.warned = {name: int(state["warned"][name]) for name in self.warned}
             step, loss = state["sound"]
-            self.sound = step if step is None else int(step), float(loss)
+            self.sound = Sound(step if step is None else int(step), float(loss))
 
 
 def describe_step(values):

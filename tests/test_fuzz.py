@@ -116,7 +116,7 @@ def test_what_is_beyond_any_machine_is_refused_at_once(settings, words):
     ("model=vqgan net.chunk=32,32", r"chunk=\(32, 32\): a whole number from 1 on is wanted"),
     ("model=vqvae_video net.decay=1.5,2.5", r"decay=\(1.5, 2.5\): a number from 0 on is wanted"),
     ("model=vqvae2 net.kmeans_init=3", "kmeans_init=3: true or false is wanted"),
-    ("model=vqgan net.ch_mult=2", r"ch_mult=2: whole numbers like 1,2,4 \(one alone: 16,\) are wanted"),
+    ("model=vqgan net.ch_mult=2.5", r"ch_mult=2.5: whole numbers like 1,2,4 \(one alone: 16,\) are wanted"),
     ("net.patch_size=1.5", "patch_size=1.5: a whole number from 1 on is wanted"),
     ("net.encoder_time_downscale=2", r"encoder_time_downscale takes three booleans or strides of 1 and 2, got \(2,\)"),
     ("model=dcae net.width_list=3", "width_list: whole numbers are wanted, got 3")])

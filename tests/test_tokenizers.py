@@ -382,6 +382,11 @@ def test_vqvae_weights_are_recognised(name, tmp_path):
         load_vqvae({"state_dict": [1]})
 
 
+def test_a_whole_number_stands_for_a_tuple_of_one():
+    model = models.build_model("vqgan", {**SMALL, "attn_resolutions": 8, "embed_dim": 8, "n_embed": 32})
+    assert model.config["attn_resolutions"] == [8]
+
+
 def test_codebooks_with_training_options_load_into_plain_ones():
     model = VQGAN(**SMALL, embed_dim=8, n_embed=32, quantizer="vq", kmeans_init=True, restart_below=0.5)
     _, words = load_vqgan(model.state_dict())

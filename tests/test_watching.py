@@ -306,7 +306,7 @@ def test_a_file_that_is_no_table_of_files_is_one_line(content, words, tmp_path, 
 
 @pytest.mark.parametrize("settings, words", [
     (["vqgan", "net.chh=1"], "quantizer 'vq': .*'chh'"),
-    (["vqgan", "net.ch_mult=2"], "ch_mult=2: whole numbers like 1,2,4 \\(one alone: 16,\\) are wanted"),
+    (["vqgan", "net.ch_mult=2.5"], "ch_mult=2.5: whole numbers like 1,2,4 \\(one alone: 16,\\) are wanted"),
     (["vqvae2", "net.hidden_channels=-4"], "hidden_channels=-4: a whole number from 1 on is wanted"),
     (["taehv", "size=20"], "size=20: taehv takes multiples of 8"),
     (["taehv", "lr=no"], "lr=no: a number is wanted"),
