@@ -36,9 +36,9 @@ class Clips(NamedTuple):
 def find(cfg, buckets, model, rank, world, control):
     """The Clips of a run; all ranks call this. DataError if no clip is found, or if a bucket's shape cannot be cut from
     them; ConfigError if they do not fit the model."""
-    found = (find_cached_clips(cfg, model, rank, world, control) if cfg.latent_cache
-             else find_clip_cache_clips(cfg, buckets[0], rank, world, control) if cfg.clip_cache
-             else find_clips(cfg, buckets[0], control))
+    found = (from_latent_cache(cfg, model, rank, world, control) if cfg.latent_cache
+             else from_clip_cache(cfg, buckets[0], rank, world, control) if cfg.clip_cache
+             else from_files(cfg, buckets[0], control))
     for bucket in buckets:
         found.train.check(bucket)
     return found
@@ -59,7 +59,7 @@ def first_batches(cfg, found, bucket, workers):
     return found.train.batches(data.TrainSchedule(found.train, [bucket], cfg.seed), workers)
 
 
-def find_clips(cfg, bucket, control):
+def from_files(cfg, bucket, control):
     """The Clips of a run that reads video and image files."""
     train, val, found = from_rank_0(control, lambda: find_files(cfg, bucket.frames))
     clips = data.TrainClips(train, cfg.seed, cfg.min_frame_delta, cfg.max_frame_delta, augment_of(cfg),
@@ -151,7 +151,7 @@ def note_uncompared(cache):
     return f"; too large ({size / 1e9:.0f} GB) to compare checksums" if size > MOST_COMPARED else ""
 
 
-def find_clip_cache_clips(cfg, bucket, rank, world, control):
+def from_clip_cache(cfg, bucket, rank, world, control):
     """The Clips of a run that reads a clip cache."""
     cache = open_cache(cfg.clip_cache, rank, world, control, clips_only=True)
     size = cfg.val_size or bucket.size
@@ -171,7 +171,7 @@ def find_clip_cache_clips(cfg, bucket, rank, world, control):
     return Clips(TrainCuts(cache, mine, cfg.seed, augment_of(cfg)), val, "", lines)
 
 
-def find_cached_clips(cfg, model, rank, world, control):
+def from_latent_cache(cfg, model, rank, world, control):
     """The Clips of a run that reads a latent cache. DataError if it is damaged or not complete, ConfigError if it does
     not fit the model."""
     caches = [open_cache(path, rank, world, control) for path in (cfg.latent_cache, cfg.val_data) if path]

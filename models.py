@@ -181,7 +181,7 @@ def make_fresh_model(cfg, buckets):
         if normalised and bucket.batch * bucket.frames * (bucket.size // model.space_factor) ** 2 == 1:
             raise ConfigError(f"one frame of {bucket.size} pixels leaves {cfg.model}'s BatchNorm a single value: set "
                               "batch_size=2, or a larger size")
-    if cfg.model == "taehv" and not cfg.latent_cache:  # with a cache, find_cached_clips looks
+    if cfg.model == "taehv" and not cfg.latent_cache:  # with a cache, clips.from_latent_cache looks
         for bucket in buckets:
             try:
                 model.check_frames(bucket.frames)

@@ -25,7 +25,7 @@ import objective
 import optimizer
 import train
 import video_files
-from clips import find_cached_clips
+from clips import from_latent_cache
 from conftest import CACHE, NARROW, ROOT, SMALL_CACHE as SMALL, run, shapeless, write_clip
 from model_taehv import TAEHV
 from teachers import TeacherError, load_teacher, per_channel
@@ -324,7 +324,7 @@ def proposed_run(folder, monkeypatch, capsys, *arguments):
     cfg = config.load_config(shlex.split(line)[3:])
     buckets = [data.Bucket(*b) for b in check_config.parse_buckets(cfg)]
     model, _ = models.make_model(cfg, buckets)
-    clips = find_cached_clips(cfg, model, 0, 1, None).train
+    clips = from_latent_cache(cfg, model, 0, 1, None).train
     clips.check(buckets[0])
     return cfg, model, clips
 
