@@ -352,7 +352,7 @@ def test_infer_names_tiles_that_do_not_fit(tmp_path, capsys, monkeypatch):
         (("--tile", 100), "spatial_tile_size must be a multiple of 32, got 100"),
         (("--tile", -32), "--tile -32: 0 to 16384 is wanted"),
         (("--tile-frames", 6), "temporal_tile_size must be a multiple of 4, got 6"),
-        (("--tile-overlap", 0.7), "from 0 to 0.5, got 0.7"),
+        (("--tile-overlap", 0.7), "--tile-overlap 0.7: 0 to 0.5 is wanted"),
     ):
         assert words in mistake(capsys, monkeypatch, infer, "dcae.pth", "a.mp4", *arguments)
     assert "its own stream" in mistake(capsys, monkeypatch, infer, "taehv.pth", "a.mp4", "--tile-frames", 32)
