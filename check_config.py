@@ -12,26 +12,24 @@ import os
 import re
 from typing import NamedTuple, get_args
 
-AT_LEAST = {0: "seed max_minutes val_fraction min_crop color_jitter blur patch_size latent_channels lr warmup_steps "
-               "lr_final lr_decay beta1 beta2 weight_decay grad_clip ema_decay perceptual_frames seraena_lr val_size "
-               "encoder_lr_factor latents_lr_factor own_share gan_start gan_ramp gan_lr gan_lecam gan_beta1 gan_beta2 "
-               "gan_weight_decay gan_clip",
-            1: "max_steps val_clips val_clips_per_video frames batch_size accumulation min_frame_delta max_frame_delta "
-               "max_pixels max_bad_steps log_every val_every save_every keep_last seraena_frames seraena_replay_mb "
-               "gan_every clips_per_open wavelet_levels",
-            0.1: "timeout_minutes", 16: "size", -1: "workers"}
-# Far above what any run needs: a greater value is a typo, and would fill the memory or fail after minutes.
-AT_MOST = {0.9: "val_fraction", 1: "min_crop color_jitter blur own_share lr_final lr_decay",
-           0.9999: "beta1 beta2 gan_beta1 gan_beta2 ema_decay",
-           8: "wavelet_levels", 64: "clips_per_open",
-           1000: "val_clips_per_video perceptual_frames seraena_frames patch_size", 2 ** 14: "size val_size",
-           2 ** 16: "frames batch_size accumulation latent_channels",
-           10 ** 6: "timeout_minutes val_clips keep_last min_frame_delta max_frame_delta seraena_replay_mb",
-           10 ** 11: "max_steps warmup_steps gan_start gan_ramp gan_every log_every val_every save_every max_bad_steps",
-           10 ** 30: "lr gan_lr seraena_lr grad_clip gan_clip gan_lecam gan_max_weight weight_decay gan_weight_decay "
-                     "pixel_weight encoder_weight vq_weight perceptual_weight seraena_weight gan_weight max_minutes "
-                     "temporal_weight wavelet_weight encoder_lr_factor latents_lr_factor",
-           2 ** 62: "seed"}
+# (least, most) of each setting that is a number, None for no limit. A "..._weight" that is not here has (0, HUGE). The
+# most is far above what any run needs: what is greater is a slip, and would fill the memory or fail after minutes.
+MANY, HUGE = 10 ** 11, 1e30
+LIMITS = {
+    "max_steps": (1, MANY), "max_minutes": (0, HUGE), "seed": (0, 2 ** 62), "timeout_minutes": (0.1, 10 ** 6),
+    "val_fraction": (0, 0.9), "val_clips": (1, 10 ** 6), "val_size": (0, 2 ** 14), "val_clips_per_video": (1, 1000),
+    "size": (16, 2 ** 14), "frames": (1, 2 ** 16), "batch_size": (1, 2 ** 16), "accumulation": (1, 2 ** 16),
+    "clips_per_open": (1, 64), "min_frame_delta": (1, 10 ** 6), "max_frame_delta": (1, 10 ** 6), "min_crop": (0, 1),
+    "color_jitter": (0, 1), "blur": (0, 1), "max_pixels": (1, None), "workers": (-1, None), "patch_size": (0, 1000),
+    "latent_channels": (0, 2 ** 16), "own_share": (0, 1), "wavelet_levels": (1, 8), "perceptual_frames": (0, 1000),
+    "seraena_frames": (1, 1000), "seraena_lr": (0, HUGE), "seraena_replay_mb": (1, 10 ** 6), "gan_start": (0, MANY),
+    "gan_ramp": (0, MANY), "gan_every": (1, MANY), "gan_lr": (0, HUGE), "gan_beta1": (0, 0.9999),
+    "gan_beta2": (0, 0.9999), "gan_weight_decay": (0, HUGE), "gan_clip": (0, HUGE), "gan_lecam": (0, HUGE),
+    "lr": (0, HUGE), "encoder_lr_factor": (0, HUGE), "latents_lr_factor": (0, HUGE), "warmup_steps": (0, MANY),
+    "lr_final": (0, 1), "lr_decay": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.9999), "weight_decay": (0, HUGE),
+    "grad_clip": (0, HUGE), "ema_decay": (0, 0.9999), "max_bad_steps": (1, MANY), "log_every": (1, MANY),
+    "val_every": (1, MANY), "save_every": (1, MANY), "keep_last": (1, 10 ** 6),
+}
 WORKERS_PER_CORE = 16  # each is a process of about 100 MB; 5000 on two cores took down the machine
 # Limits for `net`: DEPTHS are the settings that count layers, which are built one by one; the others count codes,
 # channels or frames.
@@ -55,13 +53,11 @@ def check(config):
             raise ConfigError(f"{key}={value}{nearest(str(value), texts)}: one of {', '.join(texts)} is wanted")
         if field.type is float and not math.isfinite(value):
             raise ConfigError(f"{key}={value}: a finite number is wanted")
-        if key.endswith("_weight") and value < 0:
-            raise ConfigError(f"{key}={value}: at least 0 is wanted")
-    for limits, word, fits in ((AT_LEAST, "least", float.__ge__), (AT_MOST, "most", float.__le__)):
-        for limit, keys in limits.items():
-            for key in keys.split():
-                if not fits(float(getattr(config, key)), float(limit)):
-                    raise ConfigError(f"{key}={getattr(config, key)}: at {word} {limit} is wanted")
+        least, most = limits_of(key)
+        if least is not None and value < least:
+            raise ConfigError(f"{key}={value}: at least {least} is wanted")
+        if most is not None and value > most:
+            raise ConfigError(f"{key}={value}: at most {most} is wanted")
     if 0 < config.val_size < 16:
         raise ConfigError(f"val_size={config.val_size}: at least 16 is wanted, or 0 for the size of training")
     check_workers("workers", config.workers)
@@ -74,6 +70,11 @@ def check(config):
         raise ConfigError(f"name={config.name}: letters, digits and . _ + - are wanted, no spaces")
     parse_buckets(config)
     check_together(config)
+
+
+def limits_of(key):
+    """(least, most) of a setting; None for no limit."""
+    return LIMITS.get(key, (0, HUGE) if key.endswith("_weight") else (None, None))
 
 
 def check_together(config):
@@ -264,7 +265,7 @@ def parse_buckets(config):
         if int(match[1]) < 16:
             raise ConfigError(f"buckets: {item.strip()!r}: a size of at least 16 is wanted")
         for value, key in zip(match.group(1, 2, 4), ("size", "frames", "batch_size")):
-            if int(value) > (most := next(limit for limit, keys in AT_MOST.items() if key in keys.split())):
+            if int(value) > (most := LIMITS[key][1]):
                 raise ConfigError(f"buckets: {item.strip()!r}: {key} at most {most} is wanted")
         buckets.append((int(match[1]), int(match[2]), float(match[3]), int(match[4])))
     return buckets

@@ -213,8 +213,7 @@ LISTS = ["1,2", "(1,(2,3))", "[[1]]", "[]", "()", "{}", "(1,)" * 3, "1," * 70, "
 def setting(field, rng, places):
     """A text for a setting of config.Config: at its bounds, one of its choices, a path of `places`, or anything."""
     key, kind = field.name, field.type
-    bounds = [limit for limits in (check_config.AT_LEAST, check_config.AT_MOST) for limit, keys in limits.items()
-              if key in keys.split()]
+    bounds = [limit for limit in check_config.limits_of(key) if limit is not None]
     if rng.random() < 0.2:
         return rng.choice(NUMBERS + TEXTS + LISTS)
     if key in config.CHOICES:
