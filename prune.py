@@ -33,8 +33,8 @@ from evaluate import evaluate
 from cache_files import CachedClips, LatentCache
 from measure import alternate
 from model_taehv import TAEHV, recognise
-from prune_taehv import LEAST, PARTS, by_chance, by_magnitude, by_taylor, compensate, cut, layers_of, plan
-from prune_taehv import smallest
+from prune_taehv import (LEAST, PARTS, by_chance, by_magnitude, by_taylor, choose_channels, compensate, cut, layers_of,
+                         smallest)
 from video_files import DataError
 from weights_file import ExportError, as_pth, as_safetensors, folder_for
 
@@ -190,7 +190,7 @@ def run(options):
               if samples else "without --data, the sizes of weights decide, and nothing makes up for what goes"))
         scores = (by_magnitude(model, layers) if not samples or options.by == "magnitude" else
                   by_chance(model, layers) if options.by == "random" else by_taylor(model, layers, samples, device))
-        kept = plan(model, layers, scores, budget, parts, options.multiple)
+        kept = choose_channels(model, layers, scores, budget, parts, options.multiple)
         small = cut(model, layers, kept)
         if samples and options.compensate:
             compensate(model, small, layers, kept, samples, device, parts)

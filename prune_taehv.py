@@ -2,7 +2,7 @@
 
     layers = layers_of(model)
     scores = by_taylor(model, layers, samples, device)        # or by_magnitude(model, layers)
-    kept = plan(model, layers, scores, budget=5_000_000)      # which channels stay
+    kept = choose_channels(model, layers, scores, budget=5_000_000)  # which channels stay
     small = cut(model, layers, kept)
     compensate(model, small, layers, kept, samples, device)   # predicts the removed channels from those that stay
 
@@ -165,7 +165,7 @@ def groups_of(layers):
     return list(dict.fromkeys(layer.writes for layer in layers if layer.writes))
 
 
-# ---- the plan and the cut ------------------------------------------------------------------------------------------
+# ---- choosing and cutting ------------------------------------------------------------------------------------------
 
 
 def narrower(width, multiple):
@@ -180,7 +180,7 @@ def smallest(model, layers, parts=PARTS):
                                  for stage, width in widths_of(model).items()})
 
 
-def plan(model, layers, scores, budget, parts=PARTS, multiple=16):
+def choose_channels(model, layers, scores, budget, parts=PARTS, multiple=16):
     """{group: the channels that stay, in order} with at most `budget` parameters; the budget must be at least
     `smallest`. The widths of stages that are cut become multiples of `multiple`, or LEAST: a CPU's kernels work on
     blocks of 16 channels, so a stage of 56 decodes no faster than one of 64 (22.7 and 22.2 frames/s), but one of 48

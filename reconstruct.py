@@ -92,7 +92,7 @@ def describe_frames(reader, frames, more):
     return notes
 
 
-def plan(reader, model, frames, more):
+def frames_and_notes(reader, model, frames, more):
     """(number of frames to feed to the model, [notes on what is unusual]) for `frames` frames of a video."""
     notes = describe_frames(reader, frames, more)
     length = padded_length(model, frames)
@@ -122,7 +122,7 @@ def reconstruct(source, name, job):
         # Encode all, then decode: so encoder and decoder do not hold their maps of past frames at the same time. The
         # video is read twice. The first time also tells how many frames, and so how many latents, there are.
         frames, more, encode_seconds, codec_notes = encode(reader, name, job, spill.write)
-        length, notes = plan(reader, model, frames, more)
+        length, notes = frames_and_notes(reader, model, frames, more)
         notes += codec_notes
         print_notes(source, notes, options)
         total_latents = model.latent_frames(length)

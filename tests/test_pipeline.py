@@ -262,11 +262,11 @@ def test_a_full_disk_ends_an_input_in_one_line(size, command, capsys, monkeypatc
     """It has no room for any video (300 bytes), or for the largest of them; what was encoded found some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def plan(*arguments, original=reconstruct.plan):
+    def measured(*arguments, original=reconstruct.frames_and_notes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         return original(*arguments)
 
-    monkeypatch.setattr(reconstruct, "plan", plan)
+    monkeypatch.setattr(reconstruct, "frames_and_notes", measured)
     with contextlib.ExitStack() as until:
         until.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
         assert command("a.mp4") == 2

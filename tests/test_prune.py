@@ -14,8 +14,8 @@ from conftest import mistake
 from fit_taehv import fit
 from model_taehv import TAEHV, load_taehv
 from model_vqvae import VqVae2
-from prune_taehv import by_chance, by_magnitude, by_taylor, channel_indices, compensate, count, cut, layers_of, per_row, plan
-from prune_taehv import widths_of
+from prune_taehv import (by_chance, by_magnitude, by_taylor, channel_indices, choose_channels, compensate, count, cut,
+                         layers_of, per_row, widths_of)
 
 NARROW = dict(encoder_widths=(24, 16, 16, 24), decoder_widths=(40, 24, 16, 24))
 KINDS = [dict(variant="taehv"), dict(variant="lighttaehy1_5"), dict(variant="taeltx_2"), dict(variant="taeh3"),
@@ -43,7 +43,7 @@ def test_what_is_left_computes_what_the_model_does_without_the_channels(argument
     layers = layers_of(model)
     assert {layer.name for layer in layers} == {n.removesuffix(".weight") for n in model.state_dict() if "weight" in n}
     scores = by_chance(model, layers)
-    kept = plan(model, layers, scores, int(0.5 * parameters(model)), multiple=8)
+    kept = choose_channels(model, layers, scores, int(0.5 * parameters(model)), multiple=8)
     small = cut(model, layers, kept)
     assert parameters(small) == count(model, layers, widths_of(small)) <= 0.5 * parameters(model)
     video = torch.rand(1, 17, 3, 2 * model.space_factor, model.space_factor)
@@ -74,7 +74,7 @@ def test_dead_channels_go_first_and_nobody_misses_them(one_thread):
     video = samples[0]["video"][None] / 255  # on other clips, others than the dead ones may live
     wanted, _ = model(video)
     for scores in (by_taylor(model, layers, samples, torch.device("cpu")), by_magnitude(model, layers)):
-        kept = plan(model, layers, scores, budget, multiple=8)
+        kept = choose_channels(model, layers, scores, budget, multiple=8)
         gone = {group: sorted({*range(len(scores[group]))} - {*kept[group].tolist()}) for group in dead}
         assert all(scores[group][gone[group]].sum() == 0 and len(gone[group]) == 8 for group in dead)
         small = cut(model, layers, kept)
