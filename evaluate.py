@@ -173,7 +173,7 @@ def time_halves(model, video, device):
     return {"encode": encode_seconds, "decode": time_call(model.decode, latents, device)[1]}
 
 
-def spread(facts):
+def rms_of(facts):
     """Replace mean squares by their roots: {"latent_square": 4.0} -> {"latent_rms": 2.0}. The rest stays as it is."""
     return {name.replace("_square", "_rms") if name in LATENT_FACTS else name:
             value ** 0.5 if name in LATENT_FACTS and name.endswith("_square") else value

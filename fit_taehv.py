@@ -24,7 +24,7 @@ SAMPLES = 40_000    # positions, over all clips, that a regression uses
 CLIPS = 48          # number of clips to fit to: 21.59 dB on unseen clips; 96 clips give 21.49
 RIDGE = 1e-3        # added to covariances, times their mean variance: 20.67 dB on unseen clips; 1e-4 gives 20.58
 LEAST_DETAIL = 1e-3  # clips whose mean change from pixel to pixel is lower are flat: a fit to them diverges, to 1e7
-SPREAD = 0.5        # deviation of latents fitted without a teacher: small enough for the soft clamp at 3
+LATENT_DEVIATION = 0.5  # deviation of latents fitted without a teacher: small enough for the soft clamp at 3
 
 
 class Features(NamedTuple):
@@ -49,7 +49,7 @@ def fit(model, video, latents=None):
     """Fits a fresh TAEHV that `can_fit`, on the CPU, and returns it.
 
     video: N T 3 H W in [0, 1], some dozens of clips; H and W are multiples of the space factor. latents: the teacher's
-    latents of these clips, N T' C h w; None: the model's latents become principal components of deviation SPREAD.
+    latents of these clips, N T' C h w; None: the model's become principal components, of LATENT_DEVIATION.
     """
     missing = -video.shape[1] % model.time_factor
     pixels = torch.cat([video, video[:, -1:].expand(-1, missing, -1, -1, -1)], 1) - 0.5
@@ -123,7 +123,7 @@ def fit_encoder(encoder, pixels, latents, slope):
     values = features.values.flatten(0, 1)
     last.weight.zero_()
     if latents is None:
-        maps = components(columns(values), min(last.out_channels, values.shape[1]), deviation=SPREAD)
+        maps = components(columns(values), min(last.out_channels, values.shape[1]), deviation=LATENT_DEVIATION)
         mean = maps @ columns(values).mean(0)
         read(last, range(len(maps)), features, maps[..., None, None])
         last.bias[:len(maps)] = -mean

@@ -34,7 +34,7 @@ from check_config import ConfigError, parse_buckets
 from config import exit_with_usage, load_config
 from device import (DeviceError, default_workers, describe, is_out_of_memory, peak_memory, pick_device, pick_precision,
                     to_device, resident_memory, synchronize, tune)
-from evaluate import describe_validation, evaluate, load_judges, spread
+from evaluate import describe_validation, evaluate, load_judges, rms_of
 from fit_taehv import start_from_clips
 from lock import InUse
 from logbook import Clock, Logbook, count, summarize
@@ -299,7 +299,7 @@ class Trainer:
     def log_step(self):
         """Log the steps since the last log line. End the run if the last max_bad_steps steps were not finite."""
         run, log, meter = self.run, self.log, self.meter.read()
-        values = {**spread(meter.means), **self.objective.codes_used()}
+        values = {**rms_of(meter.means), **self.objective.codes_used()}
         figures, (trend, warnings) = self.objective.figures.read(), self.trend.read(run.step)
         synchronize(self.device)
         speed, self.clips_done = self.clips_done / self.clock.lap(), 0
@@ -337,7 +337,7 @@ class Trainer:
             log(f"step {step}: validation {describe_validation(result)}, after {self.clock.total() / 60:.2f} minutes"
                 + "".join(f", {half} {result[f'{half}_fps']:.1f} frames/s" for half in ("encode", "decode")
                           if result[f"{half}_fps"]))
-            log.scalars(step, "val", **spread({name: value for name, value in result.items() if name != "count"}))
+            log.scalars(step, "val", **rms_of({name: value for name, value in result.items() if name != "count"}))
             log.pictures(step, shown)
             self.best.offer(step, result, self.average)
 

@@ -16,35 +16,35 @@ class Meter:
     def __init__(self, names, device):
         self.names = names
         self.sums = torch.zeros(len(names), device=device)  # over the steps since the last line that were not skipped
-        self.good, self.skipped_in_a_row, self.skipped = (torch.zeros((), device=device) for _ in range(3))
+        self.finite, self.skipped_in_a_row, self.skipped = (torch.zeros((), device=device) for _ in range(3))
         self.gradient_norm = torch.zeros((), device=device)  # the last step's
 
     def add(self, totals, gradient_norm, bad):
         """totals: a step's scalars, as in `names`; bad: 1.0 on the device if the step was skipped."""
         self.sums += torch.where(bad > 0, torch.zeros_like(totals), totals)
-        self.good += 1 - bad
+        self.finite += 1 - bad
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
         self.skipped += bad
         self.gradient_norm = gradient_norm
 
     def read(self):
         """Returns a Reading, and starts new means. The host waits for the device here."""
-        *sums, good, in_a_row, skipped = self.state().tolist()
+        *sums, finite, in_a_row, skipped = self.state().tolist()
         self.sums.zero_()
-        self.good.zero_()
-        means = {name: total / good if good else math.nan for name, total in zip(self.names, sums)}
+        self.finite.zero_()
+        means = {name: total / finite if finite else math.nan for name, total in zip(self.names, sums)}
         return Reading(means, int(in_a_row), int(skipped), self.gradient_norm.item())
 
     def state(self):
-        """One tensor on the CPU: the sums, then the numbers of good steps, of steps skipped in a row, and of skipped
+        """One tensor on the CPU: the sums, then the numbers of finite steps, of steps skipped in a row, and of skipped
         steps in all."""
-        return torch.cat([self.sums, torch.stack([self.good, self.skipped_in_a_row, self.skipped])]).cpu()
+        return torch.cat([self.sums, torch.stack([self.finite, self.skipped_in_a_row, self.skipped])]).cpu()
 
     def load_state(self, state):
         """Load what `state` returned. A state of other scalars is ignored."""
         if len(state) == len(self.names) + 3:
             self.sums.copy_(state[:-3])
-            for own, given in zip((self.good, self.skipped_in_a_row, self.skipped), state[-3:]):
+            for own, given in zip((self.finite, self.skipped_in_a_row, self.skipped), state[-3:]):
                 own.copy_(given)
 
 
@@ -145,7 +145,7 @@ class Trend:
 
     def __init__(self, device, window=1000, least=200, loss=""):
         self.window, self.least, self.loss = window, least, loss
-        # A ring buffer, 3 x window: loss, gradient norm, and 1 for a good step. Step n is in column n % window.
+        # A ring buffer, 3 x window: loss, gradient norm, and 1 for a finite step. Step n is in column n % window.
         self.kept = torch.zeros(3, window, device=device)
         self.warned = {"loss": -window, "gradient norm": -window}  # the step of the last warning
         self.sound = Sound()
@@ -159,8 +159,8 @@ class Trend:
     def read(self, step):
         """After `step` steps: ({"loss_trend": 0.1 if the later half's mean is 10 % above the earlier half's,
         "gradient_norm_deviation": standard deviation over mean}, [warnings]). The dict is empty before eight steps."""
-        loss, norm, good = self.steps(step)
-        loss, norm = loss[good], norm[good]
+        loss, norm, finite = self.steps(step)
+        loss, norm = loss[finite], norm[finite]
         if len(loss) < 8:
             return {}, []
         (before, after), (norm_before, norm_after) = (x.tensor_split(2) for x in (loss, norm))
@@ -181,10 +181,10 @@ class Trend:
                 "gradient_norm_deviation": deviation.item()}, warnings
 
     def steps(self, step):
-        """(losses, gradient norms, whether they are good) of the last `window` steps before step `step`."""
+        """(losses, gradient norms, whether they are finite) of the last `window` steps before step `step`."""
         order = torch.arange(max(0, step - self.window), step) % self.window
-        loss, norm, good = self.kept.cpu().double()[:, order]
-        return loss, norm, good > 0
+        loss, norm, finite = self.kept.cpu().double()[:, order]
+        return loss, norm, finite > 0
 
     def rises(self, loss):
         """Whether the later half of the losses is above the earlier half, by RISE and by more than chance explains."""
@@ -196,8 +196,8 @@ class Trend:
     def has_risen(self, step):
         """Whether the loss has gone wrong after `step` steps: it rises, or is far above that of the newest sound
         checkpoint. Skipped steps are left out. False if fewer than ENOUGH steps remain."""
-        loss, _, good = self.steps(step)
-        loss = loss[good]
+        loss, _, finite = self.steps(step)
+        loss = loss[finite]
         if len(loss) < self.ENOUGH:
             return False
         return self.rises(loss) or any(loss[-count:].mean() > leap * self.sound.loss
@@ -206,10 +206,10 @@ class Trend:
     def judge(self, step):
         """The value of `sound` once a checkpoint after `step` steps is saved: that checkpoint, if the last step was not
         skipped and the loss has not gone wrong; else `sound` stays as it is."""
-        loss, _, good = self.steps(step)
-        if not good[-1:].any() or self.has_risen(step):
+        loss, _, finite = self.steps(step)
+        if not finite[-1:].any() or self.has_risen(step):
             return self.sound
-        return Sound(step, loss[good][-self.RECENT:].mean().item() if good.sum() >= self.ENOUGH else math.inf)
+        return Sound(step, loss[finite][-self.RECENT:].mean().item() if finite.sum() >= self.ENOUGH else math.inf)
 
     def state(self):
         return {"kept": self.kept, "warned": self.warned, "sound": tuple(self.sound), "loss": self.loss}
