@@ -183,7 +183,7 @@ def test_a_file_that_changes_while_infer_reads_it_is_told_and_costs_only_itself(
     os.rename(tmp_path / "more.mkv", more)
     opened = {**CHANGES, "has_no_frames": (CHANGES["has_no_frames"][0], "no frame could be read"),
               "shrinks": (CHANGES["shrinks"][0], "was changed while it was read")}
-    for changes, name in ((CHANGES, "plan"), (opened, "open_reader")):  # after it was read once, or as it is opened
+    for changes, name in ((CHANGES, "frames_and_notes"), (opened, "open_reader")):  # after it was read once, or as it is opened
         with monkeypatch.context() as context:
             look_at_changes(tmp_path, context, more, small, changes, name)
 
