@@ -515,8 +515,8 @@ def many_steps(parts):
 
 @pytest.mark.slow
 def test_two_ranks_hold_what_one_rank_would(tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    run("ranks.py", ranks=2, cwd=tmp_path)
+    (tmp_path / "two_ranks.py").write_text(RANKS)
+    run("two_ranks.py", ranks=2, cwd=tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     for tables in zip(first["tables"], second["tables"]):
         assert all(torch.equal(tables[0][name], tables[1][name]) for name in tables[0])
