@@ -115,6 +115,7 @@ def evaluate(model, samples, device, autocast, control, lpips=None, make_fid=Non
     seconds = metrics.Mean("encode", "decode")  # per frame
 
     def measure(number, sample):
+        """Add what sample `number` shows to all of the above."""
         video = sample["video"][None].to(device).float().div_(255)
         with autocast:
             output, info = model(video)

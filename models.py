@@ -52,14 +52,14 @@ def build_model(name, config):
         variant = part.get("variant")
         if part.get("checkpoint_path") is not None or variant not in VARIANTS and os.path.isfile(variant or ""):
             raise ValueError(f"model {name}: settings that name another file of weights, which is not read")
-    defaults = {key: parameter.default for key, parameter in inspect.signature(MODELS[name]).parameters.items()}
-    config = {key: (value,) if type(value) is int and isinstance(defaults.get(key), tuple) else value
+    takes = inspect.signature(MODELS[name]).parameters
+    config = {key: (value,) if type(value) is int and key in takes and isinstance(takes[key].default, tuple) else value
               for key, value in config.items()}  # net.attn_resolutions=64
     try:
         return MODELS[name](**config)
     except TypeError as error:
         raise ValueError(f"model {name}: {first_line(error)}; it takes "
-                         f"{', '.join(list(inspect.signature(MODELS[name]).parameters))}") from None
+                         f"{', '.join(takes)}") from None
 
 
 def model_config(config):
